@@ -1,0 +1,119 @@
+"""What happened when, in every process of a run, and its export as a Chrome trace (opens in Perfetto).
+
+All processes of a run share one machine, so they share CLOCK_MONOTONIC: spans of prefill and decode side lie on one
+axis without any synchronisation. Across machines this would not hold, and a transfer's span could not be read from
+two clocks.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+CLOCK_NOTE = (
+    "All workers ran on one machine and took their times from CLOCK_MONOTONIC, which its processes share: "
+    "spans of different processes are comparable without synchronisation."
+)
+
+now_s = time.monotonic
+
+
+@dataclass(frozen=True)
+class Span:
+    """One thing that took time, for one request. Times are CLOCK_MONOTONIC in seconds.
+
+    `what` is one of queue, compute, copy, send, receive, restore, decode, first_token.
+    `layer` and `chunk` are set where the span belongs to one layer or one chunk of the prompt; `kv_bytes` where bytes
+    moved.
+    """
+
+    what: str
+    request_id: int
+    start_s: float
+    end_s: float
+    layer: int | None = None
+    chunk: int | None = None
+    kv_bytes: int | None = None
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the span in seconds."""
+        return self.end_s - self.start_s
+
+    def as_json(self) -> dict[str, Any]:
+        """A plain mapping for a control message."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """All spans of a run, by the worker that recorded them."""
+
+    spans: Mapping[str, tuple[Span, ...]]
+
+    def of(self, worker: str, what: str, request_id: int | None = None) -> list[Span]:
+        """Spans of one kind at one worker, of one request or of all."""
+        return [
+            span
+            for span in self.spans.get(worker, ())
+            if span.what == what and (request_id is None or span.request_id == request_id)
+        ]
+
+    def total_s(self, worker: str, what: str, request_id: int) -> float:
+        """Summed length of one request's spans of one kind, in seconds."""
+        return sum(span.duration_s for span in self.of(worker, what, request_id))
+
+
+def chrome_trace(timeline: Timeline) -> dict[str, Any]:
+    """The trace-event form: one process per worker, rows by kind of span, time zero at the first span."""
+    starts = [span.start_s for spans in timeline.spans.values() for span in spans]
+    origin_s = min(starts, default=0.0)
+    events: list[dict[str, Any]] = []
+    for process, (worker, spans) in enumerate(sorted(timeline.spans.items()), start=1):
+        events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": worker}})
+        for row, (what, lane) in enumerate(_lanes(spans), start=1):
+            events.append({"ph": "M", "name": "thread_name", "pid": process, "tid": row, "args": {"name": what}})
+            events += [_event(span, process, row, origin_s) for span in lane]
+    return {"displayTimeUnit": "ms", "traceEvents": events, "otherData": {"clock": CLOCK_NOTE}}
+
+
+def write_trace(path: Path, timeline: Timeline) -> None:
+    """Write `timeline` as a Chrome trace."""
+    path.write_text(json.dumps(chrome_trace(timeline), separators=(",", ":")))
+
+
+def spans_from_json(rows: Iterable[Mapping[str, Any]]) -> tuple[Span, ...]:
+    """The inverse of `Span.as_json` over a message's list."""
+    return tuple(Span(**row) for row in rows)
+
+
+def _lanes(spans: Iterable[Span]) -> list[tuple[str, list[Span]]]:
+    """Spans in rows without overlap: viewers draw a row as a call stack, and sends side by side are none."""
+    lanes: list[tuple[str, list[Span]]] = []
+    for span in sorted(spans, key=lambda span: (span.what, span.start_s)):
+        for what, lane in lanes:
+            if what == span.what and lane[-1].end_s <= span.start_s:
+                lane.append(span)
+                break
+        else:
+            lanes.append((span.what, [span]))
+    return lanes
+
+
+def _event(span: Span, process: int, track: int, origin_s: float) -> dict[str, Any]:
+    name = span.what if span.layer is None else f"{span.what} layer {span.layer}"
+    detail = {"request": span.request_id, "layer": span.layer, "chunk": span.chunk, "kv_bytes": span.kv_bytes}
+    return {
+        "ph": "X",
+        "name": name,
+        "cat": span.what,
+        "pid": process,
+        "tid": track,
+        "ts": (span.start_s - origin_s) * 1e6,
+        "dur": span.duration_s * 1e6,
+        "args": {key: value for key, value in detail.items() if value is not None},
+    }
