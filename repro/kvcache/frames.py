@@ -154,7 +154,7 @@ class FrameHeader:
     """All that is known of a piece before its bytes are read.
 
     `shape` and `dtype` describe the decoded tensor; `payload_bytes` and `checksum` the bytes on the link. `slot` tells
-    apart several states of one kind in one layer. Tokens are counted from the beginning of the request, the end excluded.
+    apart several states of one kind in one layer. Tokens are counted from the request's beginning, the end excluded.
     """
 
     request_id: int
@@ -180,8 +180,8 @@ class FrameHeader:
         _check(self, DEFAULT_LIMITS)
         body = _HEADER.pack(
             _MAGIC, VERSION, len(self.shape), self.kind, self.request_id, self.piece, self.layer, self.dtype,
-            self.codec, self.slot, 0, *self.shape, *(0,) * (MAX_DIMS - len(self.shape)), self.token_start, self.token_end,
-            self.payload_bytes, self.checksum,
+            self.codec, self.slot, 0, *self.shape, *(0,) * (MAX_DIMS - len(self.shape)),
+            self.token_start, self.token_end, self.payload_bytes, self.checksum,
         )  # fmt: skip
         return body + _SEAL.pack(xxhash.xxh3_64_intdigest(body))
 

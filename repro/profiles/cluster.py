@@ -1,0 +1,63 @@
+"""Clusters of accelerators, and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from repro.errors import UserError
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """So many instances, each running the named profile (a preset's name or a file)."""
+
+    profile: str
+    instances: int
+
+    def __post_init__(self) -> None:
+        if self.instances < 0:
+            raise UserError(f"cluster.*.instances: {self.instances} is negative; accepted: 0 or more")
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """A PrfaaS cluster, a local PD cluster, and the homogeneous PD cluster that they are compared with (§4.1)."""
+
+    name: str
+    prfaas: PoolSpec
+    pd: PoolSpec
+    homogeneous_instances: int
+
+    def __post_init__(self) -> None:
+        if self.homogeneous_instances < 2:
+            raise UserError(
+                f"cluster.homogeneous_instances: {self.homogeneous_instances} is below 2 (one to prefill, one to decode)"
+            )
+
+
+@dataclass(frozen=True)
+class CostSpec:
+    """Prices per GPU and hour in US dollars, by accelerator, and per GB of egress; `source` says where they are from."""
+
+    name: str
+    usd_per_gpu_hour: dict[str, float] = field(default_factory=dict)
+    usd_per_egress_gb: float = 0.0
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for accelerator, price in self.usd_per_gpu_hour.items():
+            if not price > 0:
+                raise UserError(f"cost.usd_per_gpu_hour.{accelerator}: {price} is not a positive price")
+        if self.usd_per_egress_gb < 0:
+            raise UserError(f"cost.usd_per_egress_gb: {self.usd_per_egress_gb} is negative")
+
+    def gpu_hour_usd(self, accelerator: str) -> float:
+        """The price of one GPU for an hour.
+
+        Raises:
+            UserError: for an accelerator without a price.
+        """
+        if accelerator not in self.usd_per_gpu_hour:
+            known = ", ".join(sorted(self.usd_per_gpu_hour)) or "none"
+            raise UserError(f"cost.usd_per_gpu_hour.{accelerator}: no price given in cost={self.name}; it has: {known}")
+        return self.usd_per_gpu_hour[accelerator]

@@ -1,0 +1,1 @@
+"""Run directories, provenance and metrics: what a run leaves behind, in one form for all tiers."""

@@ -1,0 +1,146 @@
+"""A run's directory, and the rule when a run counts as done.
+
+`results/<experiment>/<label>-<hash>/` is named by the hash of its configuration, so a sweep can be cut and called again: a finished run is
+skipped, a failed or cut one starts afresh. `DONE` is written last and atomically and holds the digest of the code that ran; nothing else
+(no file's mere existence, no tracker's state) says that a run is finished.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import pandas as pd
+import yaml
+
+from repro.errors import UserError
+from repro.record import metrics, provenance
+from repro.record.metrics import Metric
+
+
+def configuration_hash(configuration: Mapping[str, Any], inputs: Iterable[Path] = ()) -> str:
+    """Twelve hex digits over the resolved configuration and the contents of the files that it names."""
+    digest = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode())
+    for path in inputs:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run, read-only: what figures, comparisons and reports are made from."""
+
+    path: Path
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """metrics.csv."""
+        return metrics.read(self.path / "metrics.csv")
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """requests.parquet, one row per request."""
+        return pd.read_parquet(self.path / "requests.parquet")
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A series that a figure draws, saved by the run as tables/<name>.csv."""
+        return pd.read_csv(self.path / "tables" / f"{name}.csv")
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """provenance.json."""
+        return dict(json.loads((self.path / "provenance.json").read_text()))
+
+    @cached_property
+    def configuration(self) -> dict[str, Any]:
+        """config.yaml."""
+        return dict(yaml.safe_load((self.path / "config.yaml").read_text()))
+
+
+class RunDirectory:
+    """The directory of one run while it is being written; hold it with `begin`, end it with `complete` or `fail`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    def finished(self) -> bool:
+        """Whether this configuration has run to its end with the code as it is now."""
+        try:
+            done = json.loads((self.path / "DONE").read_text())
+        except (OSError, ValueError):
+            return False
+        return bool(done.get("source_digest") == provenance.source_digest())
+
+    def begin(self, configuration: Mapping[str, Any], command: list[str], seeds: dict[str, int]) -> None:
+        """Take the directory, clear what a failed or cut run left, and write what is known before the run.
+
+        Raises:
+            UserError: if another process is running the same configuration.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock_path = self.path.parent / f".{self.path.name}.lock"
+        self._lock = lock_path.open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            self._lock = None
+            raise UserError(f"{self.path}: another process is running this configuration; wait for it or stop it") from error
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(configuration), sort_keys=False))
+        self._write_json("provenance.json", provenance.collect(command, seeds))
+
+    def write_metrics(self, rows: Iterable[Metric]) -> None:
+        """metrics.csv."""
+        metrics.frame(rows).to_csv(self.path / "metrics.csv", index=False, float_format="%.10g")
+
+    def write_requests(self, requests: pd.DataFrame) -> None:
+        """requests.parquet."""
+        requests.to_parquet(self.path / "requests.parquet", index=False)
+
+    def write_table(self, name: str, table: pd.DataFrame) -> None:
+        """tables/<name>.csv."""
+        folder = self.path / "tables"
+        folder.mkdir(exist_ok=True)
+        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.10g")
+
+    def complete(self, extra_provenance: Mapping[str, Any]) -> Record:
+        """Close the record: provenance first, `DONE` last."""
+        known = json.loads((self.path / "provenance.json").read_text())
+        self._write_json("provenance.json", {**known, **extra_provenance, "end": provenance.now()})
+        self._write_json("DONE", {"source_digest": provenance.source_digest(), "end": provenance.now()})
+        self._release()
+        return Record(self.path)
+
+    def fail(self, error: BaseException, detail: Mapping[str, Any] | None = None) -> None:
+        """Say what went wrong in FAILED.json; the next call with this configuration runs it again."""
+        if self._lock is not None and self.path.exists():
+            failure = {"type": type(error).__name__, "message": str(error), "end": provenance.now(), **(detail or {})}
+            self._write_json("FAILED.json", failure)
+        self._release()
+
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        partial = self.path / f".{name}.partial"
+        with partial.open("w") as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path / name)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+            (self.path.parent / f".{self.path.name}.lock").unlink(missing_ok=True)

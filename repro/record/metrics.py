@@ -1,0 +1,71 @@
+"""metrics.csv: one row per value, in one long form for every tier, so that any two results can be laid side by side, and beside the paper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+COLUMNS = (
+    "experiment", "tier", "case", "metric", "value", "unit", "ci_low", "ci_high", "n", "paper", "deviation_pct", "source",
+)  # fmt: skip
+
+#: Where a value comes from. `calibrated` marks a value that was itself used to calibrate an input; a value that the calibration never saw
+#: is a prediction and marked `computed`.
+SOURCES = ("published", "public", "measured", "calibrated", "simulated", "emulated", "computed")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One value with its unit, its 95 % interval or spread, the number of samples behind it and the paper's value where there is one."""
+
+    experiment: str
+    tier: str
+    case: str
+    metric: str
+    value: float
+    unit: str
+    source: str
+    ci_low: float = math.nan
+    ci_high: float = math.nan
+    n: int = 1
+    paper: float = math.nan
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"metric {self.metric}: source {self.source!r} is none of {', '.join(SOURCES)}")
+
+    @property
+    def deviation_pct(self) -> float:
+        """(value − paper) / paper in percent; nan without a paper value or with one of 0."""
+        if not math.isfinite(self.paper) or self.paper == 0:
+            return math.nan
+        return 100 * (self.value - self.paper) / self.paper
+
+
+def frame(rows: Iterable[Metric]) -> pd.DataFrame:
+    """Rows in the columns of the contract."""
+    records = [{**asdict(row), "deviation_pct": row.deviation_pct} for row in rows]
+    return pd.DataFrame(records, columns=list(COLUMNS))
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A metrics.csv, with text columns as text."""
+    return pd.read_csv(path, dtype={name: str for name in ("experiment", "tier", "case", "metric", "unit", "source")})
+
+
+def value(table: pd.DataFrame, metric: str, case: str | None = None) -> float:
+    """The one value of a metric (of one case).
+
+    Raises:
+        KeyError: unless exactly one row fits.
+    """
+    rows = table[table["metric"] == metric]
+    if case is not None:
+        rows = rows[rows["case"] == case]
+    if len(rows) != 1:
+        raise KeyError(f"{metric} of case {case}: {len(rows)} rows")
+    return float(rows["value"].iloc[0])
