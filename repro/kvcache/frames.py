@@ -22,6 +22,7 @@ from typing import Any, Final, TypeVar
 import xxhash
 
 from repro.errors import UserError
+from repro.models.layout import StateKind as StateKind
 
 JSON = Any  # what json.loads yields; the standard library types it no closer
 Buffer = bytes | bytearray | memoryview
@@ -42,44 +43,6 @@ MANIFEST_PREFIX_BYTES: Final = _MANIFEST.size + _SEAL.size
 
 class FrameError(UserError):
     """A frame, manifest or set of pieces that cannot be what the sender meant. The message names the field."""
-
-
-class StateKind(IntEnum):
-    """What a state tensor holds. The comment gives its shape for batch B, T tokens of the piece's range."""
-
-    KEY = 1  # [B, heads, T, dim]
-    VALUE = 2  # [B, heads, T, dim]
-    LATENT = 3  # compressed key-value of MLA, [B, 1, T, rank]
-    LATENT_ROPE = 4  # the rotary part of MLA's key, [B, 1, T, dim]
-    SLIDING_KEY = 5  # [B, heads, T, dim], at most the window
-    SLIDING_VALUE = 6  # [B, heads, T, dim], at most the window
-    RECURRENT = 7  # state of a linear-attention layer after `token_end` tokens, any shape
-    CONVOLUTION = 8  # the last columns before a short convolution, [B, channels, kernel - 1]
-    INDEXER_KEY = 9  # keys of a sparse-attention indexer, [B, T, dim]
-    INDEXER_POSITION = 10  # positions of those keys, [dims, B, T]
-    AUXILIARY = 11  # any other tensor of fixed meaning for a model's own cache class, after `token_end` tokens
-
-    @property
-    def token_axis(self) -> int | None:
-        """The axis that counts tokens, or None where the tensor stands for the whole prefix."""
-        return _TOKEN_AXIS.get(self)
-
-
-_TOKEN_AXIS: Final = {
-    **dict.fromkeys(
-        (
-            StateKind.KEY,
-            StateKind.VALUE,
-            StateKind.LATENT,
-            StateKind.LATENT_ROPE,
-            StateKind.SLIDING_KEY,
-            StateKind.SLIDING_VALUE,
-            StateKind.INDEXER_KEY,
-        ),
-        -2,
-    ),
-    StateKind.INDEXER_POSITION: -1,
-}
 
 
 class DType(IntEnum):

@@ -8,45 +8,12 @@ two clocks.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CLOCK_NOTE = (
-    "All workers ran on one machine and took their times from CLOCK_MONOTONIC, which its processes share: "
-    "spans of different processes are comparable without synchronisation."
-)
-
-now_s = time.monotonic
-
-
-@dataclass(frozen=True)
-class Span:
-    """One thing that took time, for one request. Times are CLOCK_MONOTONIC in seconds.
-
-    `what` is one of queue, compute, copy, send, receive, restore, decode, first_token.
-    `layer` and `chunk` are set where the span belongs to one layer or one chunk of the prompt; `kv_bytes` where bytes
-    moved.
-    """
-
-    what: str
-    request_id: int
-    start_s: float
-    end_s: float
-    layer: int | None = None
-    chunk: int | None = None
-    kv_bytes: int | None = None
-
-    @property
-    def duration_s(self) -> float:
-        """Length of the span in seconds."""
-        return self.end_s - self.start_s
-
-    def as_json(self) -> dict[str, Any]:
-        """A plain mapping for a control message."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+from repro.engine.spans import CLOCK_NOTE, Span
 
 
 @dataclass(frozen=True)
@@ -84,11 +51,6 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
 def write_trace(path: Path, timeline: Timeline) -> None:
     """Write `timeline` as a Chrome trace."""
     path.write_text(json.dumps(chrome_trace(timeline), separators=(",", ":")))
-
-
-def spans_from_json(rows: Iterable[Mapping[str, Any]]) -> tuple[Span, ...]:
-    """The inverse of `Span.as_json` over a message's list."""
-    return tuple(Span(**row) for row in rows)
 
 
 def _lanes(spans: Iterable[Span]) -> list[tuple[str, list[Span]]]:

@@ -1,0 +1,7 @@
+"""`python -m repro`."""
+
+import sys
+
+from repro.app import main
+
+sys.exit(main())

@@ -1,0 +1,85 @@
+"""What the live system asks of an engine. The torch engine computes; the replay engine spends a profile's time instead.
+
+Prefill takes all of a prompt but its last token, and decode begins with that one: so nothing but state crosses the link, all
+sampling happens on the decode side, and the decode side's first step yields the request's first token. A request of l
+tokens therefore ships S_kv(l − 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from repro.engine.spans import SpanLog
+from repro.errors import UserError
+from repro.kvcache.frames import Piece
+
+Emit = Callable[[Piece], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt of token ids, and how many tokens to answer it with."""
+
+    request_id: int
+    prompt: tuple[int, ...]
+    output_tokens: int
+
+    def __post_init__(self) -> None:
+        if len(self.prompt) < 2:
+            raise UserError(f"prompt of request {self.request_id}: {len(self.prompt)} tokens; at least 2 are accepted")
+        if self.output_tokens < 1:
+            raise UserError(f"output_tokens of request {self.request_id}: {self.output_tokens}; at least 1 is accepted")
+
+    @property
+    def state_tokens(self) -> int:
+        """Tokens that prefill turns into state: all but the last."""
+        return len(self.prompt) - 1
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What decode must know beside the state. It travels in the manifest, so it cannot be had without the state."""
+
+    request_id: int
+    last_token: int
+    input_tokens: int
+    output_tokens: int
+
+    @staticmethod
+    def of(request: Request) -> Handover:
+        """The hand-over of a request whose first l − 1 tokens have become state."""
+        return Handover(request.request_id, request.prompt[-1], len(request.prompt), request.output_tokens)
+
+    def as_meta(self) -> dict[str, int]:
+        """Plain values for the manifest."""
+        return asdict(self)
+
+    @staticmethod
+    def from_meta(meta: Any) -> Handover:
+        """The inverse of `as_meta`. Raises UserError where the sender left something out."""
+        try:
+            return Handover(**{name: int(meta[name]) for name in Handover.__dataclass_fields__})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"manifest meta: {meta!r} is not a hand-over ({error})") from error
+
+
+class PrefillEngine(Protocol):
+    """Turns prompts into state, one at a time."""
+
+    def prefill(self, request: Request, emit: Emit, log: SpanLog) -> None:
+        """Compute the state of the first l − 1 tokens; `emit` gets every piece as soon as it is final."""
+
+
+class DecodeEngine(Protocol):
+    """Holds the running batch."""
+
+    def join(self, handover: Handover, pieces: Sequence[Piece]) -> None:
+        """Put a request's state together and take it into the batch."""
+
+    def step(self) -> list[tuple[int, int]]:
+        """One token for every request of the batch: (request id, token). Requests leave by `leave` only."""
+
+    def leave(self, request_id: int) -> None:
+        """Drop a request and its state."""

@@ -1,0 +1,207 @@
+"""S_kv(l): which state each layer leaves behind, and how many bytes of it there are (§2.1, the numerator of equation 1).
+
+A layer's state is fixed (recurrent, convolution), grows with every token (full attention), or grows up to a window. That
+is all that the size of a KVCache depends on, so a layout is a list of such states and S_kv(l) is a sum over it: exact,
+and cheap enough for the analytic tiers, which is why neither torch nor transformers is imported here.
+
+`layout_from_config` derives it from the fields of a transformers configuration, by what the layer is (MLA, GQA, sliding
+window, delta attention) and not by model. `repro.kvcache.state.layout` derives it from the cache classes themselves by
+running the model without weights; a test holds the two against each other and against real caches.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final
+
+from repro.errors import UserError
+
+ITEMSIZE: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class StateKind(IntEnum):
+    """What a state tensor holds. The comment gives its shape for batch B and T tokens."""
+
+    KEY = 1  # [B, heads, T, dim]
+    VALUE = 2  # [B, heads, T, dim]
+    LATENT = 3  # compressed key-value of MLA, [B, 1, T, rank]
+    LATENT_ROPE = 4  # the rotary part of MLA's key, [B, 1, T, dim]
+    SLIDING_KEY = 5  # [B, heads, T, dim], at most the window
+    SLIDING_VALUE = 6  # [B, heads, T, dim], at most the window
+    RECURRENT = 7  # state of a linear-attention layer after a number of tokens, any shape
+    CONVOLUTION = 8  # the columns that a short convolution will still read, [B, channels, kernel - 1]
+    INDEXER_KEY = 9  # keys of a sparse-attention indexer, [B, T, dim] or [B, 1, T, dim]
+    INDEXER_POSITION = 10  # positions of those keys, [dims, B, T]
+    AUXILIARY = 11  # any other tensor of a model's own cache class, after a number of tokens
+
+    @property
+    def token_axis(self) -> int | None:
+        """The axis that counts tokens, or None where the tensor stands for the whole prefix."""
+        return _TOKEN_AXIS.get(self)
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether only the last tokens are kept: such a state belongs to exactly one prefix length."""
+        return self in (StateKind.SLIDING_KEY, StateKind.SLIDING_VALUE)
+
+
+_TOKEN_AXIS: Final = {
+    StateKind.KEY: -2,
+    StateKind.VALUE: -2,
+    StateKind.LATENT: -2,
+    StateKind.LATENT_ROPE: -2,
+    StateKind.SLIDING_KEY: -2,
+    StateKind.SLIDING_VALUE: -2,
+    StateKind.INDEXER_KEY: -2,
+    StateKind.INDEXER_POSITION: -1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """One state tensor of one layer, for one sequence. `window_tokens` caps a state that grows per token."""
+
+    layer: int
+    kind: StateKind
+    bytes_fixed: int = 0
+    bytes_per_token: int = 0
+    window_tokens: int | None = None
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes after `tokens` tokens."""
+        kept = tokens if self.window_tokens is None else min(tokens, self.window_tokens)
+        return self.bytes_fixed + self.bytes_per_token * kept
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayout:
+    """All states of a model. `layers` counts decoder layers, those without state included."""
+
+    layers: int
+    states: tuple[LayerState, ...]
+
+    def kv_bytes(self, tokens: int) -> int:
+        """S_kv(l): bytes of the state of one sequence of `tokens` tokens."""
+        return sum(state.kv_bytes(tokens) for state in self.states)
+
+    def by_kind(self, tokens: int) -> dict[StateKind, int]:
+        """Bytes after `tokens` tokens, per kind of state."""
+        sizes: Counter[StateKind] = Counter()
+        for state in self.states:
+            sizes[state.kind] += state.kv_bytes(tokens)
+        return dict(sizes)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Slope of S_kv beyond every window: what each further token adds."""
+        return sum(s.bytes_per_token for s in self.states if s.window_tokens is None)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Intercept of S_kv beyond every window: recurrent and convolution states and full windows."""
+        return sum(s.bytes_fixed + s.bytes_per_token * (s.window_tokens or 0) for s in self.states)
+
+    def layers_by_kind(self) -> dict[str, int]:
+        """How many layers hold which combination of states, in words: `full`, `mla`, `sliding`, `recurrent`, …"""
+        per_layer: dict[int, set[str]] = {layer: set() for layer in range(self.layers)}
+        for state in self.states:
+            per_layer[state.layer].add(_WORD[state.kind])
+        return dict(Counter("+".join(sorted(words)) or "none" for words in per_layer.values()))
+
+
+_WORD: Final = {
+    StateKind.KEY: "gqa",
+    StateKind.VALUE: "gqa",
+    StateKind.LATENT: "mla",
+    StateKind.LATENT_ROPE: "mla",
+    StateKind.SLIDING_KEY: "sliding",
+    StateKind.SLIDING_VALUE: "sliding",
+    StateKind.RECURRENT: "recurrent",
+    StateKind.CONVOLUTION: "recurrent",
+    StateKind.INDEXER_KEY: "indexer",
+    StateKind.INDEXER_POSITION: "indexer",
+    StateKind.AUXILIARY: "auxiliary",
+}
+
+Config = Mapping[str, Any]
+Rule = Callable[[Config, int, int], Iterator[LayerState]]
+
+
+def layout_from_config(model_type: str, config: Config, dtype: str = "bfloat16") -> StateLayout:
+    """The layout of a model whose transformers configuration has these values (defaults filled in).
+
+    Raises:
+        UserError: for a `model_type` or layer type whose state these rules do not know.
+    """
+    if model_type not in KNOWN_MODEL_TYPES:
+        known = ", ".join(sorted(KNOWN_MODEL_TYPES))
+        raise UserError(f"model_type: no rule gives the state of {model_type!r}; known are {known}")
+    types = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
+    if dtype not in ITEMSIZE:
+        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(ITEMSIZE)}")
+    states = [state for i, name in enumerate(types) for state in _RULES[name](config, i, ITEMSIZE[dtype])]
+    return StateLayout(len(types), tuple(states))
+
+
+def short_convolution_columns(config: Config) -> int | None:
+    """Columns that a delta-attention layer's convolution reads from its past: kernel − 1; None where there is no kernel.
+
+    transformers keeps `kernel` columns, the oldest of which nothing reads any more. It is not counted and not shipped.
+    """
+    for key in ("linear_conv_kernel_dim", "short_conv_kernel_size"):
+        if config.get(key) is not None:
+            return int(config[key]) - 1
+    return None
+
+
+def _full(config: Config, layer: int, itemsize: int) -> Iterator[LayerState]:
+    if config.get("kv_lora_rank") is not None:
+        yield LayerState(layer, StateKind.LATENT, bytes_per_token=config["kv_lora_rank"] * itemsize)
+        yield LayerState(layer, StateKind.LATENT_ROPE, bytes_per_token=config["qk_rope_head_dim"] * itemsize)
+        return
+    heads, key_dim = config["num_key_value_heads"], config["head_dim"]
+    yield LayerState(layer, StateKind.KEY, bytes_per_token=heads * key_dim * itemsize)
+    yield LayerState(layer, StateKind.VALUE, bytes_per_token=heads * (config.get("v_head_dim") or key_dim) * itemsize)
+
+
+def _sliding(config: Config, layer: int, itemsize: int) -> Iterator[LayerState]:
+    # MiMo-V2-Flash doubles the KV heads in its sliding layers; a window of w includes the query, so w − 1 are kept.
+    heads, key_dim, window = 2 * config["num_key_value_heads"], config["head_dim"], config["sliding_window"] - 1
+    value_dim = config.get("v_head_dim") or key_dim
+    yield LayerState(
+        layer, StateKind.SLIDING_KEY, bytes_per_token=heads * key_dim * itemsize, window_tokens=window
+    )
+    yield LayerState(
+        layer, StateKind.SLIDING_VALUE, bytes_per_token=heads * value_dim * itemsize, window_tokens=window
+    )
+
+
+def _linear(config: Config, layer: int, itemsize: int) -> Iterator[LayerState]:
+    if config.get("linear_num_value_heads") is not None:  # Gated DeltaNet: fewer query and key heads than value heads
+        heads, key_dim, value_dim = (
+            config["linear_num_value_heads"],
+            config["linear_key_head_dim"],
+            config["linear_value_head_dim"],
+        )
+        channels = 2 * config["linear_num_key_heads"] * key_dim + heads * value_dim
+    else:  # Kimi Delta Attention, and Lightning attention where the convolution's kernel is 1
+        heads = config.get("linear_num_heads") or config["num_attention_heads"]
+        key_dim = value_dim = config.get("linear_head_dim") or config["head_dim"]
+        channels = 3 * heads * key_dim
+    columns = short_convolution_columns(config)
+    assert columns is not None
+    yield LayerState(layer, StateKind.CONVOLUTION, bytes_fixed=channels * columns * itemsize)
+    yield LayerState(layer, StateKind.RECURRENT, bytes_fixed=heads * key_dim * value_dim * 4)  # kept in float32
+
+
+_RULES: Final[Mapping[str, Rule]] = {
+    "full_attention": _full,
+    "sliding_attention": _sliding,
+    "linear_attention": _linear,
+}
+KNOWN_MODEL_TYPES: Final = frozenset(
+    ("kimi_linear", "mimo_v2_flash", "qwen3_5_moe_text", "bailing_hybrid", "minimax_m2", "qwen3_moe")
+)

@@ -1,0 +1,58 @@
+"""The running batch: who is in it, what each has produced and when.
+
+Continuous batching: a request joins between two steps, as soon as its state is whole, and leaves with its last token. The
+engine steps each request on its own cache, so a request's tokens cannot depend on who else is in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from repro.engine.base import DecodeEngine, Handover
+from repro.engine.spans import Span, SpanLog, now_s
+
+
+@dataclass
+class Generation:
+    """One request while it is decoded, and its tokens with their times (CLOCK_MONOTONIC, seconds) when it is done."""
+
+    handover: Handover
+    joined_s: float
+    tokens: list[int] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last token that was asked for is there."""
+        return len(self.tokens) == self.handover.output_tokens
+
+
+class RunningBatch:
+    """Steps a decode engine and keeps each request's tokens until it is done."""
+
+    def __init__(self, engine: DecodeEngine, log: SpanLog) -> None:
+        self._engine = engine
+        self._log = log
+        self._running: dict[int, Generation] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._running)
+
+    def admit(self, handover: Handover) -> None:
+        """Count in a request that the engine has just taken."""
+        self._running[handover.request_id] = Generation(handover, now_s())
+
+    def step(self) -> list[Generation]:
+        """One token for everyone; returns the requests that this finished. They have left the engine."""
+        for request_id, token in self._engine.step():
+            request = self._running[request_id]
+            request.tokens.append(token)
+            request.times_s.append(now_s())
+        finished = [request for request in self._running.values() if request.done]
+        for request in finished:
+            request_id = request.handover.request_id
+            self._log.add(Span("first_token", request_id, request.joined_s, request.times_s[0]))
+            self._log.add(Span("decode", request_id, request.times_s[0], request.times_s[-1]))
+            del self._running[request_id]
+            self._engine.leave(request_id)
+        return finished

@@ -1,0 +1,52 @@
+"""The whole configuration of one run as one frozen value; `conf/` holds its values, this module its form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from repro.errors import UserError
+from repro.link.spec import LinkSpec
+from repro.models.spec import ModelSpec
+from repro.profiles.cluster import ClusterSpec, CostSpec
+from repro.record.tracking import TrackingSpec
+from repro.scheduling.spec import PolicySpec
+from repro.transport.spec import TransportSpec
+from repro.workload.spec import WorkloadSpec
+
+TIERS = ("model", "simulate", "emulate", "execute")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One experiment on one tier.
+
+    `profile` replaces the profiles of both clusters by one that was measured; `options` is the experiment's own part, checked against
+    the dataclass that the experiment declares. `label` names the run directory beside its hash and changes nothing else.
+    """
+
+    name: str
+    tier: Literal["model", "simulate", "emulate", "execute"]
+    model: ModelSpec
+    cluster: ClusterSpec
+    link: LinkSpec
+    workload: WorkloadSpec
+    policy: PolicySpec
+    transport: TransportSpec
+    cost: CostSpec
+    tracking: TrackingSpec
+    profile: str | None = None
+    seed: int = 0
+    label: str | None = None
+    results: str = "results"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"seed: {self.seed} is negative; accepted: 0 or more")
+        if self.label is not None and (not self.label or "/" in self.label or self.label.startswith(".")):
+            raise UserError(f"label: {self.label!r} cannot name a folder")
+
+
+#: Keys that say where a run is written and shown, and cannot change its outcome.
+PRESENTATION = ("tracking", "label", "results")

@@ -1,0 +1,1 @@
+"""The tools around the experiments: `python -m repro <verb>`, one thin module each."""
