@@ -12,14 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repro.errors import UserError
-from repro.scheduling.throughput import (
-    Deployment,
-    Lengths,
-    OperatingPoint,
-    at_thresholds,
-    decode_per_instance,
-    evaluate,
-)
+from repro.scheduling.spec import PolicySpec
+from repro.scheduling.throughput import Deployment, Lengths, OperatingPoint, at_thresholds, decode_per_instance, evaluate
 
 FloatArray = NDArray[np.float64]
 
@@ -45,7 +39,7 @@ def threshold_grid(deployment: Deployment, step_tokens: int) -> FloatArray:
     """Thresholds from the shortest length to the longest in steps of `step_tokens`.
 
     Raises:
-        UserError: if the step leaves fewer than two thresholds.
+        UserError: if the step is longer than the longest request.
     """
     law = deployment.lengths
     if not 0 < step_tokens <= law.maximum_tokens:
@@ -54,31 +48,49 @@ def threshold_grid(deployment: Deployment, step_tokens: int) -> FloatArray:
     return np.clip(grid, law.minimum_tokens, law.maximum_tokens)
 
 
-def surface(deployment: Deployment, threshold_tokens: FloatArray, lengths: Lengths) -> Surface:
-    """Λ_max at every threshold and every split of the PD cluster that keeps one decode instance."""
+def surface(deployment: Deployment, threshold_tokens: FloatArray, n_p: NDArray[np.int64], lengths: Lengths) -> Surface:
+    """Λ_max at every threshold and every split (`n_p` PD-P instances, the others decode)."""
     rows = at_thresholds(deployment, threshold_tokens, lengths)
-    n_p = np.arange(0, deployment.n_pd)
-    p = rows.offload_fraction
-    with np.errstate(divide="ignore"):
+    p, stay = rows.offload_fraction, 1 - rows.offload_fraction
+    with np.errstate(divide="ignore", invalid="ignore"):
         # A stage that no request uses bounds nothing.
-        prfaas = np.where(p > 0, rows.prfaas_per_s / np.maximum(p, 1e-300), np.inf)
-        per_instance = np.where(p < 1, rows.pd_prefill_per_instance_per_s / np.maximum(1 - p, 1e-300), np.inf)
-    pd_prefill = np.where(p[:, None] < 1, n_p[None, :] * np.where(np.isinf(per_instance), 0.0, per_instance)[:, None], np.inf)
+        prfaas = np.where(p > 0, rows.prfaas_per_s / p, np.inf)
+        pd_prefill = np.where(stay[:, None] > 0, n_p[None, :] * (rows.pd_prefill_per_instance_per_s / stay)[:, None], np.inf)
     pd_decode = (deployment.n_pd - n_p) * decode_per_instance(deployment)
     best = np.minimum(np.minimum(prfaas[:, None], pd_prefill), pd_decode[None, :])
     return Surface(rows.tokens, n_p, best, prfaas, pd_prefill, pd_decode)
 
 
 def grid_search(deployment: Deployment, step_tokens: int = 100, lengths: Lengths = "representative") -> OperatingPoint:
-    """The threshold and split with the highest Λ_max.
+    """The threshold and split with the highest Λ_max."""
+    return search(deployment, PolicySpec("search", threshold_step_tokens=step_tokens, lengths=lengths))
+
+
+def search(deployment: Deployment, policy: PolicySpec) -> OperatingPoint:
+    """The best threshold and split among those that `policy` leaves open.
 
     Without PrfaaS instances every request is local, so only the split is searched; a PD cluster that only decodes (naive heterogeneous
     PD) is the corner t = minimum, N_p = 0 of the same grid.
+
+    Raises:
+        UserError: for a fixed threshold outside the distribution, or a fixed split that leaves a needed stage without an instance.
     """
     law = deployment.lengths
     if deployment.n_prfaas == 0:
-        grid = np.array([law.maximum_tokens])
+        thresholds = np.array([law.maximum_tokens])
+    elif policy.threshold_tokens is None:
+        thresholds = threshold_grid(deployment, policy.threshold_step_tokens)
+    elif not law.minimum_tokens <= policy.threshold_tokens <= law.maximum_tokens:
+        raise UserError(
+            f"policy.threshold_tokens: {policy.threshold_tokens:g} lies outside the workload's input lengths; accepted: "
+            f"{law.minimum_tokens:g} to {law.maximum_tokens:g} tokens"
+        )
     else:
-        grid = threshold_grid(deployment, step_tokens)
-    threshold, n_p = surface(deployment, grid, lengths).best()
-    return evaluate(deployment, threshold, n_p, deployment.n_pd - n_p, lengths)
+        thresholds = np.array([policy.threshold_tokens])
+    if policy.n_p is not None and policy.n_p >= deployment.n_pd:
+        raise UserError(
+            f"policy.n_p: {policy.n_p} of {deployment.n_pd} PD instances leaves none to decode; accepted: 0 to {deployment.n_pd - 1}"
+        )
+    splits = np.arange(deployment.n_pd) if policy.n_p is None else np.array([policy.n_p])
+    threshold, n_p = surface(deployment, thresholds, splits, policy.lengths).best()
+    return evaluate(deployment, threshold, n_p, deployment.n_pd - n_p, policy.lengths)

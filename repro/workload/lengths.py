@@ -64,6 +64,10 @@ class LengthDistribution(Protocol):
         """E[f(L) | L ≤ t] for each threshold; nan where P(L ≤ t) is 0."""
         ...
 
+    def atoms(self) -> tuple[FloatArray, FloatArray]:
+        """Lengths in increasing order and the probability of each: the distribution as fine bins at their mean lengths."""
+        ...
+
     def quantile(self, fraction: ArrayLike) -> FloatArray:
         """Length below which `fraction` of the requests lie."""
         ...
@@ -138,6 +142,11 @@ class TruncatedLogNormal:
         mass = np.diff(cdf)
         centre = _ratio(self._partial_mean(edges[:-1], edges[1:]), mass)
         return edges, mass, np.where(np.isfinite(centre), centre, np.sqrt(edges[:-1] * edges[1:]))
+
+    def atoms(self) -> tuple[FloatArray, FloatArray]:
+        """Mean length and probability of each bin."""
+        _, mass, centre = self._bins
+        return centre, mass
 
     def _integral_below(self, function: CurveFunction, threshold_tokens: ArrayLike) -> tuple[FloatArray, float]:
         """E[f(L) · 1(L ≤ t)] for each t, and E[f(L)]."""

@@ -1,0 +1,38 @@
+"""TTFT as Table 6 has it: T_prefill over the length distribution, without queueing.
+
+At the load Λ_max a real queue would be unbounded; what TTFT is below it is a question for the simulator. Here it is what remains when
+nobody waits: prefill on the side that the threshold chooses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from repro.scheduling.throughput import Deployment
+
+
+@dataclass(frozen=True)
+class PrefillLatency:
+    """Mean and 90th percentile of T_prefill in seconds over all requests."""
+
+    mean_s: float
+    p90_s: float
+
+
+def prefill_latency(deployment: Deployment, threshold_tokens: float) -> PrefillLatency:
+    """T_prefill of a request that is prefilled by PrfaaS when longer than the threshold, else by a PD-P instance."""
+    law = deployment.lengths
+    p = float(law.fraction_above(threshold_tokens))
+    mean = 0.0
+    if p > 0:
+        mean += p * float(law.expectation_above(deployment.prfaas.prefill_s, threshold_tokens))
+    if p < 1:
+        mean += (1 - p) * float(law.expectation_below(deployment.pd.prefill_s, threshold_tokens))
+    tokens, mass = law.atoms()
+    offloaded = tokens > threshold_tokens
+    seconds = np.where(offloaded, deployment.prfaas.prefill_s(tokens), deployment.pd.prefill_s(tokens))
+    order = np.argsort(seconds)
+    reached = np.cumsum(mass[order])
+    return PrefillLatency(mean, float(np.interp(0.9 * reached[-1], reached - mass[order] / 2, seconds[order])))

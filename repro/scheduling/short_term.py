@@ -1,0 +1,91 @@
+"""The fast loop of §3.4.3: watch egress utilisation and prefill queues, and move the threshold while either is under pressure.
+
+Pressure begins and ends at different levels (hysteresis), so that a load near one level does not make the threshold chatter. Under
+pressure t is searched anew every period over the recent incremental lengths, queues included; when pressure ends it is searched once
+more without them. One pure step, from state and observation to state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from repro.errors import UserError
+from repro.scheduling.load import Capacity, Costs, balance
+from repro.scheduling.views import ClusterView, LinkView
+
+
+@dataclass(frozen=True)
+class ShortTermSpec:
+    """Levels and times of the fast loop. `queue_*_s` is prefill work waiting per instance; `horizon_s` the time to work it off."""
+
+    enabled: bool = False
+    period_s: float = 1.0
+    utilisation_high: float = 0.8
+    utilisation_low: float = 0.6
+    queue_high_s: float = 2.0
+    queue_low_s: float = 0.5
+    horizon_s: float = 10.0
+    window_requests: int = 512
+
+    def __post_init__(self) -> None:
+        for high, low in (("utilisation_high", "utilisation_low"), ("queue_high_s", "queue_low_s")):
+            if not 0 <= getattr(self, low) <= getattr(self, high):
+                raise UserError(
+                    f"policy.short_term.{low}: {getattr(self, low)} must lie between 0 and policy.short_term.{high} "
+                    f"({getattr(self, high)})"
+                )
+        for key in ("period_s", "horizon_s", "window_requests"):
+            if not getattr(self, key) > 0:
+                raise UserError(f"policy.short_term.{key}: {getattr(self, key)} is not positive")
+
+
+class Observation(NamedTuple):
+    """What is measured at the end of a period. `lengths` are the incremental lengths of recent requests, oldest first."""
+
+    lengths: Sequence[float]
+    rate_per_s: float
+    prfaas: ClusterView
+    pd: ClusterView
+    link: LinkView
+
+
+class ShortTermState(NamedTuple):
+    """What the loop remembers, and all that it decides."""
+
+    threshold_tokens: float
+    bandwidth_scarce: bool = False
+    pressed: bool = False
+
+
+def capacity_of(seen: Observation) -> Capacity:
+    """The stages' capacities and queues as an observation shows them."""
+    return Capacity(
+        seen.prfaas.instances,
+        seen.pd.instances,
+        seen.link.capacity_bps,
+        seen.prfaas.waiting_s,
+        seen.pd.waiting_s,
+        seen.link.backlog_bytes,
+    )
+
+
+def step(spec: ShortTermSpec, state: ShortTermState, seen: Observation, costs: Costs) -> ShortTermState:
+    """The state after one period."""
+    if not spec.enabled:
+        return state
+    waiting_s = max(seen.prfaas.waiting_s, seen.pd.waiting_s)
+    utilisation = seen.link.utilisation if seen.link.capacity_bps > 0 else 1.0
+    scarce = utilisation > (spec.utilisation_low if state.bandwidth_scarce else spec.utilisation_high)
+    surge = waiting_s > (spec.queue_low_s if state.pressed else spec.queue_high_s)
+    pressed = scarce or surge
+    if not pressed and not state.pressed:
+        return state
+    capacity = capacity_of(seen)
+    if pressed:
+        found = balance(seen.lengths, seen.rate_per_s, costs, capacity, spec.horizon_s)
+    else:
+        found = balance(seen.lengths, seen.rate_per_s, costs, capacity)
+    threshold = found.threshold_tokens if seen.lengths else state.threshold_tokens
+    return ShortTermState(threshold, scarce, pressed)

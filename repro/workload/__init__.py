@@ -1,0 +1,1 @@
+"""What requests arrive: lengths, arrival processes, sessions with shared prefixes, public traces."""
