@@ -1,1 +1,1 @@
-"""The throughput model, the grid search, the router and the controllers: pure, without clock or I/O."""
+"""The scheduler of §3.4: throughput model, grid search, routers, placement and the two control loops; pure, without clock or I/O."""

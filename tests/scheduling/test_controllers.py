@@ -1,0 +1,109 @@
+"""The two loops, each step of which is a pure function of what was observed."""
+
+import math
+
+import numpy as np
+import pytest
+
+from repro.errors import UserError
+from repro.scheduling import long_term, short_term
+from repro.scheduling.admission import AdmissionSpec, admitted
+from repro.scheduling.load import Capacity, Costs, balance
+from repro.scheduling.long_term import DecodeView, LongTermSpec
+from repro.scheduling.short_term import Observation, ShortTermSpec, ShortTermState
+from repro.scheduling.views import ClusterView, LinkView
+
+COSTS = Costs(prfaas_s=lambda x: x * 1e-4, pd_s=lambda x: x * 2e-4, kv_bytes=lambda x: 1e8 + 2e4 * x)
+LENGTHS = tuple(float(x) for x in np.random.default_rng(0).lognormal(9.9, 1.0, 512))
+SPEC = ShortTermSpec(enabled=True)
+
+
+def seen(utilisation: float = 0.1, waiting_s: float = 0.0, capacity_bps: float = 100e9, rate: float = 2.0) -> Observation:
+    link = LinkView(capacity_bps, utilisation)
+    return Observation(LENGTHS, rate, ClusterView(4, waiting_s), ClusterView(3, 0.0), link)
+
+
+def test_balance_equals_an_exhaustive_search() -> None:
+    capacity = Capacity(4, 3, 20e9, waiting_prfaas_s=1.0, waiting_pd_s=0.5, backlog_bytes=1e9)
+    found = balance(LENGTHS, 2.0, COSTS, capacity, 10.0)
+
+    def load(threshold: float) -> float:
+        x = np.array(LENGTHS)
+        long, short = x[x > threshold], x[x <= threshold]
+        each = 2.0 / len(x)
+        return max(
+            (COSTS.prfaas_s(long).sum() * each + 4 * 1.0 / 10) / 4,
+            (8 * COSTS.kv_bytes(long).sum() * each + 8e9 / 10) / 20e9,
+            (COSTS.pd_s(short).sum() * each + 3 * 0.5 / 10) / 3,
+        )
+
+    best = min(load(t) for t in [0.0, *LENGTHS])
+    assert found.load == pytest.approx(best) == pytest.approx(load(found.threshold_tokens))
+
+
+def test_balance_without_prfaas_keeps_everything_local_and_without_pd_nothing() -> None:
+    assert balance(LENGTHS, 1.0, COSTS, Capacity(0, 3, 1e9)).threshold_tokens == max(LENGTHS)
+    assert balance(LENGTHS, 1.0, COSTS, Capacity(4, 0, 1e12)).threshold_tokens == 0.0
+    assert balance(LENGTHS, 1.0, COSTS, Capacity(4, 3, 0.0)).threshold_tokens == max(LENGTHS)
+
+
+def test_a_thinner_link_raises_the_threshold() -> None:
+    thresholds = [balance(LENGTHS, 2.0, COSTS, Capacity(4, 3, bps)).threshold_tokens for bps in (1e9, 3e9, 10e9, 100e9)]
+    assert thresholds == sorted(thresholds, reverse=True)
+    assert thresholds[0] > thresholds[-1]
+
+
+def test_the_fast_loop_leaves_a_calm_system_alone() -> None:
+    state = ShortTermState(19_400.0)
+    assert short_term.step(SPEC, state, seen(), COSTS) == state
+
+
+def test_the_fast_loop_raises_the_threshold_under_a_full_link_and_returns_it_afterwards() -> None:
+    state = short_term.step(SPEC, ShortTermState(5_000.0), seen(), COSTS)
+    pressed = short_term.step(SPEC, state, seen(utilisation=1.0, capacity_bps=3e9), COSTS)
+    assert pressed.pressed
+    assert pressed.bandwidth_scarce
+    assert pressed.threshold_tokens > 5_000
+    calm = short_term.step(SPEC, pressed, seen(utilisation=0.1), COSTS)
+    assert not calm.pressed
+    assert calm.threshold_tokens < pressed.threshold_tokens
+
+
+def test_hysteresis_keeps_the_scarce_rule_between_the_two_levels() -> None:
+    scarce, plain = ShortTermState(1e4, True, True), ShortTermState(1e4)
+    between = seen(utilisation=0.7)
+    assert short_term.step(SPEC, scarce, between, COSTS).bandwidth_scarce
+    assert not short_term.step(SPEC, plain, between, COSTS).bandwidth_scarce
+
+
+def test_a_queue_surge_at_prfaas_sends_less_there() -> None:
+    calm = balance(LENGTHS, 2.0, COSTS, Capacity(4, 3, 100e9)).threshold_tokens
+    surged = short_term.step(SPEC, ShortTermState(calm), seen(waiting_s=8.0), COSTS)
+    assert surged.threshold_tokens > calm
+
+
+def test_the_slow_loop_moves_a_node_towards_the_bottleneck_and_rests_when_balanced() -> None:
+    spec = LongTermSpec(enabled=True)
+    rate = 3 / float(np.mean(COSTS.pd_s(np.array(LENGTHS))))
+    busy = Observation(LENGTHS, rate, ClusterView(0), ClusterView(3), LinkView(0.0))
+    assert long_term.step(spec, busy, DecodeView(9, 1e6, 1000.0), COSTS) == 1
+    assert long_term.step(spec, busy._replace(rate_per_s=rate / 3), DecodeView(3, 350.0 * rate / 3, 1000.0), COSTS) == -1
+    assert long_term.step(spec, busy._replace(rate_per_s=rate / 3), DecodeView(9, 1e6, 1000.0), COSTS) == 0
+
+
+def test_the_slow_loop_never_takes_the_last_decode_node() -> None:
+    spec = LongTermSpec(enabled=True)
+    assert long_term.step(spec, seen(rate=1e3), DecodeView(1, 1e9, 1.0), COSTS) == 0
+
+
+def test_admission_refuses_beyond_its_limit_only() -> None:
+    limit = AdmissionSpec(10.0).limit_s
+    assert admitted(9.9, limit)
+    assert not admitted(10.1, limit)
+    assert admitted(1e9, AdmissionSpec().limit_s)
+    assert AdmissionSpec().limit_s == math.inf
+
+
+def test_levels_that_cross_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"policy\.short_term\.utilisation_low"):
+        ShortTermSpec(utilisation_high=0.5, utilisation_low=0.6)
