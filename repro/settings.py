@@ -21,7 +21,7 @@ TIERS = ("model", "simulate", "emulate", "execute")
 class Settings:
     """One experiment on one tier.
 
-    `profile` replaces the profiles of both clusters by one that was measured; `options` is the experiment's own part, checked against
+    `size` and `pretrained` are handed to `model`. `profile` replaces the profiles of both clusters by one that was measured; `options` is the experiment's own part, checked against
     the dataclass that the experiment declares. `label` names the run directory beside its hash and changes nothing else.
     """
 
@@ -35,6 +35,8 @@ class Settings:
     transport: TransportSpec
     cost: CostSpec
     tracking: TrackingSpec
+    size: str = "tiny"
+    pretrained: str | None = None
     profile: str | None = None
     seed: int = 0
     label: str | None = None

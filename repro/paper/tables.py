@@ -33,10 +33,10 @@ class Model:
 TABLE_1 = (
     Model("Kimi Linear", "kimi_linear", "KDA", "MLA", "3:1", printed("48", "10^9", "Table 1")),
     Model("MiMo-V2-Flash", "mimo_v2_flash", "SWA", "GQA", "5:1", printed("309", "10^9", "Table 1")),
-    Model("Qwen3.5-397B", "qwen3_5_moe", "GDN", "GQA", "3:1", printed("397", "10^9", "Table 1")),
-    Model("Ring-2.5-1T", "bailing_hybrid", "Lightning", "MLA", "7:1", printed("1000", "10^9", "Table 1")),
-    Model("MiniMax-M2.5", "minimax_m2", None, "GQA", "dense", printed("229", "10^9", "Table 1")),
-    Model("Qwen3-235B", "qwen3_moe", None, "GQA", "dense", printed("235", "10^9", "Table 1")),
+    Model("Qwen3.5-397B", "qwen3_5_397b", "GDN", "GQA", "3:1", printed("397", "10^9", "Table 1")),
+    Model("Ring-2.5-1T", "ring_2_5_1t", "Lightning", "MLA", "7:1", printed("1000", "10^9", "Table 1")),
+    Model("MiniMax-M2.5", "minimax_m2_5", None, "GQA", "dense", printed("229", "10^9", "Table 1")),
+    Model("Qwen3-235B", "qwen3_235b", None, "GQA", "dense", printed("235", "10^9", "Table 1")),
 )
 
 #: Mechanism → (prefill latency, KV throughput).
@@ -51,10 +51,10 @@ TABLE_2 = MappingProxyType({
 _TABLE_3 = {
     "kimi_linear": ("1.19", "2.29", "3.87", "4.88"),
     "mimo_v2_flash": ("0.82", "2.85", "4.66", "4.71"),
-    "qwen3_5_moe": ("4.13", "6.28", "8.25", "7.47"),
-    "bailing_hybrid": ("7.27", "4.47", "2.59", "1.46"),
-    "minimax_m2": ("4.94", "32.87", "59.93", "47.82"),
-    "qwen3_moe": ("4.12", "22.42", "33.35", "21.50"),
+    "qwen3_5_397b": ("4.13", "6.28", "8.25", "7.47"),
+    "ring_2_5_1t": ("7.27", "4.47", "2.59", "1.46"),
+    "minimax_m2_5": ("4.94", "32.87", "59.93", "47.82"),
+    "qwen3_235b": ("4.12", "22.42", "33.35", "21.50"),
 }
 
 #: Φ_kv in Gbps on 8×H200 with SGLang v0.5.9, by model and length.

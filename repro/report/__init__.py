@@ -1,0 +1,1 @@
+"""Figures, claims and reports, drawn from records alone."""

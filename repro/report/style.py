@@ -1,0 +1,71 @@
+"""One look for every figure: legible in print at column width, in colours that the colour-blind can tell apart, with the paper's values marked.
+
+The palette is Okabe and Ito's. A reader must see the point without the text: a figure's title states its finding or question, axes carry
+units, our values are filled marks or lines, the paper's are black diamonds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#7F7F7F",
+)  # fmt: skip
+
+#: Distinct even when printed in grey: colour, marker and dash change together.
+SERIES = ((BLUE, "o", "-"), (RED, "s", "--"), (GREEN, "^", "-."), (ORANGE, "D", ":"), (PURPLE, "v", "-"), (SKY, "P", "--"), (GREY, "X", "-."))
+
+#: One colour per case of Table 6, in every figure.
+CASE_COLOURS = {"prfaas_pd": BLUE, "homogeneous_pd": GREY, "naive_heterogeneous_pd": ORANGE}
+CASE_NAMES = {"prfaas_pd": "PrfaaS-PD", "homogeneous_pd": "homogeneous PD", "naive_heterogeneous_pd": "naive heterogeneous PD"}
+
+#: How a value that the paper prints is drawn.
+PAPER: dict[str, Any] = {"color": "black", "marker": "D", "linestyle": "none", "markersize": 5.5, "zorder": 5, "label": "paper"}
+
+WIDTH_IN, HEIGHT_IN = 6.4, 3.6
+
+_SETTINGS: dict[str, Any] = {
+    "figure.dpi": 150, "savefig.dpi": 150, "savefig.bbox": "tight", "font.size": 10, "axes.titlesize": 10.5, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.labelsize": 10, "legend.fontsize": 8.5, "legend.frameon": False, "xtick.labelsize": 9,
+    "ytick.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.linewidth": 1.8, "pdf.fonttype": 42, "svg.hashsalt": "repro",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def applied() -> Iterator[None]:
+    """Draw in this style inside the block."""
+    with mpl.rc_context(_SETTINGS):
+        yield
+
+
+def panels(columns: int = 1, rows: int = 1, *, width_in: float = WIDTH_IN, height_in: float = HEIGHT_IN, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with its axes in reading order; made without pyplot, so that drawing keeps no global state."""
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, [axis for row in axes for axis in row]
+
+
+def save(figure: Figure, stem: Path) -> Path:
+    """PNG and PDF without dates, so that the same record gives the same bytes; returns the PNG's path."""
+    figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
+    png = stem.with_suffix(".png")
+    figure.savefig(png, metadata={"Software": None})
+    return png
+
+
+def tokens_axis(axis: Axes) -> None:
+    """A logarithmic length axis labelled 1K, 8K, 32K, 128K."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([1024, 8192, 32768, 131072], ["1K", "8K", "32K", "128K"])
+    axis.minorticks_off()
+    axis.set_xlabel("input length (tokens)")
