@@ -76,7 +76,7 @@ def introduce(sock: socket.socket, hello: Hello, secret: bytes, timeout_s: float
     except OSError as error:
         raise PeerError(f"the receiver closed during the handshake ({error.strerror or error})") from None
     except PeerError as error:
-        raise PeerError(f"the receiver refused this sender's secret or certificate, or is no receiver: {error}") from None
+        raise PeerError(f"the receiver refused the secret or certificate, or is no receiver: {error}") from None
     proof, token, window = _WELCOME.unpack(answer)
     if not hmac.compare_digest(proof, _proof(secret, b"receiver", said + token)):
         raise PeerError("the receiver does not know the shared secret")

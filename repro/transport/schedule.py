@@ -1,9 +1,9 @@
 """Which bytes go next: the earliest-needed layer of the oldest request, without one large request starving others.
 
 Requests take turns of `turn_bytes`. Every second turn belongs to the oldest request; the turns between go round the
-others by age. So the oldest always has half of the link at least, a small request behind a large one waits for at most
-one turn per request ahead of it, and a request alone has everything. Higher priority goes before lower, always. Within a request the order
-is that of the keys that its items were pushed with: (layer, piece, offset). Pure: no clock, no lock, no socket.
+others by age. So the oldest always has half of the link at least, a small request behind a large one waits for two
+turns at most, and a request alone has everything. Higher priority goes before lower, always. Within a request
+the order is that of the keys that its items were pushed with: (layer, piece, offset). Pure: no clock, lock or socket.
 """
 
 from __future__ import annotations

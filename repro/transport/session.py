@@ -105,8 +105,9 @@ class Session:
     ) -> None:
         self.token = token
         self.segment_bytes = segment_bytes
-        self.outbox: deque[bytes] = deque()
-        self.outbox_filled = threading.Condition()
+        self._outbox: deque[bytes] = deque()
+        self._outbox_filled = threading.Condition()
+        self._speaker: object = None
         self.connections = 0
         self.alone_since_s = clock()
         self._arena = arena
@@ -190,6 +191,7 @@ class Session:
             if incoming.sealed or incoming.writers or len(incoming.got) < incoming.segments:
                 return
             incoming.sealed = True
+            incoming.writers += 1  # the checksum reads what must not be freed meanwhile
         self._assemble(transfer, incoming)
 
     def close_with(self, envelope: Envelope, packed: bytearray) -> None:
@@ -227,8 +229,23 @@ class Session:
             self._held_bytes -= whole.manifest.payload_bytes
             self._say(Envelope(Kind.RELEASED, whole.transfer), remember=whole.transfer)
 
-    def repeat(self, oldest: int) -> None:
-        """A new control connection: say again all that may have been lost with the old one."""
+    def to_say(self, speaker: object, patience_s: float) -> bytes | None:
+        """What a control connection carries next, a pulse where there is nothing; None once another speaks instead."""
+        with self._outbox_filled:
+            if not self._outbox and self._speaker is speaker:
+                self._outbox_filled.wait(patience_s)
+            if self._speaker is not speaker:
+                return None
+            said = b"".join(self._outbox)
+            self._outbox.clear()
+        return said or Envelope(Kind.PULSE).pack()
+
+    def speak_through(self, speaker: object, oldest: int = 0) -> None:
+        """A new control connection (None: no more): it says again all that may have been lost with the one before."""
+        with self._outbox_filled:
+            self._speaker = speaker
+            self._outbox.clear()
+            self._outbox_filled.notify_all()
         self.heard(oldest)
         with self._lock:
             for said in self._finished.values():
@@ -237,13 +254,8 @@ class Session:
                 for piece, incoming in transfer.pieces.items():
                     if incoming.acknowledged:
                         self._say(Envelope(Kind.ACK, transfer.number, piece))
-
-    def expire(self, older_than_s: float) -> None:
-        """Give up what began before that moment and is still not whole."""
-        with self._lock:
-            for transfer in list(self._transfers.values()):
-                if transfer.began_s < older_than_s and not transfer.dropped:
-                    self._refuse(transfer, "not complete in time")
+                    elif incoming.attempts and not (incoming.got or incoming.writers):
+                        self._say(Envelope(Kind.AGAIN, transfer.number, piece))
 
     def abandon(self, reason: str) -> None:
         """The sender is gone for good: give its memory back."""
@@ -251,12 +263,6 @@ class Session:
             for transfer in list(self._transfers.values()):
                 if not transfer.dropped:
                     self._refuse(transfer, reason)
-
-    def pulse(self) -> None:
-        """Tell the sender that this side lives."""
-        with self._lock:
-            if not self.outbox:
-                self._say(Envelope(Kind.PULSE))
 
     # Below, the lock is held.
 
@@ -331,9 +337,9 @@ class Session:
         self._post([packed])
 
     def _post(self, said: list[bytes]) -> None:
-        with self.outbox_filled:
-            self.outbox.extend(said)
-            self.outbox_filled.notify()
+        with self._outbox_filled:
+            self._outbox.extend(said)
+            self._outbox_filled.notify()
 
     # Below, it is free: checksums are computed without it.
 
@@ -348,6 +354,7 @@ class Session:
             except FrameError as error:
                 problem = str(error)
         with self._lock:
+            incoming.writers -= 1
             if transfer.dropped:
                 self._bury(transfer)
                 return
@@ -363,9 +370,7 @@ class Session:
                 return
             incoming.acknowledged = True
             transfer.arrivals.append(
-                PieceArrival(
-                    header.piece, header.layer, header.payload_bytes, incoming.first_byte_s, self._clock()
-                )
+                PieceArrival(header.piece, header.layer, header.payload_bytes, incoming.first_byte_s, self._clock())
             )
             self._say(Envelope(Kind.ACK, transfer.number, header.piece))
         self._complete(transfer)
@@ -384,6 +389,8 @@ class Session:
                 if transfer.dropped or transfer.number not in self._transfers:
                     return
                 try:
+                    if len(transfer.pieces) > manifest.pieces:
+                        raise FrameError(f"{len(transfer.pieces)} pieces came, the manifest says {manifest.pieces}")
                     pieces = assembly.complete(manifest)
                 except FrameError as error:
                     self._refuse(transfer, str(error))

@@ -16,8 +16,8 @@ BACKENDS = ("tcp", "mooncake", "nixl")
 class ReceiverLimits:
     """What a receiver lends to its peers. Whoever asks for more is refused, and the refusal is logged.
 
-    `window_bytes` bounds what one sender may have lying at the receiver before decode has taken it; a single request may
-    exceed it up to `max_request_bytes`, so that the oldest request can always be finished.
+    `window_bytes` bounds what one sender may have lying at the receiver before decode has taken it; a single request
+    may exceed it up to `max_request_bytes`, so that the oldest request can always be finished.
     """
 
     window_bytes: int = 256 << 20
@@ -53,7 +53,7 @@ class TransportSpec:
     `secret` is shared by both sides: the text itself, or `env:NAME` or `file:PATH`, which keep it out of records.
     `tls` is a folder written by `scripts/make_certificates`: mutual TLS 1.3. `segment_bytes` is what one connection
     carries at a time, `turn_bytes` what a request may send before another has its turn. `rate_cap_bps` and the socket
-    buffers are left to the kernel where None; buffers must hold bandwidth × RTT ÷ connections for the link to be filled.
+    buffers are left to the kernel where None; buffers must hold bandwidth × RTT ÷ connections to fill the link.
     `stall_s` without an acknowledgement from the peer's TCP gives a connection up; a new one takes its place.
     """
 

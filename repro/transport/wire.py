@@ -59,9 +59,7 @@ class Envelope:
 
     def pack(self) -> bytes:
         """The `ENVELOPE_BYTES` bytes that cross the link."""
-        return _ENVELOPE.pack(
-            _MAGIC, self.kind, 0, self.transfer, self.oldest, self.offset, self.piece, self.length
-        )
+        return _ENVELOPE.pack(_MAGIC, self.kind, 0, self.transfer, self.oldest, self.offset, self.piece, self.length)
 
     @staticmethod
     def unpack(buf: bytes | bytearray | memoryview) -> Envelope:
@@ -140,10 +138,19 @@ def write_all(sock: socket.socket, buffers: list[bytes | memoryview]) -> None:
             sent = 0
 
 
-def close(sock: socket.socket) -> None:
-    """Close, waking whichever thread waits in it."""
+def hang_up(sock: socket.socket) -> None:
+    """End a connection that another thread uses: it wakes, and closes what is its own.
+
+    Only the owner closes, because a closed descriptor's number may be another connection's a moment later. The plain
+    socket's shutdown is meant, even under TLS: the other one would let a thread go on in clear text.
+    """
     with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def close(sock: socket.socket) -> None:
+    """Close a connection of one's own."""
+    hang_up(sock)
     with contextlib.suppress(OSError):
         sock.close()
 
@@ -158,5 +165,5 @@ def set_timeouts(sock: socket.socket, receive_s: float | None, send_s: float | N
 
 __all__ = [
     "ENVELOPE_BYTES", "HEADER_BYTES", "Envelope", "Kind", "PeerError",
-    "close", "read_exactly", "read_into", "set_timeouts", "write_all",
+    "close", "hang_up", "read_exactly", "read_into", "set_timeouts", "write_all",
 ]  # fmt: skip

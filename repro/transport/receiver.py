@@ -1,0 +1,362 @@
+"""The decode side: accepts connections, reads pieces straight into prefaulted memory, hands over whole requests.
+
+One thread per connection, because a blocking `recv_into` of a large segment leaves Python's lock alone while the kernel
+copies. Nothing a peer sends is believed before it has passed the handshake, nothing is allocated before its header has
+passed the limits, and whatever a peer does wrong ends that peer's connection with a line in the log, and no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from repro.kvcache.frames import HEADER_BYTES, Manifest, Piece
+from repro.transport.arena import Arena
+from repro.transport.handshake import Hello, Role, Welcome, encrypt, examine, tls_context, welcome
+from repro.transport.session import Failure, PieceArrival, Session, Whole
+from repro.transport.spec import TransportSpec
+from repro.transport.wire import (
+    ENVELOPE_BYTES,
+    Envelope,
+    Kind,
+    PeerError,
+    close,
+    hang_up,
+    read_exactly,
+    read_into,
+    set_timeouts,
+)
+
+log = logging.getLogger("repro.transport")
+
+_MAX_STRANGERS = 64
+_MAX_FAILURES = 10_000
+
+
+@dataclass(frozen=True)
+class Received:
+    """A whole request. Its payloads lie in the receiver's memory until `release`; copy or restore them before that.
+
+    A context manager: leaving it releases. Times are seconds of the monotonic clock, `arrivals` per piece.
+    """
+
+    request_id: int
+    manifest: Manifest
+    pieces: tuple[Piece, ...]
+    arrivals: tuple[PieceArrival, ...]
+    completed_s: float
+    _release: Callable[[], None]
+
+    @property
+    def first_byte_s(self) -> float:
+        """When the first piece began to arrive."""
+        return min((a.first_byte_s for a in self.arrivals), default=self.completed_s)
+
+    @property
+    def last_byte_s(self) -> float:
+        """When the last piece's last byte was there."""
+        return max((a.last_byte_s for a in self.arrivals), default=self.completed_s)
+
+    def release(self) -> None:
+        """Give the memory back, and with it the sender's window. More than once does no harm."""
+        self._release()
+
+    def __enter__(self) -> Received:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def once(action: Callable[[], None]) -> Callable[[], None]:
+    """`action`, of which only the first call does anything."""
+    left = [action]
+
+    def call() -> None:
+        with contextlib.suppress(IndexError):
+            left.pop()()
+
+    return call
+
+
+class Receiver:
+    """Listens for senders of one secret. Thread-safe."""
+
+    def __init__(self, spec: TransportSpec, host: str, port: int = 0, *, arena: Arena | None = None) -> None:
+        self._spec = spec
+        self._limits = spec.limits
+        self._secret = spec.secret_bytes()
+        self._tls: ssl.SSLContext | None = tls_context(spec.tls, receiver=True) if spec.tls else None
+        if not self._secret and self._tls is None:
+            log.warning("the receiver on %s takes KVCache from anybody: neither a secret nor TLS is set", host)
+        self._arena = arena or receive_arena(spec)
+        self._ready: queue.SimpleQueue[tuple[Session, Whole] | None] = queue.SimpleQueue()
+        self._failures: list[Failure] = []
+        self._sessions: dict[bytes, Session] = {}
+        self._slots: dict[tuple[bytes, Role, int], socket.socket] = {}
+        self._sockets: set[socket.socket] = set()
+        self._strangers = 0
+        self._refused_peers = 0
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._listener = socket.create_server((host, port), backlog=128)
+        if spec.receive_buffer_bytes:
+            # On the listener, so that it stands before the window scale is agreed.
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, spec.receive_buffer_bytes)
+        self._threads: set[threading.Thread] = set()
+        for work in (self._accept, self._tend):
+            self._start(work)
+
+    @property
+    def port(self) -> int:
+        """The TCP port that senders dial."""
+        return int(self._listener.getsockname()[1])
+
+    @property
+    def arena(self) -> Arena:
+        """Where payloads lie."""
+        return self._arena
+
+    def receive(self, timeout_s: float | None = None) -> Received:
+        """The next whole request, each exactly once. Raises TimeoutError, or OSError once closed."""
+        try:
+            entry = self._ready.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError(f"no request arrived within {timeout_s} s") from None
+        if entry is None:
+            self._ready.put(None)
+            raise OSError("the receiver is closed")
+        session, whole = entry
+        return Received(
+            whole.manifest.request_id,
+            whole.manifest,
+            whole.pieces,
+            whole.arrivals,
+            whole.completed_s,
+            once(lambda: session.release(whole)),
+        )
+
+    def failures(self) -> list[Failure]:
+        """Requests that were refused, cancelled or abandoned since the last call."""
+        with self._lock:
+            failures, self._failures = self._failures, []
+        return failures
+
+    def stats(self) -> dict[str, int]:
+        """Counts at this moment: sessions, connections, bytes held, peers refused since the start, threads."""
+        with self._lock:
+            return {
+                "sessions": len(self._sessions),
+                "connections": len(self._slots),
+                "held_bytes": sum(session.held_bytes for session in self._sessions.values()),
+                "arena_used_bytes": self._arena.used_bytes,
+                "refused_peers": self._refused_peers,
+                "threads": len(self._threads),
+            }
+
+    def close(self) -> None:
+        """End all connections and threads. Requests that were not yet received are lost."""
+        self._closed.set()
+        hang_up(self._listener)
+        with self._lock:
+            sockets, sessions = list(self._sockets), list(self._sessions.values())
+        for sock in sockets:
+            hang_up(sock)
+        for session in sessions:
+            session.speak_through(None)
+        for thread in list(self._threads):
+            if thread is not threading.current_thread():
+                thread.join(timeout=5)
+        close(self._listener)
+        self._ready.put(None)
+        self._arena.close()
+
+    def __enter__(self) -> Receiver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            finally:
+                with self._lock:
+                    self._threads.discard(threading.current_thread())
+
+        thread = threading.Thread(target=run, name=f"receive-{work.__name__}", daemon=True)
+        with self._lock:
+            self._threads.add(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while not self._closed.is_set():
+            try:
+                sock, address = self._listener.accept()
+            except OSError:
+                if self._closed.is_set():
+                    return
+                time.sleep(0.05)  # out of descriptors, most likely: those that are here go on
+                continue
+            with self._lock:
+                welcome_to_try = self._strangers < _MAX_STRANGERS
+                self._strangers += welcome_to_try
+                if welcome_to_try:
+                    self._sockets.add(sock)
+            if not welcome_to_try:
+                self._refuse_peer(address, f"{_MAX_STRANGERS} connections are in their handshake already")
+                close(sock)
+                continue
+            self._start(lambda sock=sock, address=address: self._serve(sock, address))  # type: ignore[misc]
+
+    def _refuse_peer(self, address: object, reason: str) -> None:
+        with self._lock:
+            self._refused_peers += 1
+        log.warning("refused peer %s: %s", address, reason)
+
+    def _serve(self, sock: socket.socket, address: object) -> None:
+        """A connection from its first byte to its last."""
+        current = sock
+        session: Session | None = None
+        stranger = True
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            set_timeouts(sock, self._limits.handshake_timeout_s, self._limits.handshake_timeout_s)
+            if self._tls is not None:
+                current = encrypt(sock, self._tls, receiver=True, timeout_s=self._limits.handshake_timeout_s)
+                with self._lock:
+                    self._sockets.discard(sock)
+                    self._sockets.add(current)
+                set_timeouts(current, self._limits.handshake_timeout_s, self._limits.handshake_timeout_s)
+            hello, said = examine(current, self._secret, self._limits.handshake_timeout_s)
+            session = self._enrol(hello, current)
+            welcome(current, Welcome(session.token, self._limits.window_bytes), self._secret, said)
+            with self._lock:
+                self._strangers -= 1
+            stranger = False
+            set_timeouts(current, self._limits.segment_timeout_s, self._spec.stall_s * 4)
+            if hello.role is Role.CONTROL:
+                session.speak_through(current, hello.oldest)
+                while (words := session.to_say(current, self._spec.heartbeat_s)) is not None:
+                    current.sendall(words)
+            else:
+                self._read(current, session)
+        except PeerError as error:
+            if not self._closed.is_set():
+                self._refuse_peer(address, str(error))
+        except OSError as error:
+            if not self._closed.is_set():
+                log.info("connection from %s lost: %s", address, error)
+        except Exception:
+            # A mistake of ours in one connection must not take the others down.
+            log.exception("connection from %s dropped", address)
+        finally:
+            close(current)
+            with self._lock:
+                self._strangers -= stranger
+                self._sockets.discard(current)
+                self._sockets.discard(sock)
+                for key in [key for key, taken in self._slots.items() if taken is current]:
+                    del self._slots[key]
+                if session is not None:
+                    session.connections -= 1
+                    session.alone_since_s = time.monotonic()
+
+    def _enrol(self, hello: Hello, sock: socket.socket) -> Session:
+        """The connection's session; a connection that takes another's slot ends that one."""
+        key = (hello.session, hello.role, hello.slot)
+        with self._lock:
+            session = self._sessions.get(hello.session)
+            if session is None:
+                if len(self._sessions) >= self._limits.max_sessions:
+                    raise PeerError(f"{self._limits.max_sessions} senders are here already")
+                session = self._sessions[hello.session] = Session(
+                    os.urandom(16),
+                    hello.segment_bytes,
+                    self._arena,
+                    self._limits,
+                    lambda session, whole: self._ready.put((session, whole)),
+                    self._report,
+                )
+            elif session.segment_bytes != hello.segment_bytes:
+                raise PeerError("changes the size of its segments within a session")
+            previous = self._slots.pop(key, None)
+            if previous is None and session.connections > self._limits.max_connections:
+                raise PeerError(f"more than {self._limits.max_connections} connections")
+            self._slots[key] = sock
+            session.connections += 1
+        if previous is not None:
+            hang_up(previous)
+        return session
+
+    def _report(self, failure: Failure) -> None:
+        with self._lock:
+            self._failures.append(failure)
+            del self._failures[:-_MAX_FAILURES]
+
+    def _read(self, sock: socket.socket, session: Session) -> None:
+        head = memoryview(bytearray(ENVELOPE_BYTES))
+        scratch: memoryview | None = None
+        patience = self._limits.segment_timeout_s
+        while read_into(sock, head):
+            envelope = Envelope.unpack(head)
+            session.heard(envelope.oldest)
+            if envelope.kind is Kind.SEGMENT:
+                deadline = time.monotonic() + patience
+                raw_header = read_exactly(sock, HEADER_BYTES, deadline)
+                place = session.claim(envelope, raw_header)
+                if place is not None:
+                    whole = False
+                    try:
+                        whole = not envelope.length or read_into(sock, place, deadline)
+                    finally:
+                        session.filled(envelope, whole)
+                elif envelope.length:
+                    scratch = scratch or memoryview(bytearray(session.segment_bytes))
+                    read_into(sock, scratch[: envelope.length], deadline)
+            elif envelope.kind is Kind.MANIFEST:
+                limit = self._limits.max_manifest_bytes + 4096
+                if not 0 < envelope.length <= limit:
+                    raise PeerError(f"a manifest of {envelope.length} bytes, {limit} are accepted")
+                packed = read_exactly(sock, envelope.length, time.monotonic() + patience)
+                session.close_with(envelope, packed)
+            elif envelope.kind is Kind.CANCEL:
+                session.cancel(envelope.transfer)
+            elif envelope.kind is not Kind.HEARTBEAT:
+                raise PeerError(f"{envelope.kind.name} is not for a receiver")
+
+    def _tend(self) -> None:
+        """Let go of senders that do not come back, and of requests that do not end."""
+        while not self._closed.wait(0.5):
+            now = time.monotonic()
+            with self._lock:
+                gone = {
+                    key: session
+                    for key, session in self._sessions.items()
+                    if session.connections == 0 and now - session.alone_since_s > self._limits.session_timeout_s
+                }
+                for key in gone:
+                    del self._sessions[key]
+            for session in gone.values():
+                session.abandon("the sender has gone")
+
+
+def receive_arena(spec: TransportSpec) -> Arena:
+    """Memory for what the limits allow; only what is used is ever backed by pages."""
+    limits = spec.limits
+    per_session = limits.window_bytes + limits.max_request_bytes
+    return Arena(
+        2 * per_session * min(limits.max_sessions, 4),
+        retain_bytes=2 * limits.window_bytes,
+        prefault_bytes=limits.prefault_bytes,
+    )
