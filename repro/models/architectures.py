@@ -1,7 +1,7 @@
 """The published architectures as state layouts, without torch: what Tables 3 and 5 need of a model.
 
-A layout is read from the same YAML that builds the model (conf/model), so the analytic tiers and the executed ones cannot
-disagree. It takes milliseconds, where importing transformers takes two seconds.
+A layout is read from the same YAML that builds the model (conf/model), so the analytic tiers and the executed ones
+cannot disagree. It takes milliseconds, where importing transformers takes two seconds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""S_kv(l): which state each layer leaves behind, and how many bytes of it there are (§2.1, the numerator of equation 1).
+"""S_kv(l): which state each layer leaves behind, and how many bytes of it there are (§2.1, equation 1).
 
-A layer's state is fixed (recurrent, convolution), grows with every token (full attention), or grows up to a window. That
-is all that the size of a KVCache depends on, so a layout is a list of such states and S_kv(l) is a sum over it: exact,
-and cheap enough for the analytic tiers, which is why neither torch nor transformers is imported here.
+A layer's state is fixed (recurrent, convolution), grows with every token (full attention), or grows up to a window.
+That is all that the size of a KVCache depends on, so a layout is a list of such states and S_kv(l) is a sum over it:
+exact, and cheap enough for the analytic tiers, which is why neither torch nor transformers is imported here.
 
 `layout_from_config` derives it from the fields of a transformers configuration, by what the layer is (MLA, GQA, sliding
 window, delta attention) and not by model. `repro.kvcache.state.layout` derives it from the cache classes themselves by
@@ -147,7 +147,7 @@ def layout_from_config(model_type: str, config: Config, dtype: str = "bfloat16")
 
 
 def short_convolution_columns(config: Config) -> int | None:
-    """Columns that a delta-attention layer's convolution reads from its past: kernel − 1; None where there is no kernel.
+    """Columns of its past that a delta-attention layer's convolution reads: kernel − 1; None without a kernel.
 
     transformers keeps `kernel` columns, the oldest of which nothing reads any more. It is not counted and not shipped.
     """
@@ -171,12 +171,8 @@ def _sliding(config: Config, layer: int, itemsize: int) -> Iterator[LayerState]:
     # MiMo-V2-Flash doubles the KV heads in its sliding layers; a window of w includes the query, so w − 1 are kept.
     heads, key_dim, window = 2 * config["num_key_value_heads"], config["head_dim"], config["sliding_window"] - 1
     value_dim = config.get("v_head_dim") or key_dim
-    yield LayerState(
-        layer, StateKind.SLIDING_KEY, bytes_per_token=heads * key_dim * itemsize, window_tokens=window
-    )
-    yield LayerState(
-        layer, StateKind.SLIDING_VALUE, bytes_per_token=heads * value_dim * itemsize, window_tokens=window
-    )
+    yield LayerState(layer, StateKind.SLIDING_KEY, bytes_per_token=heads * key_dim * itemsize, window_tokens=window)
+    yield LayerState(layer, StateKind.SLIDING_VALUE, bytes_per_token=heads * value_dim * itemsize, window_tokens=window)
 
 
 def _linear(config: Config, layer: int, itemsize: int) -> Iterator[LayerState]:

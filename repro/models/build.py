@@ -1,0 +1,93 @@
+"""From a specification to a torch module: without weights, with seeded random weights, or with a checkpoint's.
+
+Models are transformers' own, unchanged, so what runs here is what others run. `full` sizes exist on the meta device
+only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from repro.errors import UserError
+from repro.models.spec import ModelSpec
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def config_of(spec: ModelSpec) -> PreTrainedConfig:
+    """The transformers configuration. Raises UserError for a model type, field or checkpoint that is not accepted."""
+    try:
+        config: PreTrainedConfig
+        if spec.pretrained is not None:
+            config = AutoConfig.from_pretrained(spec.pretrained)
+            return config
+        config = AutoConfig.for_model(spec.model_type, **spec.values())
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        where = f"model.pretrained: {spec.pretrained}" if spec.pretrained else f"model {spec.name}"
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
+    unknown = sorted(key for key in spec.values() if not hasattr(config, key))
+    if unknown:
+        raise UserError(f"model.config: {unknown[0]!r} is no field of {type(config).__name__}")
+    return config
+
+
+def build(spec: ModelSpec, device: str | torch.device = "cpu") -> torch.nn.Module:
+    """The model in evaluation mode on `device`; on "meta" without weights, else seeded or loaded.
+
+    A checkpoint with device "auto" is dispatched over all devices by accelerate. Raises UserError for weights of a
+    `full` size, and for what transformers refuses.
+    """
+    dtype = _DTYPES[spec.dtype]
+    if spec.pretrained is not None:
+        return _load(spec.pretrained, dtype, str(device))
+    if spec.size == "full" and torch.device(device).type != "meta":
+        raise UserError(f"model.size: full is built without weights only; run {spec.name} as single_gpu or tiny")
+    config = config_of(spec)
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.device(device):
+        torch.manual_seed(spec.seed)
+        try:
+            model = _from_config(config, dtype)
+        except ValueError as error:
+            raise UserError(f"model {spec.name}: {str(error).splitlines()[0]}") from error
+    if torch.device(device).type == "meta" and hasattr(model, "set_experts_implementation"):
+        # The other implementations ask which expert got how many tokens, which has no answer without data.
+        model.set_experts_implementation("batched_mm")
+    return _quiet(model)
+
+
+def _load(source: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    if device == "meta":
+        with torch.device("meta"):
+            return _quiet(_from_config(AutoConfig.from_pretrained(source), dtype))
+    offline = Path(source).is_dir() or bool(os.environ.get("HF_HUB_OFFLINE"))
+    try:
+        return _quiet(
+            AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device, local_files_only=offline)
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.pretrained: {source}: {str(error).splitlines()[0]}") from error
+
+
+def _from_config(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+
+
+def _quiet(model: Any) -> torch.nn.Module:
+    module: torch.nn.Module = model.eval()
+    return module.requires_grad_(False)
+
+
+def parameters(model: torch.nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
