@@ -1,0 +1,214 @@
+"""The link that needs no privilege at all: a TCP relay on loopback with the link's rate and delay.
+
+Each connection is ended here and begun anew, so the byte stream sees the right capacity (shared by all connections),
+delay, schedule and queue, but TCP never meets loss, slow start or congestion; what the backend gives up says so.
+Headers that real packets would have had are charged to the rate, so its ideal goodput is that of the other backends.
+
+Run as `python -m repro.link.relay` by the Link. Talks JSON lines: the first line in is the spec; then {"dial": [host,
+port, direction]} answers {"port": …}, {"signals": …} the counters, {"start": t} begins the schedule. It ends with its
+standard input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from typing import Any
+
+from repro.configuration import build
+from repro.link import kernel
+from repro.link.capacity import Serialiser, capacity
+from repro.link.impairment import jitter_of
+from repro.link.spec import Condition, Direction, LinkSpec
+
+_LARGEST_CHUNK_BYTES = 256 << 10
+_SMALLEST_CHUNK_BYTES = 1448
+_PATIENCE_S = 0.2  # how long a sleeping thread may take to notice that its connection is gone
+
+
+class Way:
+    """One direction, shared by all connections: its serialiser, its delay and its counters."""
+
+    def __init__(self, spec: LinkSpec, direction: Direction) -> None:
+        self._spec, self._direction = spec, direction
+        self._share = spec.tcp_goodput_share
+        self._lock = threading.Lock()
+        self._jitter = jitter_of(spec, spec.seed * 2 + (direction == "reverse"))
+        base = spec.base(direction)
+        self._conditions: tuple[Condition, ...] = (base,)
+        self._origin_s = time.monotonic()
+        self._queue = Serialiser(capacity(self._conditions, (), self._origin_s), float("inf"))
+        self._delay_s = base.delay_s
+        self.forwarded_bytes = 0
+        self.rate_bytes = None if base.rate_bps is None else base.rate_bps / 8
+        #: At most a millisecond of serialisation at a time, so that connections share fairly and the stream is smooth.
+        self.chunk_bytes = _LARGEST_CHUNK_BYTES
+        if self.rate_bytes is not None:
+            self.chunk_bytes = int(min(max(self.rate_bytes * 1e-3, _SMALLEST_CHUNK_BYTES), _LARGEST_CHUNK_BYTES))
+
+    def start(self, at_s: float) -> None:
+        """Begin the schedule."""
+        with self._lock:
+            self._conditions = self._spec.conditions(self._direction)
+            self._origin_s = at_s
+            self._queue.follow(capacity(self._conditions, self._spec.trace(self._direction), at_s), time.monotonic())
+
+    def arrival(self, payload_bytes: int) -> float:
+        """When a chunk read now is to come out at the other end."""
+        with self._lock:
+            now_s = time.monotonic()
+            departure = self._queue.depart(now_s, payload_bytes / self._share)
+            self.forwarded_bytes += payload_bytes
+            elapsed_s = now_s - self._origin_s
+            while len(self._conditions) > 1 and elapsed_s >= self._conditions[1].at_s:
+                self._conditions = self._conditions[1:]
+            self._delay_s = self._conditions[0].delay_s
+            if self._jitter:
+                return departure + max(0.0, self._delay_s + self._jitter.sample(now_s))
+            return departure + self._delay_s
+
+    def backlog_bytes(self) -> float:
+        """What waits for capacity."""
+        with self._lock:
+            return self._queue.backlog_bytes(time.monotonic())
+
+    def limit_bytes(self) -> float:
+        """How much one connection may have under way: the pipe and the queue before it."""
+        if self.rate_bytes is None:
+            return 256 << 20
+        return self.rate_bytes * self._delay_s + self._spec.queue_limit_bytes(self._direction) + 4 * self.chunk_bytes
+
+
+class Pump:
+    """One direction of one connection: a thread that reads, and one that writes when the time has come."""
+
+    def __init__(self, source: socket.socket, sink: socket.socket, way: Way) -> None:
+        self._source, self._sink, self._way = source, sink, way
+        self._line: deque[tuple[float, bytearray, int]] = deque()
+        self._under_way = 0
+        self._changed = threading.Condition()
+        self._over = False
+        self._spare: list[bytearray] = []
+        for work in (self._read, self._write):
+            threading.Thread(target=work, daemon=True).start()
+
+    def _read(self) -> None:
+        last_s = 0.0
+        while not self._over:
+            chunk = self._spare.pop() if self._spare else bytearray(self._way.chunk_bytes)
+            try:
+                count = self._source.recv_into(chunk)
+            except OSError:
+                count = 0
+            last_s = max(last_s, self._way.arrival(count))
+            with self._changed:
+                while self._under_way > self._way.limit_bytes() and not self._over:
+                    self._changed.wait(_PATIENCE_S)
+                self._line.append((last_s, chunk, count))
+                self._under_way += count
+                self._changed.notify_all()
+            if count == 0:
+                return
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                while not self._line:
+                    self._changed.wait()
+                due_s, chunk, count = self._line.popleft()
+            while (wait_s := due_s - time.monotonic()) > 0 and not self._over:
+                time.sleep(min(wait_s, _PATIENCE_S))
+            try:
+                if count == 0:
+                    self._sink.shutdown(socket.SHUT_WR)
+                    return
+                self._sink.sendall(memoryview(chunk)[:count])
+            except OSError:
+                # The far side is gone: say so to the near one at once, as a reset would.
+                self._over = True
+                with contextlib.suppress(OSError):
+                    self._source.shutdown(socket.SHUT_RDWR)
+                return
+            self._spare.append(chunk)
+            with self._changed:
+                self._under_way -= count
+                self._changed.notify_all()
+
+
+class Relay:
+    """Listeners that lead to targets through the two ways."""
+
+    def __init__(self, spec: LinkSpec) -> None:
+        self._ways: dict[Direction, Way] = {"forward": Way(spec, "forward"), "reverse": Way(spec, "reverse")}
+
+    def dial(self, host: str, port: int, direction: Direction) -> int:
+        """A port on loopback from which connections reach host:port; what the client sends goes in `direction`."""
+        listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        rate = self._ways[direction].rate_bytes
+        if rate is not None and rate * 0.02 < 200_000:
+            # At low rates the kernel's own buffer in front of us would be seconds of hidden queue.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, max(8192, int(rate * 0.02)))
+        threading.Thread(target=self._accept, args=(listener, host, port, direction), daemon=True).start()
+        return int(listener.getsockname()[1])
+
+    def start(self, at_s: float) -> None:
+        """Begin the schedule in both directions."""
+        for way in self._ways.values():
+            way.start(at_s)
+
+    def signals(self) -> dict[str, Any]:
+        """Counters of both directions."""
+        counters: dict[str, Any] = {
+            name: {
+                "queue_bytes": way.backlog_bytes(),
+                "dropped_segments": 0,
+                "lost_segments": 0,
+                "forwarded_bytes": way.forwarded_bytes,
+            }
+            for name, way in self._ways.items()
+        }
+        return {"at_s": time.monotonic(), **counters}
+
+    def _accept(self, listener: socket.socket, host: str, port: int, direction: Direction) -> None:
+        back: Direction = "reverse" if direction == "forward" else "forward"
+        while True:
+            near, _ = listener.accept()
+            try:
+                far = socket.create_connection((host, port))
+            except OSError:
+                near.close()
+                continue
+            for end in (near, far):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            Pump(near, far, self._ways[direction])
+            Pump(far, near, self._ways[back])
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    kernel.wake_precisely()
+    relay = Relay(build(LinkSpec, json.loads(sys.stdin.readline()), "link"))
+    _say({"ready": True})
+    for line in sys.stdin:
+        message = json.loads(line)
+        if "dial" in message:
+            host, port, direction = message["dial"]
+            _say({"port": relay.dial(host, port, direction)})
+        elif "start" in message:
+            relay.start(message["start"])
+            _say({})
+        else:
+            _say(relay.signals())
+
+
+def _say(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    main()
