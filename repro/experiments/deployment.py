@@ -1,0 +1,60 @@
+"""From settings to the deployments of §4.1: PrfaaS-PD and the two baselines that share its workload."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from repro.profiles.presets import load_profile, profile_path
+from repro.scheduling.latency import PrefillLatency, prefill_latency
+from repro.scheduling.search import search
+from repro.scheduling.throughput import Deployment, OperatingPoint, evaluate
+from repro.settings import Settings
+
+
+def profile_files(settings: Settings) -> list[Path]:
+    """Files behind the profiles that a run uses; presets have none."""
+    names = [settings.profile] if settings.profile else [settings.cluster.prfaas.profile, settings.cluster.pd.profile]
+    folder = Path(settings.results) / "profiles"
+    return [path for name in names if (path := profile_path(name, folder)) is not None]
+
+
+def deployment(settings: Settings) -> Deployment:
+    """The PrfaaS-PD deployment that the settings describe.
+
+    Raises:
+        UserError: for a profile that does not exist or a link without a rate.
+    """
+    cluster, folder = settings.cluster, Path(settings.results) / "profiles"
+    return Deployment(
+        prfaas=load_profile(settings.profile or cluster.prfaas.profile, folder),
+        n_prfaas=cluster.prfaas.instances,
+        pd=load_profile(settings.profile or cluster.pd.profile, folder),
+        n_pd=cluster.pd.instances,
+        egress_bps=settings.link.rate_bps or float("inf"),
+        lengths=settings.workload.lengths,
+        output_tokens=settings.workload.output_tokens,
+    )
+
+
+def operating_points(base: Deployment, settings: Settings) -> Mapping[str, OperatingPoint]:
+    """The three deployments of Table 6, each at its own best point.
+
+    PrfaaS-PD follows the policy (what it leaves open is searched); homogeneous PD has no PrfaaS and searches its split; naive
+    heterogeneous PD offloads every request and decodes on the whole PD cluster.
+    """
+    policy, law = settings.policy, base.lengths
+    homogeneous = base.without_prfaas(settings.cluster.homogeneous_instances)
+    free = type(policy)(policy.name, threshold_step_tokens=policy.threshold_step_tokens, lengths=policy.lengths)
+    points = {"prfaas_pd": search(base, policy), "homogeneous_pd": search(homogeneous, free)}
+    if base.n_prfaas > 0:
+        points["naive_heterogeneous_pd"] = evaluate(base, law.minimum_tokens, 0, base.n_pd, policy.lengths)
+    return points
+
+
+def latencies(base: Deployment, points: Mapping[str, OperatingPoint], homogeneous_instances: int) -> dict[str, PrefillLatency]:
+    """TTFT without queueing of each deployment at its operating point."""
+    homogeneous = base.without_prfaas(homogeneous_instances)
+    return {
+        case: prefill_latency(homogeneous if case == "homogeneous_pd" else base, point.threshold_tokens) for case, point in points.items()
+    }
