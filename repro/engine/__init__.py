@@ -1,1 +1,1 @@
-"""Prefill and decode engines: what turns a prompt into KVCache and KVCache into tokens, on one device, for one request at a time or many."""
+"""Prefill and decode engines: what turns a prompt into KVCache, and KVCache into tokens, on one device."""

@@ -1,8 +1,8 @@
 """What the live system asks of an engine. The torch engine computes; the replay engine spends a profile's time instead.
 
-Prefill takes all of a prompt but its last token, and decode begins with that one: so nothing but state crosses the link, all
-sampling happens on the decode side, and the decode side's first step yields the request's first token. A request of l
-tokens therefore ships S_kv(l − 1).
+Prefill takes all of a prompt but its last token, and decode begins with that one: so nothing but state crosses the
+link, all sampling happens on the decode side, and the decode side's first step yields the request's first token. A
+request of l tokens therefore ships S_kv(l − 1).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The decode worker: `python -m repro.serving.decode`, the process that stands for the local PD cluster's decode side.
 
-One thread takes requests from the transport; the main thread restores them and steps the batch. A request is taken in only
-when its manifest is complete, never on part of its state.
+One thread takes requests from the transport; the main thread restores them and steps the batch. A request is taken in
+only when its manifest is complete, never on part of its state.
 """
 
 from __future__ import annotations
@@ -38,9 +38,6 @@ class _Broken:
     error: Exception
 
 
-Arrival = tuple[Received, float]
-
-
 def report(channel: Channel, request: Generation, log: SpanLog) -> None:
     """Tell the supervisor of a finished request: its tokens and when each was there."""
     channel.send(
@@ -59,14 +56,12 @@ def work(channel: Channel, config: Message) -> None:
     log = SpanLog()
     batch = RunningBatch(engine, log)
     receiver = open_receiver(spec.transport, spec.host, 0)
-    inbox: queue.SimpleQueue[Arrival | _Stop | _Broken] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Received | _Stop | _Broken] = queue.SimpleQueue()
 
     def receive() -> None:
         try:
             while True:
-                received = receiver.receive(timeout_s=1.0)
-                if received is not None:
-                    inbox.put((received, now_s()))
+                inbox.put(receiver.receive())
         except Exception as error:
             inbox.put(_Broken(error))
 
@@ -86,14 +81,24 @@ def work(channel: Channel, config: Message) -> None:
             report(channel, request, log)
 
 
-def _admit(arrival: Arrival, engine: TorchEngine, batch: RunningBatch, channel: Channel, log: SpanLog) -> None:
-    received, complete_s = arrival
-    handover = Handover.from_meta(received.manifest.meta)
-    request_id = handover.request_id
-    restore_s = now_s()
-    log.add(Span("decode_queue", request_id, complete_s, restore_s))
-    with log.span("restore", request_id, kv_bytes=received.manifest.payload_bytes):
-        engine.join(handover, received.pieces)
+def _admit(received: Received, engine: TorchEngine, batch: RunningBatch, channel: Channel, log: SpanLog) -> None:
+    request_id, complete_s = received.request_id, received.completed_s
+    with received:
+        handover = Handover.from_meta(received.manifest.meta)
+        for arrival in received.arrivals:
+            log.add(
+                Span(
+                    "receive",
+                    request_id,
+                    arrival.first_byte_s,
+                    arrival.last_byte_s,
+                    layer=arrival.layer,
+                    kv_bytes=arrival.payload_bytes,
+                )
+            )
+        log.add(Span("decode_queue", request_id, complete_s, now_s()))
+        with log.span("restore", request_id, kv_bytes=received.manifest.payload_bytes):
+            engine.join(handover, received.pieces)
     batch.admit(handover)
     channel.send("joined", request_id=request_id, complete_s=complete_s, joined_s=now_s())
 

@@ -1,7 +1,7 @@
 """The running batch: who is in it, what each has produced and when.
 
-Continuous batching: a request joins between two steps, as soon as its state is whole, and leaves with its last token. The
-engine steps each request on its own cache, so a request's tokens cannot depend on who else is in the batch.
+Continuous batching: a request joins between two steps, as soon as its state is whole, and leaves with its last token.
+The engine steps each request on its own cache, so a request's tokens cannot depend on who else is in the batch.
 """
 
 from __future__ import annotations

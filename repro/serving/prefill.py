@@ -1,14 +1,15 @@
 """The prefill worker: `python -m repro.serving.prefill`, the process that stands for the PrfaaS cluster.
 
-It prefills one request after another and gives every piece of state to the transport. Layer-wise, a piece goes the moment
-it is final, so the link carries it while later layers and chunks are computed (§3.3); in bulk, all pieces wait for the
-end of prefill. That is the only difference between the two modes, which makes them comparable.
+It prefills one request after another and gives every piece of state to the transport. Layer-wise, a piece goes the
+moment it is final, so the link carries it while later layers and chunks are computed (§3.3); in bulk, all pieces wait
+for the end of prefill. That is the only difference between the two modes, which makes them comparable.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections import Counter
 from dataclasses import dataclass
 
 from repro import configuration
@@ -17,7 +18,7 @@ from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
 from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.kvcache.frames import FrameHeader, Manifest, Piece
 from repro.serving.channel import Channel, Message, run_worker
-from repro.transport import Sender, TransportSpec, open_sender
+from repro.transport import Sender, TransferFailed, TransportSpec, open_sender
 
 
 @dataclass(frozen=True)
@@ -35,35 +36,28 @@ class PrefillConfig:
 class _Outbox:
     """Pieces of one request on their way out: at once, or held until `release`."""
 
-    def __init__(self, request_id: int, sender: Sender, layerwise: bool, log: SpanLog) -> None:
-        self._request_id = request_id
+    def __init__(self, sender: Sender, layerwise: bool) -> None:
         self._sender = sender
         self._layerwise = layerwise
-        self._log = log
         self._held: list[Piece] = []
         self.headers: list[FrameHeader] = []
         self.first_piece_s = 0.0
 
     def emit(self, piece: Piece) -> None:
-        """Take a piece from the engine."""
+        """Take a piece from the engine. Waits where the link is so far behind that memory must be bounded."""
         if not self.headers:
             self.first_piece_s = now_s()
         self.headers.append(piece.header)
         if self._layerwise:
-            self._send(piece)
+            self._sender.send(piece)
         else:
             self._held.append(piece)
 
     def release(self) -> None:
         """Send what was held."""
         for piece in self._held:
-            self._send(piece)
-        self._held.clear()
-
-    def _send(self, piece: Piece) -> None:
-        layer, size = piece.header.layer, piece.header.payload_bytes
-        with self._log.span("send", self._request_id, layer=layer, kv_bytes=size):
             self._sender.send(piece)
+        self._held.clear()
 
 
 def work(channel: Channel, config: Message) -> None:
@@ -85,30 +79,21 @@ def _serve(
     request: Request, engine: TorchEngine, sender: Sender, spec: PrefillConfig, channel: Channel, log: SpanLog
 ) -> None:
     request_id = request.request_id
-    outbox = _Outbox(request_id, sender, spec.layerwise, log)
-    sender.begin(request_id)
+    outbox = _Outbox(sender, spec.layerwise)
+    sender.begin(request_id, deadline_s=spec.deadline_s)
     start_s = now_s()
     engine.prefill(request, outbox.emit, log)
     end_s = now_s()
     log.add(Span("prefill", request_id, start_s, end_s))
     outbox.release()
     sender.finish(Manifest.of(request_id, outbox.headers, Handover.of(request).as_meta()))
-
-    def confirm() -> None:
-        try:
-            sender.wait(request_id, spec.deadline_s)
-        except Exception as error:
-            channel.send("failed", error=f"request {request_id} was not delivered: {error}")
-            return
-        log.add(Span("transfer", request_id, outbox.first_piece_s if spec.layerwise else end_s, now_s()))
-        channel.send("sent", request_id=request_id, spans=spans_to_json(log.take()))
-
     # The next request's prefill does not wait for this one's last acknowledgement.
-    threading.Thread(target=confirm, name=f"confirm {request_id}", daemon=True).start()
-    kv_bytes: dict[str, int] = {}
+    threading.Thread(
+        target=_confirm, args=(request_id, sender, channel, log), name=f"confirm {request_id}", daemon=True
+    ).start()
+    kv_bytes: Counter[str] = Counter()
     for header in outbox.headers:
-        name = header.kind.name.lower()
-        kv_bytes[name] = kv_bytes.get(name, 0) + header.payload_bytes
+        kv_bytes[header.kind.name.lower()] += header.payload_bytes
     channel.send(
         "prefilled",
         request_id=request_id,
@@ -118,6 +103,27 @@ def _serve(
         pieces=len(outbox.headers),
         kv_bytes=kv_bytes,
     )
+
+
+def _confirm(request_id: int, sender: Sender, channel: Channel, log: SpanLog) -> None:
+    """Report the delivery once the decode side has acknowledged it, or that there will be none."""
+    try:
+        delivery = sender.wait(request_id)
+    except TransferFailed as error:
+        channel.send("failed", error=str(error))
+        return
+    for piece in delivery.pieces:
+        log.add(
+            Span(
+                "send",
+                request_id,
+                piece.first_byte_s,
+                piece.acked_s,
+                layer=piece.layer,
+                kv_bytes=piece.payload_bytes,
+            )
+        )
+    channel.send("sent", request_id=request_id, resent_bytes=delivery.resent_bytes, spans=spans_to_json(log.take()))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
 
+import psutil
+
 from repro.errors import UserError
 from repro.serving.channel import Message
 
@@ -158,6 +160,18 @@ class Supervisor:
                 raise RuntimeError(f"{event.worker} said {event.message['kind']!r} where {kind!r} was expected")
             events.append(event)
         return events
+
+    def memory_bytes(self) -> int:
+        """Resident memory of all workers and their children now."""
+        total = 0
+        for worker in self._workers.values():
+            # A child may end between being listed and being asked.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(worker.pid)
+                for one in (process, *process.children(recursive=True)):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        total += one.memory_info().rss
+        return total
 
     def stop(self, grace_s: float = 3.0) -> None:
         """Ask all workers to stop, wait `grace_s` for them, kill what is left with its whole process group."""
