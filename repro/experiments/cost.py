@@ -84,14 +84,19 @@ def run(context: Context) -> Outcome:
         context.metric("gain of 15 %", "price_ratio", ratio_for(claimed), "H20 per H200", "computed", paper=2.0),
         context.metric("gain of 0 %", "price_ratio", ratio_for(0.0), "H20 per H200", "computed"),
     ]
+    gpu_usd, egress_gb = {}, {}
     for case, point in points.items():
         prfaas_usd = settings.cost.gpu_hour_usd(base.prfaas.accelerator) * gpus[case].prfaas_gpus if gpus[case].prfaas_gpus else 0.0
-        pd_usd = settings.cost.gpu_hour_usd(base.pd.accelerator) * gpus[case].pd_gpus
-        egress_gb = point.egress_bps / 8e9 * SECONDS_PER_HOUR
-        hourly = prfaas_usd + pd_usd + settings.cost.usd_per_egress_gb * egress_gb
+        gpu_usd[case] = prfaas_usd + settings.cost.gpu_hour_usd(base.pd.accelerator) * gpus[case].pd_gpus
+        egress_gb[case] = point.egress_bps / 8e9 * SECONDS_PER_HOUR
+        hourly = gpu_usd[case] + settings.cost.usd_per_egress_gb * egress_gb[case]
         tokens = point.lambda_max * SECONDS_PER_HOUR * settings.workload.output_tokens
         rows.append(context.metric(case, "cost_per_mtok_usd", 1e6 * hourly / tokens, "USD per 10^6 output tokens", "computed"))
         rows.append(context.metric(case, "cost_per_hour_usd", hourly, "USD/h", "computed"))
+    # The paper's link is a flat cost; where egress is metered, this price per GB eats the whole gain.
+    rival = gpu_usd["homogeneous_pd"] * points["prfaas_pd"].lambda_max / points["homogeneous_pd"].lambda_max
+    break_even = (rival - gpu_usd["prfaas_pd"]) / egress_gb["prfaas_pd"]
+    rows.append(context.metric("prfaas_pd", "break_even_egress_usd_per_gb", break_even, "USD/GB", "computed"))
     return Outcome(rows, {"gain": pd.DataFrame({"price_ratio": ratios, "gain": gains})})
 
 

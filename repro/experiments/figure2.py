@@ -34,7 +34,8 @@ def draw(record: Record) -> Figure:
     bars.bar(positions, table["phi_kv_bps"] / 1e9, 0.6, color=style.SKY, label="Φ_kv (published)")
     line.plot(positions, table["prefill_s"], color=style.RED, marker="o", label="T_prefill (implied by S_kv)")
     for position, seconds in zip(positions, table["prefill_s"], strict=True):
-        line.annotate(f"{seconds:.2f} s", (position, seconds), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8.5)
+        line.annotate(f"{seconds:.2f} s", (position, seconds), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8.5,
+                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})  # fmt: skip
     bars.set_xticks(list(positions), list(table["label"]))
     bars.set(xlabel="input length (tokens)", ylabel="Φ_kv (Gbps)", title="MiniMax-M2.5 emits 60 Gbps of KVCache per instance", ylim=(0, 78))
     line.set(ylabel="T_prefill (s)", ylim=(0, 7))

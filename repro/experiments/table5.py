@@ -92,6 +92,8 @@ def draw(record: Record) -> Figure:
     for axis in (left, right):
         style.tokens_axis(axis)
         axis.legend(loc="upper left")
+    right.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+    right.minorticks_off()
     return figure
 
 

@@ -147,7 +147,7 @@ def draw(record: Record) -> Figure:
             row = table[(table["case"] == case) & (table["metric"] == metric)].iloc[0]
             label = {"ttft_mean_s": "mean", "ttft_p90_s": "P90"}[metric]
             right.bar(index + shift, row["value"], 0.36, color=style.CASE_COLOURS[case], alpha=shade)
-            right.text(index + shift, row["value"] + 0.15, label, ha="center", fontsize=8)
+            right.text(index + shift, 0.15, label, ha="center", fontsize=8, color="white" if shade == 1 else "black")
             right.plot(index + shift, row["paper"], **style.PAPER)
     names = [style.CASE_NAMES[case].replace(" ", "\n", 1).replace(" PD", "\nPD") for case in cases]
     for axis in (left, right):
