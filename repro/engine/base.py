@@ -7,7 +7,7 @@ request of l tokens therefore ships S_kv(l − 1).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -31,6 +31,15 @@ class Request:
             raise UserError(f"prompt of request {self.request_id}: {len(self.prompt)} tokens; at least 2 are accepted")
         if self.output_tokens < 1:
             raise UserError(f"output_tokens of request {self.request_id}: {self.output_tokens}; at least 1 is accepted")
+
+    def as_json(self) -> dict[str, Any]:
+        """A plain mapping for a control message."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Request:
+        """The inverse of `as_json`."""
+        return Request(values["request_id"], tuple(values["prompt"]), values["output_tokens"])
 
     @property
     def state_tokens(self) -> int:

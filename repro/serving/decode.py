@@ -1,7 +1,10 @@
-"""The decode worker: `python -m repro.serving.decode`, the process that stands for the local PD cluster's decode side.
+"""The decode worker: `python -m repro.serving.decode`, the process that stands for the local PD cluster.
 
-One thread takes requests from the transport; the main thread restores them and steps the batch. A request is taken in
-only when its manifest is complete, never on part of its state.
+One thread takes requests from the transport; the main thread restores them and steps the batch. A request joins only
+when its manifest is complete, never on part of its state. A request that comes as a prompt, from the supervisor, is
+prefilled
+here: the unsplit run, with the same engine, chunks and order of operations as the split one, but its state never leaves
+the process. Prefill goes before decode steps, as in a server without chunked mixing.
 """
 
 from __future__ import annotations
@@ -11,11 +14,11 @@ import threading
 from dataclasses import dataclass
 
 from repro import configuration
-from repro.engine.base import Handover
+from repro.engine.base import Handover, Request
 from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
 from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.serving.channel import Channel, Message, run_worker
-from repro.serving.decoding import Generation, RunningBatch
+from repro.serving.decoding import RunningBatch
 from repro.transport import Received, TransportSpec, open_receiver
 
 
@@ -28,60 +31,57 @@ class DecodeConfig:
     host: str
 
 
-@dataclass(frozen=True)
-class _Stop:
-    pass
-
-
-@dataclass(frozen=True)
-class _Broken:
-    error: Exception
-
-
-def report(channel: Channel, request: Generation, log: SpanLog) -> None:
-    """Tell the supervisor of a finished request: its tokens and when each was there."""
-    channel.send(
-        "finished",
-        request_id=request.handover.request_id,
-        tokens=request.tokens,
-        times_s=request.times_s,
-        spans=spans_to_json(log.take()),
-    )
-
-
 def work(channel: Channel, config: Message) -> None:
-    """Serve until told to stop."""
+    """Listen, build the model, then serve until told to stop."""
     spec = configuration.build(DecodeConfig, {key: value for key, value in config.items() if key != "kind"})
+    receiver = open_receiver(spec.transport, spec.host, 0)
     engine = TorchEngine(spec.engine)
     log = SpanLog()
     batch = RunningBatch(engine, log)
-    receiver = open_receiver(spec.transport, spec.host, 0)
-    inbox: queue.SimpleQueue[Received | _Stop | _Broken] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Received | Message | Exception] = queue.SimpleQueue()
 
     def receive() -> None:
         try:
             while True:
                 inbox.put(receiver.receive())
         except Exception as error:
-            inbox.put(_Broken(error))
+            inbox.put(error)
 
     threading.Thread(target=receive, name="receive", daemon=True).start()
-    channel.deliver(lambda message: inbox.put(_Stop()) if message["kind"] == "stop" else None)
+    channel.deliver(inbox.put)
     channel.send("ready", port=receiver.port)
     while True:
         while not batch or not inbox.empty():
             item = inbox.get()
-            if isinstance(item, _Stop):
+            if isinstance(item, Exception):
+                raise item
+            if isinstance(item, Received):
+                _join(item, engine, batch, channel, log)
+            elif item["kind"] == "stop":
                 receiver.close()
                 return
-            if isinstance(item, _Broken):
-                raise item.error
-            _admit(item, engine, batch, channel, log)
+            else:
+                _prefill_here(Request.from_json(item["request"]), engine, batch, channel, log)
         for request in batch.step():
-            report(channel, request, log)
+            channel.send(
+                "finished",
+                request_id=request.handover.request_id,
+                tokens=request.tokens,
+                times_s=request.times_s,
+                spans=spans_to_json(log.take()),
+            )
 
 
-def _admit(received: Received, engine: TorchEngine, batch: RunningBatch, channel: Channel, log: SpanLog) -> None:
+def _prefill_here(request: Request, engine: TorchEngine, batch: RunningBatch, channel: Channel, log: SpanLog) -> None:
+    start_s = now_s()
+    engine.prefill_and_join(request, log)
+    end_s = now_s()
+    log.add(Span("prefill", request.request_id, start_s, end_s))
+    batch.admit(Handover.of(request))
+    channel.send("prefilled", request_id=request.request_id, start_s=start_s, end_s=end_s)
+
+
+def _join(received: Received, engine: TorchEngine, batch: RunningBatch, channel: Channel, log: SpanLog) -> None:
     request_id, complete_s = received.request_id, received.completed_s
     with received:
         handover = Handover.from_meta(received.manifest.meta)

@@ -23,13 +23,10 @@ from repro.transport import Sender, TransferFailed, TransportSpec, open_sender
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """What the worker is started with: how to compute, how to send, and where to."""
+    """What the worker is started with: how to compute, and how to send. Where to comes when the decode side listens."""
 
     engine: EngineSpec
     transport: TransportSpec
-    host: str
-    port: int
-    layerwise: bool
     deadline_s: float
 
 
@@ -61,26 +58,35 @@ class _Outbox:
 
 
 def work(channel: Channel, config: Message) -> None:
-    """Serve until told to stop."""
+    """Build the model, connect when told where to, then serve until told to stop."""
     spec = configuration.build(PrefillConfig, {key: value for key, value in config.items() if key != "kind"})
     engine = TorchEngine(spec.engine)
     log = SpanLog()
+    address = channel.read()
+    if address["kind"] == "stop":
+        return
+    sender = open_sender(spec.transport, (address["host"], address["port"]))
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    sender = open_sender(spec.transport, (spec.host, spec.port))
     channel.deliver(inbox.put)
     channel.send("ready")
     while (message := inbox.get())["kind"] != "stop":
-        request = Request(message["request_id"], tuple(message["prompt"]), message["output_tokens"])
-        _serve(request, engine, sender, spec, channel, log)
+        request = Request.from_json(message["request"])
+        _serve(request, message["mode"] == "layerwise", engine, sender, spec.deadline_s, channel, log)
     sender.close()
 
 
 def _serve(
-    request: Request, engine: TorchEngine, sender: Sender, spec: PrefillConfig, channel: Channel, log: SpanLog
+    request: Request,
+    layerwise: bool,
+    engine: TorchEngine,
+    sender: Sender,
+    deadline_s: float,
+    channel: Channel,
+    log: SpanLog,
 ) -> None:
     request_id = request.request_id
-    outbox = _Outbox(sender, spec.layerwise)
-    sender.begin(request_id, deadline_s=spec.deadline_s)
+    outbox = _Outbox(sender, layerwise)
+    sender.begin(request_id, deadline_s=deadline_s)
     start_s = now_s()
     engine.prefill(request, outbox.emit, log)
     end_s = now_s()

@@ -1,49 +1,33 @@
-"""A run of the live system: one prefill worker, one decode worker and the link between them, or one unsplit worker.
+"""The live system of a split run: a prefill worker, a decode worker and the link between them.
 
-This is the router's seat: it gives requests to prefill, hears when each was prefilled, delivered, joined and
-finished, and turns that into one `Served` per request. It sees control messages only; state goes past it.
+This is the router's seat: it gives requests to a worker, hears when each was prefilled, delivered, joined and finished,
+and turns that into one `Served` per request. It sees control messages only; state goes past it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
-from repro import configuration
+from repro.configuration import plain
 from repro.engine.base import Request
 from repro.engine.spans import Span, now_s, spans_from_json
 from repro.engine.torch_engine import EngineSpec
 from repro.errors import UserError
-from repro.link import Link
+from repro.link import Link, Side
+from repro.serving.channel import Message
 from repro.serving.decode import DecodeConfig
 from repro.serving.prefill import PrefillConfig
 from repro.serving.supervision import Supervisor, Worker
 from repro.serving.timeline import Timeline
-from repro.serving.unsplit import UnsplitConfig
 from repro.transport import TransportSpec
 
+SIDES: tuple[Side, ...] = ("prefill", "decode")
 MODES = ("unsplit", "bulk", "layerwise")
 _START_TIMEOUT_S = 120.0
-
-
-@dataclass(frozen=True)
-class SplitSpec:
-    """How a request is served. `in_flight` is how many requests the router lets into the system at a time."""
-
-    engine: EngineSpec
-    transport: TransportSpec
-    mode: str = "layerwise"
-    in_flight: int = 1
-    request_timeout_s: float = 120.0
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UserError(f"mode: {self.mode!r} is unknown; accepted: {', '.join(MODES)}")
-        if self.in_flight < 1:
-            raise UserError(f"in_flight: {self.in_flight}; a whole number of at least 1 is accepted")
 
 
 @dataclass(frozen=True)
@@ -55,6 +39,7 @@ class Served:
     """
 
     request: Request
+    mode: str
     tokens: tuple[int, ...]
     arrival_s: float
     prefill_start_s: float
@@ -106,118 +91,111 @@ class Served:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run leaves: its requests in the order of their ids, its timeline, and the most memory its workers held."""
+    """What a run leaves: its requests in the order given, its timeline, and the memory that its workers held after it."""
 
     served: tuple[Served, ...]
     timeline: Timeline
-    peak_memory_bytes: int
+    memory_bytes: int
 
 
-def run(spec: SplitSpec, requests: Sequence[Request], link: Link | None, log_directory: Path) -> Run:
-    """Serve `requests` in their order and return when the last is finished; `link` is not used when unsplit.
+class System:
+    """A prefill and a decode worker on the two sides of a link; a context manager, after which both are gone.
 
-    Raises:
-        WorkerDiedError: when a worker ends or fails before that, within milliseconds of it.
-        WorkerSilentError: when nothing happens for `request_timeout_s`.
+    Any method may raise WorkerDiedError, within milliseconds of a worker's end, and WorkerSilentError where nothing
+    happens for `request_timeout_s`.
     """
-    with Supervisor(log_directory) as supervisor:
-        entry = _start(spec, link, supervisor)
-        if link is not None:
-            link.start()
-        return _Session(spec, supervisor, entry).serve(requests)
 
+    def __init__(
+        self,
+        engine: EngineSpec,
+        transport: TransportSpec,
+        link: Link,
+        log_directory: Path,
+        request_timeout_s: float = 120.0,
+    ) -> None:
+        self._engine = engine
+        self._transport = transport
+        self._link = link
+        self._request_timeout_s = request_timeout_s
+        self._supervisor = Supervisor(log_directory)
 
-def _start(spec: SplitSpec, link: Link | None, supervisor: Supervisor) -> Worker:
-    """Start the workers, wait until they can serve, and return the one that takes requests."""
-    environment = {"OMP_NUM_THREADS": str(spec.engine.threads), "TOKENIZERS_PARALLELISM": "false"}
+    def __enter__(self) -> System:
+        try:
+            self._start()
+        except BaseException:
+            self._supervisor.kill()
+            raise
+        return self
 
-    def python(module: str) -> list[str]:
-        return [sys.executable, "-m", f"repro.serving.{module}"]
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._supervisor.__exit__(kind, error, at)
 
-    if spec.mode == "unsplit":
-        config = configuration.plain(UnsplitConfig(spec.engine))
-        worker = supervisor.start("unsplit", python("unsplit"), config, environment)
-        supervisor.expect("ready", 1, _START_TIMEOUT_S)
-        return worker
-    if link is None:
-        raise UserError(f"mode: {spec.mode} needs a link")
-    decode = configuration.plain(DecodeConfig(spec.engine, spec.transport, link.listen_host("decode")))
-    supervisor.start("decode", link.command("decode", python("decode")), decode, environment)
-    (ready,) = supervisor.expect("ready", 1, _START_TIMEOUT_S)
-    host, port = link.dial(ready.message["port"])
-    layerwise = spec.mode == "layerwise"
-    prefill = PrefillConfig(spec.engine, spec.transport, host, port, layerwise, spec.request_timeout_s)
-    worker = supervisor.start(
-        "prefill", link.command("prefill", python("prefill")), configuration.plain(prefill), environment
-    )
-    supervisor.expect("ready", 1, _START_TIMEOUT_S)
-    return worker
+    def _start(self) -> None:
+        """Both workers load at the same time; prefill dials when decode listens and the link leads there."""
+        environment = {"OMP_NUM_THREADS": str(self._engine.threads), "TOKENIZERS_PARALLELISM": "false"}
+        configs = {
+            "decode": plain(DecodeConfig(self._engine, self._transport, self._link.listen_host("decode"))),
+            "prefill": plain(PrefillConfig(self._engine, self._transport, self._request_timeout_s)),
+        }
+        self._workers: dict[str, Worker] = {}
+        for side in SIDES:
+            command = self._link.command(side, [sys.executable, "-m", f"repro.serving.{side}"])
+            self._workers[side] = self._supervisor.start(side, command, configs[side], environment)
+        (listening,) = self._supervisor.expect("ready", 1, _START_TIMEOUT_S)
+        host, port = self._link.dial(listening.message["port"])
+        self._workers["prefill"].send("connect", host=host, port=port)
+        self._supervisor.expect("ready", 1, _START_TIMEOUT_S)
 
+    def serve(self, requests: Sequence[Request], mode: str, in_flight: int = 1) -> Run:
+        """Serve `requests` in their order, `in_flight` of them at a time, and return when the last is finished.
 
-class _Session:
-    """Requests in flight, and what has been heard of each."""
-
-    def __init__(self, spec: SplitSpec, supervisor: Supervisor, entry: Worker) -> None:
-        self._spec = spec
-        self._supervisor = supervisor
-        self._entry = entry
-        self._arrivals: dict[int, float] = {}
-        self._heard: dict[int, dict[str, dict[str, Any]]] = {}
-        self._spans: dict[str, list[Span]] = {}
-
-    def serve(self, requests: Sequence[Request]) -> Run:
+        In mode `unsplit` the decode worker prefills by itself and nothing crosses the link.
+        """
+        if mode not in MODES:
+            raise UserError(f"mode: {mode!r} is unknown; accepted: {', '.join(MODES)}")
+        if in_flight < 1:
+            raise UserError(f"in_flight: {in_flight}; a whole number of at least 1 is accepted")
+        entry = self._workers["decode" if mode == "unsplit" else "prefill"]
+        needed = {"prefilled", "finished"} if mode == "unsplit" else {"prefilled", "sent", "joined", "finished"}
         waiting = list(reversed(requests))
-        by_id = {request.request_id: request for request in requests}
-        needed = {"finished"} if self._spec.mode == "unsplit" else {"finished", "sent", "joined", "prefilled"}
-        finished = 0
-        open_requests = 0
-        peak = 0
-        while finished < len(requests):
-            while waiting and open_requests < self._spec.in_flight:
-                self._submit(waiting.pop())
-                open_requests += 1
-            event = self._supervisor.next_event(self._spec.request_timeout_s)
-            message = event.message
-            request_id, kind = message["request_id"], message["kind"]
-            self._heard[request_id][kind] = message
-            self._spans.setdefault(event.worker, []).extend(spans_from_json(message.pop("spans", ())))
-            if kind == "finished":
-                open_requests -= 1
-                peak = max(peak, self._supervisor.memory_bytes())
-            if kind in needed and needed <= self._heard[request_id].keys():
-                finished += 1
-        served = tuple(self._served(by_id[request_id]) for request_id in sorted(by_id))
-        for record in served:
-            queue = Span("queue", record.request.request_id, record.arrival_s, record.prefill_start_s)
-            self._spans.setdefault("router", []).append(queue)
-        return Run(served, Timeline({worker: tuple(spans) for worker, spans in self._spans.items()}), peak)
-
-    def _submit(self, request: Request) -> None:
-        self._heard[request.request_id] = {}
-        self._arrivals[request.request_id] = now_s()
-        self._entry.send(
-            "request",
-            request_id=request.request_id,
-            prompt=request.prompt,
-            output_tokens=request.output_tokens,
+        arrivals: dict[int, float] = {}
+        heard: dict[int, dict[str, Message]] = {}
+        spans: dict[str, list[Span]] = {side: [] for side in (*SIDES, "router")}
+        complete = 0
+        while complete < len(requests):
+            while waiting and len(arrivals) - complete < in_flight:
+                request = waiting.pop()
+                arrivals[request.request_id], heard[request.request_id] = now_s(), {}
+                entry.send("request", request=request.as_json(), mode=mode)
+            event = self._supervisor.next_event(self._request_timeout_s)
+            of_request = heard[event.message["request_id"]]
+            of_request[event.message["kind"]] = event.message
+            spans[event.worker].extend(spans_from_json(event.message.pop("spans", ())))
+            complete += needed <= of_request.keys()
+        served = tuple(
+            _served(request, mode, arrivals[request.request_id], heard[request.request_id]) for request in requests
         )
+        spans["router"] = [Span("queue", s.request.request_id, s.arrival_s, s.prefill_start_s) for s in served]
+        timeline = Timeline({worker: tuple(found) for worker, found in spans.items()})
+        return Run(served, timeline, self._supervisor.memory_bytes())
 
-    def _served(self, request: Request) -> Served:
-        heard = self._heard[request.request_id]
-        prefilled, finished = heard["prefilled"], heard["finished"]
-        joined = heard.get("joined", {"complete_s": prefilled["end_s"], "joined_s": prefilled["end_s"]})
-        first_piece_s = prefilled["end_s"] if self._spec.mode != "layerwise" else prefilled["first_piece_s"]
-        return Served(
-            request=request,
-            tokens=tuple(finished["tokens"]),
-            arrival_s=self._arrivals[request.request_id],
-            prefill_start_s=prefilled["start_s"],
-            prefill_end_s=prefilled["end_s"],
-            first_piece_s=first_piece_s,
-            complete_s=joined["complete_s"],
-            joined_s=joined["joined_s"],
-            token_times_s=tuple(finished["times_s"]),
-            resent_bytes=heard.get("sent", {}).get("resent_bytes", 0),
-            kv_bytes=dict(prefilled.get("kv_bytes", {})),
-            pieces=prefilled.get("pieces", 0),
-        )
+
+def _served(request: Request, mode: str, arrival_s: float, heard: Mapping[str, Message]) -> Served:
+    """One request from what the workers said of it."""
+    prefilled, finished = heard["prefilled"], heard["finished"]
+    joined = heard.get("joined", {"complete_s": prefilled["end_s"], "joined_s": prefilled["end_s"]})
+    return Served(
+        request=request,
+        mode=mode,
+        tokens=tuple(finished["tokens"]),
+        arrival_s=arrival_s,
+        prefill_start_s=prefilled["start_s"],
+        prefill_end_s=prefilled["end_s"],
+        first_piece_s=prefilled["first_piece_s"] if mode == "layerwise" else prefilled["end_s"],
+        complete_s=joined["complete_s"],
+        joined_s=joined["joined_s"],
+        token_times_s=tuple(finished["times_s"]),
+        resent_bytes=heard.get("sent", {}).get("resent_bytes", 0),
+        kv_bytes=dict(prefilled.get("kv_bytes", {})),
+        pieces=prefilled.get("pieces", 0),
+    )
