@@ -36,7 +36,6 @@ _MANIFEST_MAGIC: Final = b"PKVM"
 _HEADER: Final = struct.Struct("<4sHBBQIIBBHI6IQQQ16s")
 _MANIFEST: Final = struct.Struct("<4sHHQIIQ16s")
 _SEAL: Final = struct.Struct("<Q")
-_DIGEST_ENTRY: Final = struct.Struct("<I16s")
 HEADER_BYTES: Final = _HEADER.size + _SEAL.size
 MANIFEST_PREFIX_BYTES: Final = _MANIFEST.size + _SEAL.size
 
@@ -284,10 +283,10 @@ class Piece:
 
 
 def digest_of(headers: Iterable[FrameHeader]) -> bytes:
-    """One digest over (piece index, checksum) of all pieces, in index order: 16 bytes."""
+    """One digest over all headers in index order, payload checksums included: 16 bytes."""
     digest = xxhash.xxh3_128()
     for header in sorted(headers, key=lambda h: h.piece):
-        digest.update(_DIGEST_ENTRY.pack(header.piece, header.checksum))
+        digest.update(header.pack())
     return digest.digest()
 
 

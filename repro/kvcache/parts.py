@@ -119,27 +119,27 @@ class Linear:
         for slot in range(layer.number_of_states):
             if not layer.has_previous_state[slot]:
                 continue
-            if layer.is_conv_states_initialized[slot]:
-                columns = layer.conv_states[slot]
-                kept = _columns_read(config, columns.shape[-1])
-                yield Stored(StateKind.CONVOLUTION, slot, columns[..., columns.shape[-1] - kept :], 0, tokens)
-            if layer.is_recurrent_states_initialized[slot]:
-                yield Stored(StateKind.RECURRENT, slot, layer.recurrent_states[slot], 0, tokens)
+            columns = layer.conv_states[slot]
+            kept = _columns_read(config, columns.shape[-1])
+            yield Stored(StateKind.CONVOLUTION, slot, columns[..., columns.shape[-1] - kept :], 0, tokens)
+            recurrent = layer.recurrent_states[slot]
+            # A layer with a convolution only says so by an empty state: its absence would pass for a lost one.
+            yield Stored(StateKind.RECURRENT, slot, torch.empty(0) if recurrent is None else recurrent, 0, tokens)
 
     def fill(self, layer: Layer, config: Config, tokens: int, states: Mapping[Key, torch.Tensor]) -> None:
         if tokens == 0:
             return
         for slot in range(layer.number_of_states):
             columns = _take(states, StateKind.CONVOLUTION, slot, layer)
-            dropped = 1 if _columns_read(config, columns.shape[-1] + 1) == columns.shape[-1] else 0
-            if dropped:
-                columns = torch.nn.functional.pad(columns, (dropped, 0))
-            recurrent = states.get((StateKind.RECURRENT, slot))
-            layer.lazy_initialization(conv_states=columns, recurrent_states=recurrent, state_idx=slot)
+            if _columns_read(config, columns.shape[-1] + 1) == columns.shape[-1]:
+                columns = torch.nn.functional.pad(columns, (1, 0))
+            recurrent = _take(states, StateKind.RECURRENT, slot, layer)
+            present = recurrent if recurrent.numel() else None
+            layer.lazy_initialization(conv_states=columns, recurrent_states=present, state_idx=slot)
             layer.conv_states[slot].copy_(columns)
             # The layer updates its states in place, so it gets memory of its own and the payload stays as it came.
-            if recurrent is not None:
-                layer.recurrent_states[slot].copy_(recurrent)
+            if present is not None:
+                layer.recurrent_states[slot].copy_(present)
             layer.has_previous_state[slot] = True
 
 

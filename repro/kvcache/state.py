@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from repro.errors import UserError
 from repro.kvcache.frames import CodecId, Piece, StateKind
-from repro.kvcache.parts import parts_of
+from repro.kvcache.parts import Stored, parts_of
 from repro.kvcache.tensors import bytes_of, wire_dtype
 from repro.models.layout import Config, LayerState, StateLayout
 
@@ -75,19 +75,31 @@ def extract_layer(
     cache: Cache, config: Config, layer: int, tokens: int, start: int = 0, closing: bool = True
 ) -> Iterator[State]:
     """The states of one layer. Without `closing`, only those that later tokens add to and never change."""
-    held = cache.layers[layer]
-    for part in parts_of(held):
+    for stored in _stored(cache, config, layer, tokens):
+        axis = stored.kind.token_axis
+        if axis is None or stored.kind.is_windowed:
+            if closing:
+                yield State(layer, stored.kind, stored.slot, stored.start, stored.end, stored.tensor)
+            continue
+        if start < stored.end:
+            increment = stored.tensor.narrow(axis, start, stored.end - start)
+            yield State(layer, stored.kind, stored.slot, start, stored.end, increment)
+
+
+def _stored(cache: Cache, config: Config, layer: int, tokens: int) -> Iterator[Stored]:
+    held, found = cache.layers[layer], False
+    parts = parts_of(held)
+    for part in parts:
         for stored in part.read(held, config, tokens):
             if stored.end != tokens:
                 raise UserError(f"cache: layer {layer} has seen {stored.end} tokens, {tokens} were asked for")
-            axis = stored.kind.token_axis
-            if axis is None or stored.kind.is_windowed:
-                if closing:
-                    yield State(layer, stored.kind, stored.slot, stored.start, stored.end, stored.tensor)
-                continue
-            if start < stored.end:
-                increment = stored.tensor.narrow(axis, start, stored.end - start)
-                yield State(layer, stored.kind, stored.slot, start, stored.end, increment)
+            found = True
+            yield stored
+    if parts and tokens and not found:
+        name = type(held).__name__
+        raise UserError(
+            f"cache: layer {layer} ({name}) is empty after {tokens} tokens; the model keeps state elsewhere"
+        )
 
 
 def seal(state: State, request_id: int, piece: int) -> Piece:
@@ -166,8 +178,14 @@ def layout(model: torch.nn.Module, cache: Cache | None = None) -> StateLayout:
     config: PreTrainedConfig = model.config  # type: ignore[assignment]
     cache = DynamicCache(config=config) if cache is None else cache
     ids = torch.ones((1, _PROBE_TOKENS), dtype=torch.long, device=next(model.parameters()).device)
-    with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+    except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"model {type(model).__name__}: does not run with a {type(cache).__name__}: {reason}"
+        ) from error
     return layout_of_cache(cache, config, _PROBE_TOKENS)
 
 
@@ -179,8 +197,8 @@ def layout_of_cache(cache: Cache, config: PreTrainedConfig, tokens: int) -> Stat
     check_cache(cache)
     values = config_values(config)
     states = []
-    for index, layer in enumerate(cache.layers):
-        for stored in (s for part in parts_of(layer) for s in part.read(layer, values, tokens)):
+    for index in range(len(cache.layers)):
+        for stored in _stored(cache, values, index, tokens):
             nbytes = stored.tensor.numel() * stored.tensor.element_size()
             if stored.kind.token_axis is None:
                 states.append(LayerState(index, stored.kind, bytes_fixed=nbytes))

@@ -31,6 +31,8 @@ def config_of(spec: ModelSpec) -> PreTrainedConfig:
         if spec.pretrained is not None:
             config = AutoConfig.from_pretrained(spec.pretrained)
             return config
+        if spec.model_type == "auto":
+            raise UserError(f"model.pretrained: missing for model {spec.name}; a hub id or a checkpoint's folder")
         config = AutoConfig.for_model(spec.model_type, **spec.values())
     except (ValueError, OSError, TypeError, KeyError) as error:
         where = f"model.pretrained: {spec.pretrained}" if spec.pretrained else f"model {spec.name}"

@@ -51,8 +51,8 @@ class ModelSpec:
             raise UserError(f"model.dtype: {self.dtype!r} is not one of {', '.join(ITEMSIZE)}")
         if self.sizes and self.size not in self.sizes:
             raise UserError(f"model.size: {self.size!r} is not one of {', '.join(self.sizes)} (model {self.name})")
-        if not self.model_type and self.pretrained is None:
-            raise UserError(f"model.model_type: missing for model {self.name}; give it, or model.pretrained")
+        if not self.model_type:
+            raise UserError(f"model.model_type: missing for model {self.name}; a transformers model type, or auto")
 
     def values(self) -> dict[str, Any]:
         """The configuration fields of this size, `layers` written out."""
