@@ -1,0 +1,129 @@
+"""The global KVCache manager (§3.2): what every cluster holds of a prompt, what to move, and which prefixes are hot in the wrong place.
+
+It works on indices alone, never on state: a cluster's own pool is one, and a live router keeps `Replica`s that workers update by
+message. Rebalancing counts what each cluster prefilled again although another held it, and proposes the copies that would have saved most
+per byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+
+class PrefixIndex(Protocol):
+    """Says how many blocks of a chain of keys a cluster can serve."""
+
+    def match_blocks(self, chain: Sequence[int]) -> int:
+        """Blocks that every layer group of that cluster's pool can serve."""
+        ...
+
+
+@dataclass
+class Replica:
+    """A remote pool's index as its messages told it: blocks of full attention, and checkpoints where the model needs them."""
+
+    needs_checkpoint: bool
+    blocks: set[int] = field(default_factory=set)
+    checkpoints: set[int] = field(default_factory=set)
+
+    def apply(
+        self,
+        added: Sequence[int],
+        removed: Sequence[int],
+        added_checkpoints: Sequence[int],
+        removed_checkpoints: Sequence[int],
+    ) -> None:
+        """One message of a worker."""
+        self.blocks.update(added)
+        self.blocks.difference_update(removed)
+        self.checkpoints.update(added_checkpoints)
+        self.checkpoints.difference_update(removed_checkpoints)
+
+    def match_blocks(self, chain: Sequence[int]) -> int:
+        """Blocks that the remote pool can serve, if its messages are up to date."""
+        n = 0
+        for key in chain:
+            if key not in self.blocks:
+                break
+            n += 1
+        if self.needs_checkpoint:
+            while n and chain[n - 1] not in self.checkpoints:
+                n -= 1
+        return n
+
+
+class Move(NamedTuple):
+    """Copy the first `blocks` blocks of `chain` from one cluster's pool to another's."""
+
+    source: str
+    target: str
+    chain: tuple[int, ...]
+    blocks: int
+    size_bytes: float
+
+
+class _Heat(NamedTuple):
+    chain: tuple[int, ...]
+    saved_blocks: int
+    source: str
+
+
+class Directory:
+    """Prefix matches of all clusters. `size_bytes(blocks)` is what a prefix of so many blocks weighs on the link."""
+
+    def __init__(
+        self, indices: dict[str, PrefixIndex], size_bytes: Callable[[int], float], remember: int = 4096
+    ) -> None:
+        self.indices = indices
+        self._size_bytes = size_bytes
+        self._remember = remember
+        self._heat: dict[tuple[str, int], _Heat] = {}
+
+    def matches(self, chain: Sequence[int]) -> dict[str, int]:
+        """Blocks of `chain` that each cluster can serve."""
+        return {name: index.match_blocks(chain) for name, index in self.indices.items()}
+
+    def fetch(self, target: str, chain: Sequence[int]) -> Move | None:
+        """The longest prefix that another cluster has and `target` has not; of equals, the first cluster's."""
+        held = self.matches(chain)
+        source = max(held, key=lambda name: held[name])
+        if held[source] <= held[target]:
+            return None
+        have, size = held[target], held[source]
+        # Attention blocks that are there already stay; checkpoints always travel.
+        weight = self._size_bytes(size) - (self._size_bytes(have) - self._size_bytes(0))
+        return Move(source, target, tuple(chain[:size]), size, weight)
+
+    def prefilled(self, cluster: str, chain: Sequence[int], cached_blocks: int) -> None:
+        """Note that `cluster` prefilled `chain` with `cached_blocks` from its cache; what others held beyond that becomes heat."""
+        held = self.matches(chain)
+        others = [name for name in held if name != cluster]
+        if not others:
+            return
+        source = max(others, key=lambda name: held[name])
+        saved = held[source] - cached_blocks
+        if saved <= 0:
+            return
+        key = (cluster, chain[held[source] - 1])
+        before = self._heat.pop(key, None)
+        self._heat[key] = _Heat(tuple(chain[: held[source]]), saved + (before.saved_blocks if before else 0), source)
+        if len(self._heat) > self._remember:
+            del self._heat[next(iter(self._heat))]
+
+    def rebalance(self, budget_bytes: float, at_least_blocks: int = 1) -> list[Move]:
+        """Copies worth making within the budget, the most prefill saved per byte first; what is proposed is forgotten."""
+        ranked = sorted(
+            self._heat.items(), key=lambda item: (-item[1].saved_blocks / self._size_bytes(len(item[1].chain)), item[0])
+        )
+        moves: list[Move] = []
+        for key, heat in ranked:
+            if heat.saved_blocks < at_least_blocks:
+                continue
+            move = self.fetch(key[0], heat.chain)
+            del self._heat[key]
+            if move is not None and move.size_bytes <= budget_bytes:
+                budget_bytes -= move.size_bytes
+                moves.append(move)
+        return moves
