@@ -35,9 +35,12 @@ def mark(run: str) -> str:
 
 
 def marked(run: str) -> dict[str, str]:
-    """This process's environment with the mark."""
+    """This process's environment with the mark, for a helper in Python."""
     name, _, value = mark(run).partition("=")
-    return {**os.environ, name: value}
+    # A helper runs the same package as its owner, wherever the owner found it.
+    here = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH", "")) if part)
+    return {**os.environ, name: value, "PYTHONPATH": path}
 
 
 def members() -> list[Member]:

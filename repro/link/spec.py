@@ -59,9 +59,7 @@ class LinkChange:
         if self.loss is not None:
             _probability("link.schedule.loss", self.loss)
         if all(getattr(self, name) is None for name in ("rate_bps", "reverse_rate_bps", "rtt_s", "loss")):
-            raise UserError(
-                f"link.schedule: nothing changes at {self.at_s:g} s; accepted: rate_bps, reverse_rate_bps, rtt_s or loss"
-            )
+            raise UserError(f"link.schedule: nothing changes at {self.at_s:g} s; accepted: with a rate, rtt_s or loss")
 
 
 @dataclass(frozen=True)
