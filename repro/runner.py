@@ -11,8 +11,10 @@ from pathlib import Path
 from repro.configuration import build, plain
 from repro.errors import UserError
 from repro.experiments import base
+from repro.experiments.deployment import deployment, operating_points
 from repro.record import tracking
 from repro.record.directory import Record, RunDirectory, configuration_hash
+from repro.report import document
 from repro.settings import PRESENTATION, Settings
 
 Progress = Callable[[str], None]
@@ -27,13 +29,17 @@ def prepare(settings: Settings) -> tuple[base.Experiment, Settings, RunDirectory
     """The experiment, its settings with every option resolved, and its directory; nothing is written.
 
     Raises:
-        UserError: for an experiment, tier or option that does not exist.
+        UserError: for an experiment, tier, option or profile that does not exist, or a deployment that cannot serve.
     """
     experiment = base.load(settings.name)
     if settings.tier not in experiment.tiers:
-        raise UserError(f"tier: {settings.tier!r} is not offered by experiment={settings.name}; accepted: {', '.join(experiment.tiers)}")
+        raise UserError(
+            f"tier: {settings.tier!r} is not offered by experiment={settings.name}; accepted: {', '.join(experiment.tiers)}"
+        )
     options = build(experiment.options, settings.options, "options")
     settings = replace(settings, options=plain(options))
+    # What no tier can run must end before a directory exists: the model refuses it in milliseconds.
+    operating_points(deployment(settings), settings)
     outcome_keys = {key: value for key, value in plain(settings).items() if key not in PRESENTATION}
     digest = configuration_hash(outcome_keys, experiment.inputs(settings))
     folder = Path(settings.results) / settings.name / f"{settings.label or settings.tier}-{digest}"
@@ -51,19 +57,27 @@ def run(settings: Settings, command: list[str], progress: Progress = to_stderr) 
         progress(f"{settings.name}: already done, nothing to run")
         return Record(directory.path)
     started = time.monotonic()
-    directory.begin(plain(settings), command, {"seed": settings.seed})
     try:
+        try:
+            directory.begin(plain(settings), command, {"seed": settings.seed})
+        except OSError as error:
+            raise UserError(f"results: {settings.results} cannot be written ({error.strerror})") from error
         options = build(experiment.options, settings.options, "options")
-        context = base.Context(settings, options, directory.path, lambda line: progress(f"{settings.name}: {line}"))
+        context = base.Context(
+            settings, options, directory.path, lambda line: progress(f"{settings.name}: {line}"), tuple(command[1:])
+        )
         outcome = experiment.run(context)
         directory.write_metrics(outcome.metrics)
         for name, table in outcome.tables.items():
             directory.write_table(name, table)
         if outcome.requests is not None:
             directory.write_requests(outcome.requests)
-        figures = draw(experiment, Record(directory.path), directory.path / "figures")
-        tracking.mirror(Record(directory.path), plain(settings), figures, settings.tracking)
-        record = directory.complete({**outcome.provenance, "elapsed_s": round(time.monotonic() - started, 3)})
+        directory.add_provenance({**outcome.provenance, "elapsed_s": round(time.monotonic() - started, 3)})
+        record = Record(directory.path)
+        figures = draw(experiment, record)
+        document.write(directory.path, settings.name, base.names()[settings.name], [record, *experiment.parts(record)])
+        tracking.mirror(record, plain(settings), figures, settings.tracking)
+        directory.complete()
     except BaseException as error:
         directory.fail(error)
         raise
@@ -71,15 +85,19 @@ def run(settings: Settings, command: list[str], progress: Progress = to_stderr) 
     return record
 
 
-def draw(experiment: base.Experiment, record: Record, folder: Path) -> list[Path]:
-    """Every figure of an experiment from its record, as PNG and PDF; returns the PNGs."""
-    if not experiment.figures:
-        return []
-    from repro.report import style
+def draw(experiment: base.Experiment, record: Record) -> list[Path]:
+    """Every figure of an experiment into its run directory; returns the PNGs."""
+    from repro.report import figures
 
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    with style.applied():
-        for name, figure in experiment.figures.items():
-            written.append(style.save(figure(record), folder / name))
-    return written
+    return (
+        figures.redraw(record, record.path / "figures") if experiment.figures_for(record.configuration["tier"]) else []
+    )
+
+
+def summary(settings: Settings, record: Record) -> str:
+    """What a person wants to see at the end: the paper's claims against this record, and where the report is."""
+    from repro.report import comparison
+
+    claims = comparison.console(comparison.compare([record, *base.load(settings.name).parts(record)]))
+    report = f"report: {record.path / 'report.html'}"
+    return f"{claims}\n{report}" if claims else report

@@ -33,12 +33,16 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class Context:
-    """What a run is given: its settings, its own options, a folder for side products and a way to say how far it is."""
+    """What a run is given: its settings, its own options, a folder for side products and a way to say how far it is.
+
+    `overrides` are the words of the command line, for an experiment that runs others.
+    """
 
     settings: Settings
     options: Any
     folder: Path
     progress: Callable[[str], None]
+    overrides: tuple[str, ...] = ()
 
     def metric(
         self,
@@ -55,7 +59,19 @@ class Context:
         """A row of metrics.csv for this experiment and tier."""
         low, high = interval
         settings = self.settings
-        return Metric(settings.name, settings.tier, case, metric, float(value), unit, source, float(low), float(high), n, float(paper))
+        return Metric(
+            settings.name,
+            settings.tier,
+            case,
+            metric,
+            float(value),
+            unit,
+            source,
+            float(low),
+            float(high),
+            n,
+            float(paper),
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,8 @@ class Experiment:
     """One artefact: `run` answers it on any of `tiers`, `figures` draw it from its record.
 
     `options` is a frozen dataclass of the experiment's own settings (the configuration's `options` node); `inputs` names the files outside
-    the configuration whose contents change the outcome.
+    the configuration whose contents change the outcome; `tier_figures` replaces `figures` on a tier whose record has another form; `parts`
+    are the records of other experiments that the report of this one shows.
     """
 
     name: str
@@ -82,6 +99,12 @@ class Experiment:
     figures: Mapping[str, Callable[[Record], Figure]] = field(default_factory=dict)
     options: type = NoOptions
     inputs: Callable[[Settings], Sequence[Path]] = lambda settings: ()
+    tier_figures: Mapping[str, Mapping[str, Callable[[Record], Figure]]] = field(default_factory=dict)
+    parts: Callable[[Record], Sequence[Record]] = lambda record: ()
+
+    def figures_for(self, tier: str) -> Mapping[str, Callable[[Record], Figure]]:
+        """The figures that a record of this tier can draw."""
+        return self.tier_figures.get(tier, self.figures)
 
 
 CONFIGURATION = Path(__file__).resolve().parents[2] / "conf"

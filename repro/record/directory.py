@@ -87,14 +87,7 @@ class RunDirectory:
             UserError: if another process is running the same configuration.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock_path = self.path.parent / f".{self.path.name}.lock"
-        self._lock = lock_path.open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            self._lock = None
-            raise UserError(f"{self.path}: another process is running this configuration; wait for it or stop it") from error
+        self._take()
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
@@ -115,10 +108,13 @@ class RunDirectory:
         folder.mkdir(exist_ok=True)
         table.to_csv(folder / f"{name}.csv", index=False, float_format="%.10g")
 
-    def complete(self, extra_provenance: Mapping[str, Any]) -> Record:
-        """Close the record: provenance first, `DONE` last."""
+    def add_provenance(self, extra: Mapping[str, Any]) -> None:
+        """What is known only after the run: its end, and what it measured of its surroundings."""
         known = json.loads((self.path / "provenance.json").read_text())
-        self._write_json("provenance.json", {**known, **extra_provenance, "end": provenance.now()})
+        self._write_json("provenance.json", {**known, **extra, "end": provenance.now()})
+
+    def complete(self) -> Record:
+        """Close the record: `DONE` is written last."""
         self._write_json("DONE", {"source_digest": provenance.source_digest(), "end": provenance.now()})
         self._release()
         return Record(self.path)
@@ -139,8 +135,26 @@ class RunDirectory:
             os.fsync(file.fileno())
         partial.replace(self.path / name)
 
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.parent / f".{self.path.name}.lock"
+
+    def _take(self) -> None:
+        lock = self._lock_path.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it may have removed the file between our open and our lock: then it guards nothing.
+            if not self._lock_path.exists() or not os.path.samestat(os.fstat(lock.fileno()), self._lock_path.stat()):
+                raise BlockingIOError
+        except BlockingIOError as error:
+            lock.close()
+            raise UserError(
+                f"{self.path}: another process is running this configuration; wait for it or stop it"
+            ) from error
+        self._lock = lock
+
     def _release(self) -> None:
         if self._lock is not None:
+            self._lock_path.unlink(missing_ok=True)  # while it is held: a later one would be another's
             self._lock.close()
             self._lock = None
-            (self.path.parent / f".{self.path.name}.lock").unlink(missing_ok=True)

@@ -21,14 +21,33 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
 )  # fmt: skip
 
 #: Distinct even when printed in grey: colour, marker and dash change together.
-SERIES = ((BLUE, "o", "-"), (RED, "s", "--"), (GREEN, "^", "-."), (ORANGE, "D", ":"), (PURPLE, "v", "-"), (SKY, "P", "--"), (GREY, "X", "-."))
+SERIES = (
+    (BLUE, "o", "-"),
+    (RED, "s", "--"),
+    (GREEN, "^", "-."),
+    (ORANGE, "D", ":"),
+    (PURPLE, "v", "-"),
+    (SKY, "P", "--"),
+    (GREY, "X", "-."),
+)
 
 #: One colour per case of Table 6, in every figure.
 CASE_COLOURS = {"prfaas_pd": BLUE, "homogeneous_pd": GREY, "naive_heterogeneous_pd": ORANGE}
-CASE_NAMES = {"prfaas_pd": "PrfaaS-PD", "homogeneous_pd": "homogeneous PD", "naive_heterogeneous_pd": "naive heterogeneous PD"}
+CASE_NAMES = {
+    "prfaas_pd": "PrfaaS-PD",
+    "homogeneous_pd": "homogeneous PD",
+    "naive_heterogeneous_pd": "naive heterogeneous PD",
+}
 
 #: How a value that the paper prints is drawn.
-PAPER: dict[str, Any] = {"color": "black", "marker": "D", "linestyle": "none", "markersize": 5.5, "zorder": 5, "label": "paper"}
+PAPER: dict[str, Any] = {
+    "color": "black",
+    "marker": "D",
+    "linestyle": "none",
+    "markersize": 5.5,
+    "zorder": 5,
+    "label": "paper",
+}
 
 WIDTH_IN, HEIGHT_IN = 6.4, 3.6
 
@@ -47,7 +66,9 @@ def applied() -> Iterator[None]:
         yield
 
 
-def panels(columns: int = 1, rows: int = 1, *, width_in: float = WIDTH_IN, height_in: float = HEIGHT_IN, **options: Any) -> tuple[Figure, list[Axes]]:
+def panels(
+    columns: int = 1, rows: int = 1, *, width_in: float = WIDTH_IN, height_in: float = HEIGHT_IN, **options: Any
+) -> tuple[Figure, list[Axes]]:
     """A figure with its axes in reading order; made without pyplot, so that drawing keeps no global state."""
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     FigureCanvasAgg(figure)
