@@ -15,7 +15,7 @@ import heapq
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from repro.errors import UserError
 from repro.simulate.events import Agenda
@@ -59,6 +59,14 @@ class SharedLinkSpec:
 
 
 Done = Callable[[float, Any], None]
+
+
+class Measurement(NamedTuple):
+    """A link over the time since it was last measured; `backlog_bytes` now."""
+
+    capacity_bps: float
+    utilisation: float
+    backlog_bytes: float
 
 
 class Flow:
@@ -109,6 +117,9 @@ class SharedLink:
         self._supply = 0.0
         self._greediest = 0.0
         self._total_rate = 0.0
+        self._could_send = 0.0
+        self._measured = (0.0, 0.0, 0.0)
+        self._last = Measurement(spec.rate_bps, 0.0, 0.0)
         self._calm = True
         self._at_s = 0.0
         self._wake_s = math.inf
@@ -173,6 +184,16 @@ class SharedLink:
             waiting += sum(max(self._available(flow) - flow.sent, 0.0) for flow in self._producing)
         return waiting
 
+    def measure(self, now_s: float) -> Measurement:
+        """What a sender's kernel would report: capacity averaged over the period, and the part of it that was used."""
+        self._advance(now_s)
+        could, sent, elapsed = self._could_send, self.bytes_sent, now_s - self._measured[0]
+        capacity, used = could - self._measured[1], sent - self._measured[2]
+        if elapsed > 0:
+            self._measured = (now_s, could, sent)
+            self._last = Measurement(8 * capacity / elapsed, used / capacity if capacity > 0 else 1.0, 0.0)
+        return self._last._replace(backlog_bytes=self.backlog_bytes(now_s))
+
     def settle(self, now_s: float) -> float:
         """Bytes sent until now."""
         self._advance(now_s)
@@ -225,6 +246,7 @@ class SharedLink:
             return
         self._at_s = now_s
         self.bytes_sent += self._total_rate * elapsed
+        self._could_send += self.capacity * elapsed
         for sender in self._active:
             sender.clock += sender.rate * elapsed
         if not self._calm:

@@ -1,0 +1,202 @@
+"""Prefill stages: instances that take whole requests one after the other, or chunks of several in turn.
+
+T_prefill is known on assignment, so a whole prefill needs no queue to be played: its start and end are written down at once, and the only
+event is its end. Failures and role changes void what was written; an event that no longer matches its job's time is ignored.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from repro.scheduling.placement import Placement
+from repro.simulate.events import Agenda
+from repro.simulate.job import NOT_YET, Job
+
+OnJob = Callable[[float, Job], None]
+
+
+class PrefillStage(Protocol):
+    """What the simulation asks of a pool of prefill instances."""
+
+    members: dict[int, deque[Job]]
+
+    def assign(self, now_s: float, job: Job, preferred: int | None = None) -> None:
+        """Queue a job at an instance. LookupError when there is none."""
+        ...
+
+    def predicted_wait_s(self, now_s: float) -> float:
+        """Seconds until the next job given could start."""
+        ...
+
+    def waiting_s(self, now_s: float) -> float:
+        """Promised work that is left, in seconds per instance."""
+        ...
+
+    def open(self, now_s: float, instance: int) -> None:
+        """Let an instance serve."""
+        ...
+
+    def close(self, now_s: float, instance: int, drained: Callable[[float, int], None]) -> None:
+        """Give an instance nothing new, and call `drained` when it has finished what it has."""
+        ...
+
+    def fail(self, now_s: float, instance: int) -> list[Job]:
+        """Stop an instance at once; returns the jobs that it loses."""
+        ...
+
+
+class _Stage:
+    def __init__(self, agenda: Agenda, placement: Placement, ended: OnJob) -> None:
+        self.members: dict[int, deque[Job]] = {}
+        self._agenda = agenda
+        self._placement = placement
+        self._ended = ended
+        self._closing: dict[int, Callable[[float, int], None]] = {}
+
+    @property
+    def serving(self) -> int:
+        """Instances that take work."""
+        return len(self._placement.free_at_s)
+
+    def predicted_wait_s(self, now_s: float) -> float:
+        free_at = self._placement.free_at_s
+        return max(min(free_at.values()) - now_s, 0.0) if free_at else float("inf")
+
+    def waiting_s(self, now_s: float) -> float:
+        free_at = self._placement.free_at_s
+        return sum(max(at - now_s, 0.0) for at in free_at.values()) / len(free_at) if free_at else 0.0
+
+    def open(self, now_s: float, instance: int) -> None:
+        self.members[instance] = deque()
+        self._placement.add(instance, now_s)
+
+    def close(self, now_s: float, instance: int, drained: Callable[[float, int], None]) -> None:
+        self._placement.remove(instance)
+        self._closing[instance] = drained
+        if not self.members[instance]:
+            self._leave(now_s, instance)
+
+    def _leave(self, now_s: float, instance: int) -> None:
+        del self.members[instance]
+        self._closing.pop(instance)(now_s, instance)
+
+    def fail(self, now_s: float, instance: int) -> list[Job]:  # noqa: ARG002
+        self._placement.remove(instance)
+        self._closing.pop(instance, None)
+        lost = list(self.members.pop(instance, ()))
+        for job in lost:
+            job.prefill_end_s = NOT_YET
+        return lost
+
+
+class WholePrefill(_Stage):
+    """First come, first served, one request at a time. `began(now, job)` is called when a job's first piece exists, if wanted."""
+
+    def __init__(
+        self, agenda: Agenda, placement: Placement, ended: OnJob, began: OnJob | None = None, first_piece: float = 0.0
+    ) -> None:
+        super().__init__(agenda, placement, ended)
+        self._began = began
+        self._first_piece = first_piece
+
+    def assign(self, now_s: float, job: Job, preferred: int | None = None) -> None:
+        """Write down when the job starts and ends."""
+        work_s = job.work_s
+        instance = self._placement.take(now_s, work_s, preferred)
+        end_s = self._placement.free_at_s[instance]
+        job.prefill_worker = instance
+        job.prefill_start_s = start_s = end_s - work_s if end_s - work_s > now_s else now_s
+        job.prefill_end_s = end_s
+        self.members[instance].append(job)
+        if self._began is not None:
+            self._agenda.at(start_s + work_s * self._first_piece, self._begin, job)
+        self._agenda.at(end_s, self._end, job)
+
+    def _begin(self, now_s: float, job: Job) -> None:
+        if now_s == job.prefill_start_s + job.work_s * self._first_piece and job.prefill_end_s >= now_s:
+            self._began(now_s, job)  # type: ignore[misc]
+
+    def _end(self, now_s: float, job: Job) -> None:
+        if now_s != job.prefill_end_s:
+            return
+        instance = job.prefill_worker
+        queue = self.members[instance]
+        queue.popleft()
+        if not queue and instance in self._closing:
+            self._leave(now_s, instance)
+        self._ended(now_s, job)
+
+
+class ChunkedPrefill(_Stage):
+    """Chunks of `chunk_tokens` of all requests of an instance in turn, so that a short request does not wait for a long one.
+
+    `chunk_s(done, tokens)` is the time of one chunk after `done` tokens; `part(now, job, done, tokens)` is called at its end, when
+    its KVCache exists.
+    """
+
+    def __init__(
+        self,
+        agenda: Agenda,
+        placement: Placement,
+        ended: OnJob,
+        chunk_tokens: int,
+        chunk_s: Callable[[int, int], float],
+        part: Callable[[float, Job, int, int], None] | None = None,
+    ) -> None:
+        super().__init__(agenda, placement, ended)
+        self._chunk_tokens = chunk_tokens
+        self._chunk_s = chunk_s
+        self._part = part
+        self._turn: dict[int, tuple[Job, int, float]] = {}
+        self._done: dict[int, int] = {}
+
+    def assign(self, now_s: float, job: Job, preferred: int | None = None) -> None:
+        """Join the instance's round."""
+        instance = self._placement.take(now_s, job.work_s, preferred)
+        job.prefill_worker = instance
+        job.prefill_start_s = NOT_YET
+        self._done[job.id] = 0
+        self.members[instance].append(job)
+        if instance not in self._turn:
+            self._next(now_s, instance)
+
+    def fail(self, now_s: float, instance: int) -> list[Job]:
+        """Stop an instance; chunks done are lost as well."""
+        self._turn.pop(instance, None)
+        return super().fail(now_s, instance)
+
+    def _next(self, now_s: float, instance: int) -> None:
+        job = self.members[instance][0]
+        if job.prefill_start_s == NOT_YET:
+            job.prefill_start_s = now_s
+        done = self._done[job.id]
+        end_s = now_s + self._chunk_s(done, min(self._chunk_tokens, job.work_tokens - done))
+        self._turn[instance] = (job, done, end_s)
+        self._agenda.at(end_s, self._end, instance)
+
+    def _end(self, now_s: float, instance: int) -> None:
+        turn = self._turn.get(instance)
+        if turn is None or turn[2] != now_s:
+            return
+        job, done, _ = turn
+        del self._turn[instance]
+        tokens = min(self._chunk_tokens, job.work_tokens - done)
+        queue = self.members[instance]
+        queue.popleft()
+        complete = done + tokens >= job.work_tokens
+        if complete:
+            del self._done[job.id]
+            job.prefill_end_s = now_s
+        else:
+            self._done[job.id] = done + tokens
+            queue.append(job)
+        if self._part is not None:
+            self._part(now_s, job, done, tokens)
+        if queue:
+            self._next(now_s, instance)
+        elif instance in self._closing:
+            self._leave(now_s, instance)
+        if complete:
+            self._ended(now_s, job)

@@ -1,0 +1,138 @@
+"""What is simulated: PD clusters, PrfaaS clusters with their links, the scheduler, caches and faults, as one frozen value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from numpy.typing import ArrayLike
+
+from repro.errors import UserError
+from repro.kvcache.pool import CacheSpec
+from repro.scheduling.admission import AdmissionSpec
+from repro.scheduling.long_term import LongTermSpec
+from repro.scheduling.placement import PLACEMENTS
+from repro.scheduling.policies import Homogeneous, Naive, Router, Threshold
+from repro.scheduling.short_term import ShortTermSpec
+from repro.simulate.link import SharedLinkSpec
+
+
+class Profile(Protocol):
+    """What the simulator asks of one model on one instance (`repro.profiles.base.PhaseProfile` fits)."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def batch_max(self) -> int:
+        """BS_max of equation 5."""
+        ...
+
+    def prefill_s(self, tokens: ArrayLike) -> Any:
+        """T_prefill(l) in seconds."""
+        ...
+
+    def kv_bytes(self, tokens: ArrayLike) -> Any:
+        """S_kv(l) in bytes."""
+        ...
+
+    def decode_step_s(self, batch: int, context_tokens: float = 0.0) -> float:
+        """T_decode of one step in seconds."""
+        ...
+
+
+@dataclass(frozen=True)
+class PdCluster:
+    """A PD cluster: `n_p` instances prefill, `n_d` decode; `share` of the arrivals call it home."""
+
+    profile: Profile
+    n_p: int
+    n_d: int
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.n_p < 0 or self.n_d < 1:
+            raise UserError(f"cluster.pd: n_p {self.n_p} and n_d {self.n_d}; accepted: 0 or more to prefill, 1 or more to decode")
+        if not self.share > 0:
+            raise UserError(f"cluster.pd.share: {self.share} is not positive")
+
+
+@dataclass(frozen=True)
+class PrfaasCluster:
+    """A PrfaaS cluster: prefill instances behind one egress link."""
+
+    profile: Profile
+    instances: int
+    link: SharedLinkSpec
+
+    def __post_init__(self) -> None:
+        if self.instances < 1:
+            raise UserError(f"cluster.prfaas.instances: {self.instances} is below 1; leave the cluster out instead")
+
+
+@dataclass(frozen=True)
+class SchedulerSpec:
+    """The scheduler of every home. `fallback_s`: after so long an outage, transfers are given up and prefilled at home."""
+
+    router: Router = Threshold()
+    threshold_tokens: float = 0.0
+    placement: str = "least_work"
+    short_term: ShortTermSpec = ShortTermSpec()
+    long_term: LongTermSpec = LongTermSpec()
+    admission: AdmissionSpec = AdmissionSpec()
+    fallback_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise UserError(f"policy.placement: {self.placement!r} is unknown; accepted: {', '.join(PLACEMENTS)}")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Instance `instance` of a pool stops at `at_s` and serves again `for_s` later; what it was doing is lost."""
+
+    pool: Literal["prfaas", "pd_p", "pd_d"]
+    instance: int
+    at_s: float
+    for_s: float
+    cluster: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pool not in ("prfaas", "pd_p", "pd_d"):
+            raise UserError(f"faults.pool: {self.pool!r} is unknown; accepted: prfaas, pd_p, pd_d")
+        if self.at_s < 0 or not self.for_s > 0:
+            raise UserError(f"faults: at_s {self.at_s} must not be negative and for_s {self.for_s} must be positive")
+
+
+@dataclass(frozen=True)
+class SimulationSpec:
+    """One run, but for its arrivals.
+
+    `limit_requests`: with more in the system than this, the run stops and is flagged overloaded. `drain_s`: how long after the last arrival
+    the run waits for what is under way.
+    """
+
+    pd: tuple[PdCluster, ...]
+    prfaas: tuple[PrfaasCluster, ...] = ()
+    scheduler: SchedulerSpec = SchedulerSpec()
+    chunk_tokens: int | None = None
+    cache: CacheSpec | None = None
+    faults: tuple[Fault, ...] = ()
+    limit_requests: int = 200_000
+    drain_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        router = self.scheduler.router
+        if not self.pd:
+            raise UserError("cluster.pd: none given; accepted: one or more, since something must decode")
+        if isinstance(router, Naive) and not self.prfaas:
+            raise UserError("policy.router: naive sends every prefill to PrfaaS, but there is no PrfaaS cluster")
+        if any(not home.n_p for home in self.pd) and (not self.prfaas or isinstance(router, Homogeneous)):
+            raise UserError("policy.n_p: 0 leaves nobody to prefill what stays local; accepted: 1 or more, or a router that offloads")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise UserError(f"simulate.chunk_tokens: {self.chunk_tokens} is below 1; accepted: tokens, or null for whole prefill")
+        if not (self.limit_requests >= 1 and 0 <= self.drain_s < math.inf):
+            raise UserError("simulate.limit_requests and simulate.drain_s: must be positive and finite")

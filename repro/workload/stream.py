@@ -1,0 +1,97 @@
+"""Requests as a stream of chunks: who arrives when, how long its prompt is, how much it will say, and which prefix it shares.
+
+Chunks are arrays, so that ten million requests are drawn in seconds and never held at once. Three independent random streams (arrivals, inputs,
+outputs) come from one seed: changing the rate leaves the lengths as they are, which is what makes paired comparisons paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from repro.errors import UserError
+from repro.workload.arrivals import ArrivalProcess
+from repro.workload.outputs import OutputLengths
+
+CHUNK_REQUESTS = 1 << 15
+
+#: The keys of a prompt's full blocks, and those of prompt and answer together, which the next turn of a conversation may share.
+Chains = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class Chunk(NamedTuple):
+    """Some requests in order of arrival: seconds from the beginning, whole tokens, and block keys where prefixes are shared."""
+
+    arrival_s: NDArray[np.float64]
+    input_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+    chains: list[Chains] | None = None
+
+
+class InputLengths(Protocol):
+    """Anything that draws input lengths; every `LengthDistribution` does."""
+
+    def sample(self, rng: np.random.Generator, n: int) -> NDArray[np.int64]:
+        """`n` lengths in whole tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Independent:
+    """Requests that share nothing: an arrival process and two length distributions. After `shift_at_s` inputs come from `shifted`."""
+
+    arrivals: ArrivalProcess
+    inputs: InputLengths
+    outputs: OutputLengths
+    requests: int
+    seed: int = 0
+    shifted: InputLengths | None = None
+    shift_at_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.requests < 1:
+            raise UserError(f"workload.requests: {self.requests} is below 1")
+
+    def __iter__(self) -> Iterator[Chunk]:
+        when, what, says = (np.random.default_rng(s) for s in np.random.SeedSequence(self.seed).spawn(3))
+        left = self.requests
+        for times in self.arrivals.times(when, CHUNK_REQUESTS):
+            times = times[:left]
+            n = len(times)
+            inputs = self.inputs.sample(what, n)
+            if self.shifted is not None:
+                # Both are drawn from the same numbers of the stream, so that runs with and without a shift stay comparable.
+                inputs = np.where(times < self.shift_at_s, inputs, self.shifted.sample(what, n))
+            yield Chunk(times, inputs, self.outputs.sample(says, n))
+            left -= n
+            if not left:
+                return
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Requests that are all known: a trace, or sessions drawn in advance."""
+
+    chunk: Chunk
+
+    def __iter__(self) -> Iterator[Chunk]:
+        whole, n = self.chunk, len(self.chunk.arrival_s)
+        for at in range(0, n, CHUNK_REQUESTS):
+            part = slice(at, at + CHUNK_REQUESTS)
+            chains = whole.chains[part] if whole.chains is not None else None
+            yield Chunk(whole.arrival_s[part], whole.input_tokens[part], whole.output_tokens[part], chains)
+
+
+def replay(requests: pd.DataFrame) -> Recorded:
+    """The arrivals of a finished run's requests table, to run again."""
+    table = requests.sort_values("id")
+    return Recorded(
+        Chunk(
+            table["arrival_s"].to_numpy(np.float64), table["input_tokens"].to_numpy(np.int64), table["output_tokens"].to_numpy(np.int64)
+        )
+    )
