@@ -7,11 +7,13 @@ that the library uses, and nothing behind it knows of OmegaConf.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from repro.errors import UserError
@@ -32,7 +34,9 @@ def twin(spec: type) -> type:
             value = _mutable(item.default_factory())
         else:
             value = "???"  # OmegaConf's mark of a mandatory value
-        fields.append((item.name, _twin_type(hints[item.name]), dataclasses.field(default_factory=lambda v=value: v)))
+        fields.append(
+            (item.name, _twin_type(hints[item.name]), dataclasses.field(default_factory=partial(copy.deepcopy, value)))
+        )
     return dataclasses.make_dataclass(spec.__name__, fields)
 
 
@@ -93,6 +97,19 @@ def plain(value: Any) -> Any:
     return value
 
 
+def accepted(spec: type, key: str) -> str:
+    """What the dotted `key` below `spec` may hold, in words."""
+    hint: Any = spec
+    for name in re.findall(r"[^.\[\]]+", key):
+        if get_origin(hint) in (Union, types.UnionType):
+            hint = next(argument for argument in get_args(hint) if argument is not type(None))
+        if dataclasses.is_dataclass(hint):
+            hint = get_type_hints(hint).get(name, Any)
+        elif get_args(hint):
+            hint = get_args(hint)[0 if get_origin(hint) is tuple else -1]
+    return _describe(hint)
+
+
 def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
@@ -107,7 +124,9 @@ def _describe(hint: Any) -> str:
         return f"a list of {_describe(arguments[0])}"
     if dataclasses.is_dataclass(hint):
         return f"keys {', '.join(item.name for item in dataclasses.fields(hint))}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, str(hint))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Any: "any value"}.get(
+        hint, str(hint)
+    )
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
@@ -142,7 +161,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             return tuple(_convert(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value))
         if len(value) != len(arguments):
             raise wrong
-        return tuple(_convert(argument, item, f"{key}[{i}]") for i, (argument, item) in enumerate(zip(arguments, value, strict=True)))
+        return tuple(
+            _convert(argument, item, f"{key}[{i}]")
+            for i, (argument, item) in enumerate(zip(arguments, value, strict=True))
+        )
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise wrong

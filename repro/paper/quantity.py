@@ -11,7 +11,7 @@ Standing = Literal["published", "derived", "public"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """`value` in `unit`, read at `where`; the true number lies within `precision` of it (half of the last printed digit, or what "about" allows)."""
+    """`value` in `unit`, read at `where`; the true number lies within `precision` of it: half of the last digit, or what "about" allows."""
 
     value: float
     unit: str

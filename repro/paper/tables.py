@@ -40,13 +40,15 @@ TABLE_1 = (
 )
 
 #: Mechanism → (prefill latency, KV throughput).
-TABLE_2 = MappingProxyType({
-    "GQA": ("high", "high"),
-    "MLA": ("high", "low"),
-    "sparse attention": ("low", "high"),
-    "SWA": ("low", "low"),
-    "linear attention": ("low", "low"),
-})
+TABLE_2 = MappingProxyType(
+    {
+        "GQA": ("high", "high"),
+        "MLA": ("high", "low"),
+        "sparse attention": ("low", "high"),
+        "SWA": ("low", "low"),
+        "linear attention": ("low", "low"),
+    }
+)
 
 _TABLE_3 = {
     "kimi_linear": ("1.19", "2.29", "3.87", "4.88"),
@@ -58,30 +60,36 @@ _TABLE_3 = {
 }
 
 #: Φ_kv in Gbps on 8×H200 with SGLang v0.5.9, by model and length.
-TABLE_3: MappingProxyType[str, MappingProxyType[str, Quantity]] = MappingProxyType({
-    model: MappingProxyType({length: printed(text, "Gbps", "Table 3") for length, text in zip(LENGTHS, row, strict=True)})
-    for model, row in _TABLE_3.items()
-})
+TABLE_3: MappingProxyType[str, MappingProxyType[str, Quantity]] = MappingProxyType(
+    {
+        model: MappingProxyType(
+            {length: printed(text, "Gbps", "Table 3") for length, text in zip(LENGTHS, row, strict=True)}
+        )
+        for model, row in _TABLE_3.items()
+    }
+)
 
 #: Symbol → (meaning, unit).
-TABLE_4 = MappingProxyType({
-    "Λ": ("request arrival rate, and the throughput that is sustained", "req/s"),
-    "L": ("uncached input length", "tokens"),
-    "t": ("routing threshold", "tokens"),
-    "p": ("P(L > t), the fraction sent to PrfaaS", ""),
-    "l_long": ("E[L given L > t]", "tokens"),
-    "l_short": ("E[L given L ≤ t]", "tokens"),
-    "L_out": ("mean output length", "tokens"),
-    "S_kv(l)": ("KVCache size of a request of l tokens", "bytes"),
-    "T_prefill(l)": ("prefill time of l tokens on one instance", "s"),
-    "T_decode": ("time of one decode step at batch size BS_max", "s"),
-    "N_prfaas": ("PrfaaS prefill instances", ""),
-    "N_p": ("PD-P (local prefill) instances", ""),
-    "N_d": ("PD-D (local decode) instances", ""),
-    "B_out": ("egress bandwidth of the PrfaaS cluster", "bit/s"),
-    "Φ_kv(l)": ("KV throughput of one instance", "bit/s"),
-    "Θ_prfaas, Θ_pd-p, Θ_pd-d": ("capacity of each stage", "req/s"),
-})
+TABLE_4 = MappingProxyType(
+    {
+        "Λ": ("request arrival rate, and the throughput that is sustained", "req/s"),
+        "L": ("uncached input length", "tokens"),
+        "t": ("routing threshold", "tokens"),
+        "p": ("P(L > t), the fraction sent to PrfaaS", ""),
+        "l_long": ("E[L given L > t]", "tokens"),
+        "l_short": ("E[L given L ≤ t]", "tokens"),
+        "L_out": ("mean output length", "tokens"),
+        "S_kv(l)": ("KVCache size of a request of l tokens", "bytes"),
+        "T_prefill(l)": ("prefill time of l tokens on one instance", "s"),
+        "T_decode": ("time of one decode step at batch size BS_max", "s"),
+        "N_prfaas": ("PrfaaS prefill instances", ""),
+        "N_p": ("PD-P (local prefill) instances", ""),
+        "N_d": ("PD-D (local decode) instances", ""),
+        "B_out": ("egress bandwidth of the PrfaaS cluster", "bit/s"),
+        "Φ_kv(l)": ("KV throughput of one instance", "bit/s"),
+        "Θ_prfaas, Θ_pd-p, Θ_pd-d": ("capacity of each stage", "req/s"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -94,15 +102,19 @@ class ProfileRow:
 
 
 def _profile(size: str, latency: str, throughput: str) -> ProfileRow:
-    return ProfileRow(printed(size, "MiB", "Table 5"), printed(latency, "s", "Table 5"), printed(throughput, "Gbps", "Table 5"))
+    return ProfileRow(
+        printed(size, "MiB", "Table 5"), printed(latency, "s", "Table 5"), printed(throughput, "Gbps", "Table 5")
+    )
 
 
-TABLE_5: MappingProxyType[str, ProfileRow] = MappingProxyType({
-    "1K": _profile("190.8", "0.44", "3.61"),
-    "8K": _profile("308.9", "0.72", "3.59"),
-    "32K": _profile("701.3", "1.84", "3.19"),
-    "128K": _profile("2316.3", "7.40", "2.62"),
-})
+TABLE_5: MappingProxyType[str, ProfileRow] = MappingProxyType(
+    {
+        "1K": _profile("190.8", "0.44", "3.61"),
+        "8K": _profile("308.9", "0.72", "3.59"),
+        "32K": _profile("701.3", "1.84", "3.19"),
+        "128K": _profile("2316.3", "7.40", "2.62"),
+    }
+)
 
 CASES = ("prfaas_pd", "homogeneous_pd", "naive_heterogeneous_pd")
 

@@ -59,23 +59,27 @@ class PrefillAnchors:
 
     def seconds(self) -> FloatArray:
         """The four as values of T_prefill in seconds: N/Θ for the capacities, the TTFT itself for the others."""
-        return np.array([
-            self.pd_prefill_instances / self.pd_prefill_per_s,
-            self.homogeneous_instances / self.homogeneous_prefill_per_s,
-            self.ttft_mean_s,
-            self.ttft_p90_s,
-        ])
+        return np.array(
+            [
+                self.pd_prefill_instances / self.pd_prefill_per_s,
+                self.homogeneous_instances / self.homogeneous_prefill_per_s,
+                self.ttft_mean_s,
+                self.ttft_p90_s,
+            ]
+        )
 
     def moments(self, exponent: float, scale: float) -> FloatArray:
         """(l/scale)^exponent at l_short, at E[L], on average over L, and at the 90th percentile of L."""
         law = self.lengths
         tokens, mass = law.atoms()
-        return np.array([
-            (float(law.mean_below(self.threshold_tokens)) / scale) ** exponent,
-            (law.mean_tokens / scale) ** exponent,
-            float(mass @ (tokens / scale) ** exponent),
-            (float(law.quantile(0.9)) / scale) ** exponent,
-        ])
+        return np.array(
+            [
+                (float(law.mean_below(self.threshold_tokens)) / scale) ** exponent,
+                (law.mean_tokens / scale) ** exponent,
+                float(mass @ (tokens / scale) ** exponent),
+                (float(law.quantile(0.9)) / scale) ** exponent,
+            ]
+        )
 
     def in_printed_units(self, seconds: FloatArray) -> FloatArray:
         """Back from T_prefill in seconds to the printed quantities."""
@@ -168,12 +172,21 @@ class DecodeAnchors:
         for i, (case, value) in enumerate(zip(self.cases, self.theta_pd_d, strict=True)):
             others = tuple(j for j in range(len(self.cases)) if j != i)
             anchor = Anchor(f"Θ_pd-d, {case}", case, "theta_pd_d", value, "req/s")
-            rows.append(Residual(anchor, self.instances[i] * self.per_instance(), self.instances[i] * self.per_instance(others)))
+            rows.append(
+                Residual(anchor, self.instances[i] * self.per_instance(), self.instances[i] * self.per_instance(others))
+            )
         return tuple(rows)
 
 
 def calibrated_profile(
-    name: str, model: str, accelerator: str, gpus: int, prefill: PrefillAnchors, decode: DecodeAnchors, kv: KVSize, family: Family
+    name: str,
+    model: str,
+    accelerator: str,
+    gpus: int,
+    prefill: PrefillAnchors,
+    decode: DecodeAnchors,
+    kv: KVSize,
+    family: Family,
 ) -> PhaseProfile:
     """A profile whose prefill and decode come from the anchors; its KVCache size is the model's, whatever the accelerator."""
     return PhaseProfile(

@@ -14,10 +14,6 @@ class PoolSpec:
     profile: str
     instances: int
 
-    def __post_init__(self) -> None:
-        if self.instances < 0:
-            raise UserError(f"cluster.*.instances: {self.instances} is negative; accepted: 0 or more")
-
 
 @dataclass(frozen=True)
 class ClusterSpec:
@@ -29,10 +25,14 @@ class ClusterSpec:
     homogeneous_instances: int
 
     def __post_init__(self) -> None:
-        if self.homogeneous_instances < 2:
-            raise UserError(
-                f"cluster.homogeneous_instances: {self.homogeneous_instances} is below 2 (one to prefill, one to decode)"
-            )
+        # PrfaaS may have no instance; a homogeneous cluster needs one to prefill and one to decode.
+        for key, instances, least in (
+            ("prfaas.instances", self.prfaas.instances, 0),
+            ("pd.instances", self.pd.instances, 1),
+            ("homogeneous_instances", self.homogeneous_instances, 2),
+        ):
+            if instances < least:
+                raise UserError(f"cluster.{key}: {instances}; accepted: {least} or more")
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,9 @@ def load_profile(name: str, folder: Path = Path("results") / "profiles") -> Phas
     path = profile_path(name, folder)
     if path is None:
         saved = sorted(file.stem for file in folder.glob("*.yaml"))
-        raise UserError(f"profile: {name!r} is neither a preset nor a saved profile nor a file; accepted: {', '.join([*presets, *saved])}")
+        raise UserError(
+            f"profile: {name!r} is neither a preset nor a saved profile nor a file; accepted: {', '.join([*presets, *saved])}"
+        )
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:

@@ -1,4 +1,4 @@
-"""metrics.csv: one row per value, in one long form for every tier, so that any two results can be laid side by side, and beside the paper."""
+"""metrics.csv: one row per value, in one long form for every tier, so that any two results, and the paper, lie side by side."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def frame(rows: Iterable[Metric]) -> pd.DataFrame:
 
 def read(path: Path) -> pd.DataFrame:
     """A metrics.csv, with text columns as text."""
-    return pd.read_csv(path, dtype={name: str for name in ("experiment", "tier", "case", "metric", "unit", "source")})
+    return pd.read_csv(path, dtype=dict.fromkeys(("experiment", "tier", "case", "metric", "unit", "source"), str))
 
 
 def value(table: pd.DataFrame, metric: str, case: str | None = None) -> float:

@@ -49,7 +49,7 @@ def _environment(folder: Path) -> Iterator[None]:
 
 
 def mirror(record: Record, configuration: Mapping[str, Any], figures: Sequence[Path], spec: TrackingSpec) -> None:
-    """Log a finished run's configuration, metrics, tables and figures; `online` falls back to `offline` when the service is out of reach."""
+    """Log a finished run's configuration, metrics, tables and figures; `online` becomes `offline` when the service is out of reach."""
     if spec.mode == "disabled":
         return
     modes: list[Literal["online", "offline"]] = ["online", "offline"] if spec.mode == "online" else ["offline"]
@@ -62,7 +62,11 @@ def mirror(record: Record, configuration: Mapping[str, Any], figures: Sequence[P
 
 
 def _log_run(
-    record: Record, configuration: Mapping[str, Any], figures: Sequence[Path], spec: TrackingSpec, mode: Literal["online", "offline"]
+    record: Record,
+    configuration: Mapping[str, Any],
+    figures: Sequence[Path],
+    spec: TrackingSpec,
+    mode: Literal["online", "offline"],
 ) -> None:
     folder = record.path / "wandb"
     folder.mkdir(exist_ok=True)
@@ -79,9 +83,9 @@ def _log_run(
         )  # fmt: skip
         try:
             table = record.metrics
-            run.summary.update({
-                f"{row.tier}/{row.case}/{row.metric}": row.value for row in table.itertuples() if row.value == row.value
-            })
+            known = table.dropna(subset=["value"])
+            names = known["tier"] + "/" + known["case"] + "/" + known["metric"]
+            run.summary.update(dict(zip(names, known["value"], strict=True)))
             logged: dict[str, Any] = {"metrics": wandb.Table(dataframe=table)}
             for path in sorted((record.path / "tables").glob("*.csv")):
                 logged[f"tables/{path.stem}"] = wandb.Table(dataframe=record.table(path.stem))

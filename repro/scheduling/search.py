@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from repro.errors import UserError
 from repro.scheduling.spec import PolicySpec
-from repro.scheduling.throughput import Deployment, Lengths, OperatingPoint, at_thresholds, decode_per_instance, evaluate
+from repro.scheduling.throughput import (
+    Deployment,
+    Lengths,
+    OperatingPoint,
+    at_thresholds,
+    decode_per_instance,
+    evaluate,
+)
 
 FloatArray = NDArray[np.float64]
 
@@ -45,7 +52,7 @@ def threshold_grid(deployment: Deployment, step_tokens: int) -> FloatArray:
     if not 0 < step_tokens <= law.maximum_tokens:
         raise UserError(f"policy.threshold_step_tokens: {step_tokens} must lie in 1 to {law.maximum_tokens:g}")
     grid = np.arange(0.0, law.maximum_tokens + step_tokens, step_tokens)
-    return np.clip(grid, law.minimum_tokens, law.maximum_tokens)
+    return np.asarray(np.clip(grid, law.minimum_tokens, law.maximum_tokens))
 
 
 def surface(deployment: Deployment, threshold_tokens: FloatArray, n_p: NDArray[np.int64], lengths: Lengths) -> Surface:
@@ -55,8 +62,10 @@ def surface(deployment: Deployment, threshold_tokens: FloatArray, n_p: NDArray[n
     with np.errstate(divide="ignore", invalid="ignore"):
         # A stage that no request uses bounds nothing.
         prfaas = np.where(p > 0, rows.prfaas_per_s / p, np.inf)
-        pd_prefill = np.where(stay[:, None] > 0, n_p[None, :] * (rows.pd_prefill_per_instance_per_s / stay)[:, None], np.inf)
-    pd_decode = (deployment.n_pd - n_p) * decode_per_instance(deployment)
+        pd_prefill = np.where(
+            stay[:, None] > 0, n_p[None, :] * (rows.pd_prefill_per_instance_per_s / stay)[:, None], np.inf
+        )
+    pd_decode = np.asarray((deployment.n_pd - n_p) * decode_per_instance(deployment), np.float64)
     best = np.minimum(np.minimum(prfaas[:, None], pd_prefill), pd_decode[None, :])
     return Surface(rows.tokens, n_p, best, prfaas, pd_prefill, pd_decode)
 
@@ -77,6 +86,11 @@ def search(deployment: Deployment, policy: PolicySpec) -> OperatingPoint:
     """
     law = deployment.lengths
     if deployment.n_prfaas == 0:
+        if policy.threshold_tokens is not None and policy.threshold_tokens < law.maximum_tokens:
+            raise UserError(
+                f"policy.threshold_tokens: {policy.threshold_tokens:g} offloads requests, but cluster.prfaas.instances is 0; "
+                f"accepted: null, or {law.maximum_tokens:g} tokens"
+            )
         thresholds = np.array([law.maximum_tokens])
     elif policy.threshold_tokens is None:
         thresholds = threshold_grid(deployment, policy.threshold_step_tokens)

@@ -169,7 +169,12 @@ def evaluate(deployment: Deployment, threshold_tokens: float, n_p: int, n_d: int
     sustained = stages.lambda_max(p)
     egress = 0.0
     if p > 0:
-        egress = sustained * p * 8 * float(deployment.lengths.expectation_above(deployment.prfaas.kv_bytes, threshold_tokens))
+        egress = (
+            sustained
+            * p
+            * 8
+            * float(deployment.lengths.expectation_above(deployment.prfaas.kv_bytes, threshold_tokens))
+        )
     return OperatingPoint(
         threshold_tokens=float(threshold_tokens),
         n_prfaas=deployment.n_prfaas,

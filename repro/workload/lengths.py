@@ -184,4 +184,4 @@ class TruncatedLogNormal:
 def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> FloatArray:
     """Elementwise quotient; nan, without a warning, where the denominator is 0 (an empty side of a threshold)."""
     top, bottom = np.broadcast_arrays(np.asarray(numerator, np.float64), np.asarray(denominator, np.float64))
-    return np.divide(top, bottom, out=np.full(bottom.shape, np.nan), where=bottom > 1e-15)
+    return np.asarray(np.divide(top, bottom, out=np.full(bottom.shape, np.nan), where=bottom > 1e-15))
