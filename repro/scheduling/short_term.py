@@ -1,12 +1,13 @@
 """The fast loop of §3.4.3: watch egress utilisation and prefill queues, and move the threshold while either is under pressure.
 
 Pressure begins and ends at different levels (hysteresis), so that a load near one level does not make the threshold chatter. Under
-pressure t is searched anew every period over the recent incremental lengths, queues included; when pressure ends it is searched once
-more without them. One pure step, from state and observation to state.
+pressure t is searched anew over the recent incremental lengths, queues included, at once and then every `search_s`; when pressure ends it
+is searched once more without them. One pure step, from state and observation to state.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,10 +19,14 @@ from repro.scheduling.views import ClusterView, LinkView
 
 @dataclass(frozen=True)
 class ShortTermSpec:
-    """Levels and times of the fast loop. `queue_*_s` is prefill work waiting per instance; `horizon_s` the time to work it off."""
+    """Levels and times of the fast loop, which measures every `period_s`.
+
+    `queue_*_s` is prefill work waiting per instance, `horizon_s` the time in which a search means to work it off.
+    """
 
     enabled: bool = False
     period_s: float = 1.0
+    search_s: float = 5.0
     utilisation_high: float = 0.8
     utilisation_low: float = 0.6
     queue_high_s: float = 2.0
@@ -36,7 +41,7 @@ class ShortTermSpec:
                     f"policy.short_term.{low}: {getattr(self, low)} must lie between 0 and policy.short_term.{high} "
                     f"({getattr(self, high)})"
                 )
-        for key in ("period_s", "horizon_s", "window_requests"):
+        for key in ("period_s", "search_s", "horizon_s", "window_requests"):
             if not getattr(self, key) > 0:
                 raise UserError(f"policy.short_term.{key}: {getattr(self, key)} is not positive")
 
@@ -44,6 +49,7 @@ class ShortTermSpec:
 class Observation(NamedTuple):
     """What is measured at the end of a period. `lengths` are the incremental lengths of recent requests, oldest first."""
 
+    at_s: float
     lengths: Sequence[float]
     rate_per_s: float
     prfaas: ClusterView
@@ -57,6 +63,7 @@ class ShortTermState(NamedTuple):
     threshold_tokens: float
     bandwidth_scarce: bool = False
     pressed: bool = False
+    searched_s: float = -math.inf
 
 
 def capacity_of(seen: Observation) -> Capacity:
@@ -82,10 +89,9 @@ def step(spec: ShortTermSpec, state: ShortTermState, seen: Observation, costs: C
     pressed = scarce or surge
     if not pressed and not state.pressed:
         return state
-    capacity = capacity_of(seen)
-    if pressed:
-        found = balance(seen.lengths, seen.rate_per_s, costs, capacity, spec.horizon_s)
-    else:
-        found = balance(seen.lengths, seen.rate_per_s, costs, capacity)
-    threshold = found.threshold_tokens if seen.lengths else state.threshold_tokens
-    return ShortTermState(threshold, scarce, pressed)
+    changed = pressed != state.pressed or scarce != state.bandwidth_scarce
+    if not seen.lengths or not (changed or seen.at_s - state.searched_s >= spec.search_s):
+        return state._replace(bandwidth_scarce=scarce, pressed=pressed)
+    horizon_s = spec.horizon_s if pressed else math.inf
+    found = balance(seen.lengths, seen.rate_per_s, costs, capacity_of(seen), horizon_s)
+    return ShortTermState(found.threshold_tokens, scarce, pressed, seen.at_s)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from repro.kvcache.directory import Directory
 from repro.kvcache.pool import HybridPool
 from repro.scheduling import long_term, short_term
 from repro.scheduling.admission import admitted
-from repro.scheduling.load import Costs
+from repro.scheduling.load import Costs, FloatArray
 from repro.scheduling.long_term import DecodeView
 from repro.scheduling.placement import placement
 from repro.scheduling.policies import splitmix64
@@ -76,14 +76,21 @@ class _Tables:
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
+        self.prefill = self.kv = np.empty(0)
         self.prefill_s: list[float] = []
         self.kv_bytes: list[float] = []
 
     def cover(self, tokens: int) -> None:
         if tokens >= len(self.prefill_s):
             every = np.arange(max(tokens + 1, 2 * len(self.prefill_s)))
-            self.prefill_s = np.asarray(self._profile.prefill_s(every), dtype=np.float64).tolist()
-            self.kv_bytes = np.asarray(self._profile.kv_bytes(every), dtype=np.float64).tolist()
+            self.prefill = np.asarray(self._profile.prefill_s(every), dtype=np.float64)
+            self.kv = np.asarray(self._profile.kv_bytes(every), dtype=np.float64)
+            self.prefill_s, self.kv_bytes = self.prefill.tolist(), self.kv.tolist()
+
+    @staticmethod
+    def read(table: FloatArray) -> Callable[[FloatArray], FloatArray]:
+        """The table as a function of arrays of lengths."""
+        return lambda tokens: table[tokens.astype(np.int64)]
 
 
 class _Site:
@@ -498,6 +505,7 @@ class Simulation:
         instances = sum(site.prefill.serving for site in self.sites)
         waiting = sum(site.prefill.waiting_s(now_s) * site.prefill.serving for site in self.sites)
         return Observation(
+            now_s,
             home.recent,  # type: ignore[arg-type]
             home.rate_per_s,
             ClusterView(max(round(instances * home.share), min(instances, 1)), waiting / instances if instances else 0.0),
@@ -506,9 +514,8 @@ class Simulation:
         )
 
     def _costs(self, home: _Home) -> Costs:
-        pd = home.spec.profile
-        remote = self.sites[0].spec.profile if self.sites else pd
-        return Costs(remote.prefill_s, pd.prefill_s, remote.kv_bytes)
+        remote = self.sites[0].tables if self.sites else home.tables
+        return Costs(remote.read(remote.prefill), home.tables.read(home.tables.prefill), remote.read(remote.kv))
 
     def _slow_tick(self, now_s: float, home: _Home) -> None:
         """The slow loop: one node at a time, and none while one is on its way."""

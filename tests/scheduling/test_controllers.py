@@ -18,9 +18,11 @@ LENGTHS = tuple(float(x) for x in np.random.default_rng(0).lognormal(9.9, 1.0, 5
 SPEC = ShortTermSpec(enabled=True)
 
 
-def seen(utilisation: float = 0.1, waiting_s: float = 0.0, capacity_bps: float = 100e9, rate: float = 2.0) -> Observation:
+def seen(
+    utilisation: float = 0.1, waiting_s: float = 0.0, capacity_bps: float = 100e9, rate: float = 2.0, at_s: float = 0.0
+) -> Observation:
     link = LinkView(capacity_bps, utilisation)
-    return Observation(LENGTHS, rate, ClusterView(4, waiting_s), ClusterView(3, 0.0), link)
+    return Observation(at_s, LENGTHS, rate, ClusterView(4, waiting_s), ClusterView(3, 0.0), link)
 
 
 def test_balance_equals_an_exhaustive_search() -> None:
@@ -76,6 +78,15 @@ def test_hysteresis_keeps_the_scarce_rule_between_the_two_levels() -> None:
     assert not short_term.step(SPEC, plain, between, COSTS).bandwidth_scarce
 
 
+def test_under_lasting_pressure_the_threshold_is_searched_at_intervals() -> None:
+    full = seen(utilisation=1.0, capacity_bps=3e9)
+    first = short_term.step(SPEC, ShortTermState(0.0), full, COSTS)
+    thinner = seen(utilisation=1.0, capacity_bps=1e9, at_s=1.0)
+    assert short_term.step(SPEC, first, thinner, COSTS).threshold_tokens == first.threshold_tokens
+    later = short_term.step(SPEC, first, thinner._replace(at_s=5.0), COSTS)
+    assert later.threshold_tokens > first.threshold_tokens
+
+
 def test_a_queue_surge_at_prfaas_sends_less_there() -> None:
     calm = balance(LENGTHS, 2.0, COSTS, Capacity(4, 3, 100e9)).threshold_tokens
     surged = short_term.step(SPEC, ShortTermState(calm), seen(waiting_s=8.0), COSTS)
@@ -85,7 +96,7 @@ def test_a_queue_surge_at_prfaas_sends_less_there() -> None:
 def test_the_slow_loop_moves_a_node_towards_the_bottleneck_and_rests_when_balanced() -> None:
     spec = LongTermSpec(enabled=True)
     rate = 3 / float(np.mean(COSTS.pd_s(np.array(LENGTHS))))
-    busy = Observation(LENGTHS, rate, ClusterView(0), ClusterView(3), LinkView(0.0))
+    busy = Observation(0.0, LENGTHS, rate, ClusterView(0), ClusterView(3), LinkView(0.0))
     assert long_term.step(spec, busy, DecodeView(9, 1e6, 1000.0), COSTS) == 1
     assert long_term.step(spec, busy._replace(rate_per_s=rate / 3), DecodeView(3, 350.0 * rate / 3, 1000.0), COSTS) == -1
     assert long_term.step(spec, busy._replace(rate_per_s=rate / 3), DecodeView(9, 1e6, 1000.0), COSTS) == 0
