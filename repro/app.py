@@ -13,20 +13,21 @@ import os
 import signal
 import sys
 import traceback
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from repro.errors import UserError
 from repro.experiments.base import CONFIGURATION, names
 
 _SCHEMA = "settings_schema"
+_TERMINATED = "terminated"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    # A terminated run must unwind like an interrupted one, so that workers and namespaces are gone when it ends.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _terminated)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     try:
         if arguments and arguments[0] in verbs():
@@ -38,9 +39,15 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the run is marked as failed and will start afresh", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        reason = str(stop) or "interrupted"
+        print(f"error: {reason}; what was running is marked as failed and will start afresh", file=sys.stderr)
+        return 128 + (signal.SIGTERM if reason == _TERMINATED else signal.SIGINT)
+
+
+def _terminated(*_: object) -> None:
+    """A terminated run unwinds like an interrupted one, so that its workers and namespaces are gone when it ends."""
+    raise KeyboardInterrupt(_TERMINATED)
 
 
 def verbs() -> dict[str, str]:
@@ -53,7 +60,11 @@ def verbs() -> dict[str, str]:
 
 
 def _help() -> str:
-    groups = sorted(path.name for path in CONFIGURATION.iterdir() if path.is_dir() and path.name not in ("experiment", "hydra", "sweep"))
+    groups = sorted(
+        path.name
+        for path in CONFIGURATION.iterdir()
+        if path.is_dir() and path.name not in ("experiment", "hydra", "sweep")
+    )
     lines = [
         "usage: python -m repro [experiment=<name>] [<group>=<choice> …] [<key>=<value> …]     one experiment (default: the case study)",
         "       python -m repro -m experiment=<a>,<b> [<key>=<value>,<value> …]                 a sweep",
@@ -105,28 +116,77 @@ def settings_of(composed: Any) -> Any:
 
 def _hydra(arguments: list[str]) -> int:
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
+    from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as exceptions, to be said in one line
+    _check_form(arguments)
     register()
-    sweeping = any(argument in ("-m", "--multirun") for argument in arguments)
-    application = hydra.main(version_base="1.3", config_path=str(CONFIGURATION), config_name="config")(_sweep_job if sweeping else _job)
-    before, sys.argv = sys.argv, ["repro", *arguments]
+    folder = _sweep_folder(arguments)
+    mistakes: list[UserError] = []
+
+    def job(composed: Any) -> None:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            _sweep_job(composed)
+            return
+        try:
+            _job(composed)
+        except UserError as error:  # Hydra would put a line of its own before it
+            mistakes.append(error)
+
+    application = hydra.main(version_base="1.3", config_path=str(CONFIGURATION), config_name="config")(job)
+    before, sys.argv = sys.argv, ["repro", *arguments, f"hydra.sweep.dir='{folder}'"]
     try:
         application()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
     finally:
         sys.argv = before
-    return _sweep_summary(arguments) if sweeping else 0
+    if mistakes:
+        raise mistakes[0]
+    return _sweep_summary(folder) if folder.exists() else 0
+
+
+def _check_form(arguments: list[str]) -> None:
+    """Refuse what is neither an option nor an override before Hydra answers it with a page of usage."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    parsed = parser.parse_args(arguments)
+    for word in parsed.overrides:
+        if "=" not in word and not word.startswith("~"):
+            raise UserError(
+                f"{word!r}: neither a verb nor key=value; verbs: {', '.join(verbs()) or 'none'}; see --help"
+            )
+
+
+def _sweep_folder(arguments: list[str]) -> Path:
+    """A folder for this sweep alone, even when two start in the same second."""
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if "hydra.sweep.dir" in given:
+        return Path(given["hydra.sweep.dir"].strip("'\""))
+    return Path(given.get("results", "results").strip("'\""), "sweeps", f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
 
 
 def _job(composed: Any) -> None:
     from repro import runner
 
-    record = runner.run(settings_of(composed), sys.argv)
-    print(record.path)
+    settings = settings_of(composed)
+    record = runner.run(settings, _command())
+    print(runner.summary(settings, record))
+    print(record.path, flush=True)
+
+
+def _command() -> list[str]:
+    """What was typed, for the record: without the sweep's folder, which `_hydra` adds."""
+    return [argument for argument in sys.argv if not argument.startswith("hydra.sweep.dir=")]
 
 
 def _sweep_job(composed: Any) -> None:
@@ -138,7 +198,7 @@ def _sweep_job(composed: Any) -> None:
     try:
         from repro import runner
 
-        outcome["path"] = str(runner.run(settings_of(composed), sys.argv).path)
+        outcome["path"] = str(runner.run(settings_of(composed), _command()).path)
     except UserError as error:
         outcome["error"] = str(error)
         print(f"error: {' '.join(outcome['overrides'])}: {error}", file=sys.stderr)
@@ -151,18 +211,16 @@ def _sweep_job(composed: Any) -> None:
     print(outcome.get("path", f"failed: {outcome.get('error')}"), flush=True)
 
 
-def _sweep_summary(arguments: list[str]) -> int:
-    sweeps = sorted(Path("results", "sweeps").glob("*/multirun.yaml"), key=lambda path: path.stat().st_mtime)
-    if not sweeps:
-        return 0
-    folder = sweeps[-1].parent
-    outcomes = [json.loads(path.read_text()) for path in sorted(folder.glob("*/outcome.json"), key=lambda p: int(p.parent.name))]
+def _sweep_summary(folder: Path) -> int:
+    outcomes = [
+        json.loads(path.read_text()) for path in sorted(folder.glob("*/outcome.json"), key=lambda p: int(p.parent.name))
+    ]
     failed = [outcome for outcome in outcomes if "error" in outcome]
     print(f"sweep: {len(outcomes) - len(failed)} of {len(outcomes)} runs finished", file=sys.stderr)
     for outcome in failed:
         print(f"  failed: {' '.join(outcome['overrides'])}: {outcome['error']}", file=sys.stderr)
     print(folder)
-    return 1 if failed else 0
+    return 1 if failed or not outcomes else 0
 
 
 def _one_line(error: BaseException) -> str:
@@ -170,20 +228,28 @@ def _one_line(error: BaseException) -> str:
 
 
 def _explain(error: BaseException) -> str:
-    """Hydra's and OmegaConf's messages in one line that names the key and what is accepted."""
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
+    """Hydra's and OmegaConf's messages in one line that names the key, the value and what is accepted."""
+    from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-    for cause in causes:
+    from repro.configuration import accepted
+    from repro.settings import Settings
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options:
+            group, _, choice = str(cause.missing_cfg_file).rpartition("/")
+            return f"{group}: {choice!r} does not exist; accepted: {', '.join(cause.options)}"
+        if isinstance(cause, OverrideParseException):
+            return f"{cause.override}: cannot be read as key=value ({_one_line(cause).split(' See https')[0]})"
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             key = str(cause.full_key)
             if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
                 return f"{key}: no such key; accepted: {', '.join(_siblings(cause))}"
             if isinstance(cause, ValidationError):
-                return f"{key}: {str(cause).splitlines()[0]}"
-    return _one_line(error).replace("Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.", "").strip()
+                return f"{key}: {str(cause).splitlines()[0]}; accepted: {accepted(Settings, key)}"
+        cause = cause.__cause__
+    return _one_line(error)
 
 
 def _siblings(error: Any) -> list[str]:

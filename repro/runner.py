@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from repro.configuration import build, plain
 from repro.errors import UserError
@@ -36,7 +37,7 @@ def prepare(settings: Settings) -> tuple[base.Experiment, Settings, RunDirectory
         raise UserError(
             f"tier: {settings.tier!r} is not offered by experiment={settings.name}; accepted: {', '.join(experiment.tiers)}"
         )
-    options = build(experiment.options, settings.options, "options")
+    options: Any = build(experiment.options, settings.options, "options")
     settings = replace(settings, options=plain(options))
     # What no tier can run must end before a directory exists: the model refuses it in milliseconds.
     operating_points(deployment(settings), settings)
@@ -62,7 +63,7 @@ def run(settings: Settings, command: list[str], progress: Progress = to_stderr) 
             directory.begin(plain(settings), command, {"seed": settings.seed})
         except OSError as error:
             raise UserError(f"results: {settings.results} cannot be written ({error.strerror})") from error
-        options = build(experiment.options, settings.options, "options")
+        options: Any = build(experiment.options, settings.options, "options")
         context = base.Context(
             settings, options, directory.path, lambda line: progress(f"{settings.name}: {line}"), tuple(command[1:])
         )
