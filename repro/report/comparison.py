@@ -14,14 +14,25 @@ from repro.record.metrics import Metric
 
 def _row(claim: Claim, table: pd.DataFrame) -> dict[str, object]:
     found = table[
-        (table["experiment"] == claim.experiment) & (table["tier"] == claim.tier) & (table["case"] == claim.case) & (table["metric"] == claim.metric)
+        (table["experiment"] == claim.experiment)
+        & (table["tier"] == claim.tier)
+        & (table["case"] == claim.case)
+        & (table["metric"] == claim.metric)
     ]
     common = {
         "claim": claim.name, "statement": claim.statement, "where": claim.where, "paper": claim.paper, "unit": claim.unit,
         "tolerance": claim.tolerance.describe(), "experiment": claim.experiment, "tier": claim.tier,
     }  # fmt: skip
     if len(found) != 1:
-        return {**common, "ours": math.nan, "low": math.nan, "high": math.nan, "deviation_pct": math.nan, "source": "", "verdict": "not run"}
+        return {
+            **common,
+            "ours": math.nan,
+            "low": math.nan,
+            "high": math.nan,
+            "deviation_pct": math.nan,
+            "source": "",
+            "verdict": "not run",
+        }
     row = found.iloc[0]
     ours = float(row["value"])
     deviation = Metric("", "", "", "", ours, "", "computed", paper=claim.paper).deviation_pct
@@ -36,11 +47,29 @@ def compare(records: Sequence[Record], *, only_run: bool = True) -> pd.DataFrame
     table = pd.concat([record.metrics for record in records], ignore_index=True)
     experiments = {(record.configuration["name"], record.configuration["tier"]) for record in records}
     claims = [claim for claim in CLAIMS if not only_run or (claim.experiment, claim.tier) in experiments]
-    columns = ["claim", "statement", "where", "paper", "ours", "low", "high", "deviation_pct", "unit", "tolerance", "experiment", "tier", "source", "verdict"]
+    columns = [
+        "claim",
+        "statement",
+        "where",
+        "paper",
+        "ours",
+        "low",
+        "high",
+        "deviation_pct",
+        "unit",
+        "tolerance",
+        "experiment",
+        "tier",
+        "source",
+        "verdict",
+    ]
     return pd.DataFrame([_row(claim, table) for claim in claims], columns=columns)
 
 
-_SCALES = (("bit/s", ((1e12, "Tbps"), (1e9, "Gbps"), (1e6, "Mbps"), (1e3, "kbps"))), ("bytes", ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))))
+_SCALES = (
+    ("bit/s", ((1e12, "Tbps"), (1e9, "Gbps"), (1e6, "Mbps"), (1e3, "kbps"))),
+    ("bytes", ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))),
+)
 
 
 def readable(value: float, unit: str) -> str:
@@ -73,7 +102,11 @@ def console(table: pd.DataFrame) -> str:
     for row in table.itertuples():
         statement = str(row.statement).rstrip(".")
         statement = statement if len(statement) <= 65 else statement[:64] + "…"
-        lines.append(f"{statement:<66}{readable(row.paper, row.unit):>14}{readable(row.ours, row.unit):>14}{percent(row.deviation_pct):>11}  {row.verdict}")
+        lines.append(
+            f"{statement:<66}{readable(row.paper, row.unit):>14}{readable(row.ours, row.unit):>14}{percent(row.deviation_pct):>11}  {row.verdict}"
+        )
     counts = table["verdict"].value_counts()
-    lines.append(", ".join(f"{counts[name]} {name}" for name in ("reproduced", "deviates", "input", "not run") if name in counts))
+    lines.append(
+        ", ".join(f"{counts[name]} {name}" for name in ("reproduced", "deviates", "input", "not run") if name in counts)
+    )
     return "\n".join(lines)

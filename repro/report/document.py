@@ -55,7 +55,11 @@ def write(folder: Path, title: str, question: str, records: Sequence[Record]) ->
         records: the runs to report, each with its figures already drawn.
     """
     claims = compare(records)
-    pictures = [Picture(f"{record.configuration['name']}: {path.stem}", path) for record in records for path in sorted((record.path / "figures").glob("*.png"))]
+    pictures = [
+        Picture(f"{record.configuration['name']}: {path.stem}", path)
+        for record in records
+        for path in sorted((record.path / "figures").glob("*.png"))
+    ]
     runs = [
         {
             "name": record.configuration["name"], "tier": record.configuration["tier"], "folder": record.path.name,
