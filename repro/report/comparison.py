@@ -102,9 +102,8 @@ def console(table: pd.DataFrame) -> str:
     for row in table.itertuples():
         statement = str(row.statement).rstrip(".")
         statement = statement if len(statement) <= 65 else statement[:64] + "…"
-        lines.append(
-            f"{statement:<66}{readable(row.paper, row.unit):>14}{readable(row.ours, row.unit):>14}{percent(row.deviation_pct):>11}  {row.verdict}"
-        )
+        paper, ours = readable(row.paper, row.unit), readable(row.ours, row.unit)
+        lines.append(f"{statement:<66}{paper:>14}{ours:>14}{percent(row.deviation_pct):>11}  {row.verdict}")
     counts = table["verdict"].value_counts()
     lines.append(
         ", ".join(f"{counts[name]} {name}" for name in ("reproduced", "deviates", "input", "not run") if name in counts)

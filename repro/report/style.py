@@ -1,4 +1,4 @@
-"""One look for every figure: legible in print at column width, in colours that the colour-blind can tell apart, with the paper's values marked.
+"""One look for every figure: legible at column width, in colours that the colour-blind can tell apart, the paper's values marked.
 
 The palette is Okabe and Ito's. A reader must see the point without the text: a figure's title states its finding or question, axes carry
 units, our values are filled marks or lines, the paper's are black diamonds.
