@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         reason = str(stop) or "interrupted"
-        print(f"error: {reason}; what was running is marked as failed and will start afresh", file=sys.stderr)
+        print(f"error: {reason}; what was running will start afresh with the next call", file=sys.stderr)
         return 128 + (signal.SIGTERM if reason == _TERMINATED else signal.SIGINT)
 
 
@@ -198,7 +198,8 @@ def _sweep_job(composed: Any) -> None:
     try:
         from repro import runner
 
-        outcome["path"] = str(runner.run(settings_of(composed), _command()).path)
+        # The job's own overrides are the command that repeats it, whichever process it runs in.
+        outcome["path"] = str(runner.run(settings_of(composed), ["repro", *outcome["overrides"]]).path)
     except UserError as error:
         outcome["error"] = str(error)
         print(f"error: {' '.join(outcome['overrides'])}: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import re
 import types
 import typing
@@ -37,7 +38,16 @@ def twin(spec: type) -> type:
         fields.append(
             (item.name, _twin_type(hints[item.name]), dataclasses.field(default_factory=partial(copy.deepcopy, value)))
         )
-    return dataclasses.make_dataclass(spec.__name__, fields)
+    # A parallel launcher pickles the ConfigStore: by this name a worker finds the twin through `__getattr__` below.
+    place = {"__module__": __name__, "__qualname__": f"{spec.__module__}:{spec.__name__}".replace(".", "/")}
+    return dataclasses.make_dataclass(spec.__name__, fields, namespace=place)
+
+
+def __getattr__(name: str) -> Any:
+    module, separator, spec = name.rpartition(":")
+    if not separator:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return twin(getattr(importlib.import_module(module.replace("/", ".")), spec))
 
 
 def _mutable(value: Any) -> Any:
