@@ -1,0 +1,96 @@
+"""Λ_max of a simulated deployment: the highest arrival rate whose queues do not grow, by bisection, once per seed.
+
+The number in the system is compared between the second and the last quarter of a run. Below Λ_max it fluctuates around a level; above, it
+grows by the excess rate. Arrivals of one seed are the same at every rate but for their spacing, so within a seed stability changes
+once, and the spread between seeds gives the confidence interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+from repro.simulate.records import COLUMNS, Row
+from repro.simulate.simulation import Simulation
+from repro.simulate.spec import SimulationSpec
+from repro.workload.stream import Independent
+
+_ARRIVAL, _FINISH = COLUMNS.index("arrival_s"), COLUMNS.index("finish_s")
+
+#: Growth of the number in the system, as a share of arrivals, that still counts as none.
+TOLERANCE = 0.005
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95 % interval (Student's t); no interval from a single seed."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Estimate:
+        """From one value per seed."""
+        data = np.asarray(values, dtype=np.float64)
+        n, mean = len(data), float(np.mean(data))
+        if n < 2:
+            return Estimate(mean, math.nan, math.nan, n)
+        half = float(stats.t.ppf(0.975, n - 1) * data.std(ddof=1) / math.sqrt(n))
+        return Estimate(mean, mean - half, mean + half, n)
+
+
+class _Times:
+    """Arrival and finish of every request."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+
+    def take(self, rows: Sequence[Row]) -> None:
+        self._parts.append(np.array([(row[_ARRIVAL], row[_FINISH]) for row in rows]))
+
+    def growth(self) -> float:
+        """Growth of the number in the system per arrival, between the second and the last quarter of the run."""
+        times = np.concatenate(self._parts)
+        arrivals, finishes = np.sort(times[:, 0]), np.sort(times[:, 1][np.isfinite(times[:, 1])])
+        end = arrivals[-1]
+
+        def level(low: float, high: float) -> float:
+            at = np.linspace(low * end, high * end, 400)
+            return float(np.mean(np.searchsorted(arrivals, at) - np.searchsorted(finishes, at)))
+
+        between = np.searchsorted(arrivals, 0.875 * end) - np.searchsorted(arrivals, 0.375 * end)
+        return (level(0.75, 1.0) - level(0.25, 0.5)) / max(float(between), 1.0)
+
+
+def growth(spec: SimulationSpec, requests: Independent) -> float:
+    """Growth of the number in the system per arrival; infinite for a run that was cut as overloaded."""
+    times = _Times()
+    # A stable system's number stays far below a tenth of all its requests.
+    limit = max(2000, requests.requests // 10)
+    summary = Simulation(replace(spec, drain_s=0.0, limit_requests=limit), times).run(requests)
+    return math.inf if summary.overloaded else times.growth()
+
+
+def lambda_max(
+    spec: SimulationSpec, requests: Callable[[float, int], Independent], guess_per_s: float, seeds: Sequence[int], width: float = 0.005
+) -> Estimate:
+    """Highest stable rate in req/s over seeds; `requests(rate, seed)` makes the stream. The guess only says where to look first."""
+    return Estimate.of([_bisect(lambda rate, s=seed: growth(spec, requests(rate, s)) <= TOLERANCE, guess_per_s, width) for seed in seeds])
+
+
+def _bisect(stable: Callable[[float], bool], guess: float, width: float) -> float:
+    low, high = guess * 0.9, guess * 1.1
+    while not stable(low):
+        low, high = low * 0.8, low
+    while stable(high):
+        low, high = high, high * 1.25
+    while high - low > width * low:
+        middle = (low + high) / 2
+        low, high = (middle, high) if stable(middle) else (low, middle)
+    return (low + high) / 2
