@@ -368,12 +368,12 @@ def fill(
     levels: dict[Any, float] = {}
     remaining = capacity
     unsettled = {key: (sorted(asks), count) for key, (asks, count) in senders.items()}
-    fixed = {key: 0 for key in senders}
+    fixed = dict.fromkeys(senders, 0)
     while unsettled:
         flows = sum(len(asks) - fixed[key] + count for key, (asks, count) in unsettled.items())
         level = min(max(remaining, 0.0) / flows if flows else math.inf, flow_cap)
         changed = False
-        for key, (asks, count) in list(unsettled.items()):
+        for key, (asks, _) in unsettled.items():
             i = fixed[key]
             while i < len(asks) and asks[i] <= level:
                 remaining -= asks[i]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from numpy.typing import ArrayLike
@@ -77,12 +77,12 @@ class PrfaasCluster:
 class SchedulerSpec:
     """The scheduler of every home. `fallback_s`: after so long an outage, transfers are given up and prefilled at home."""
 
-    router: Router = Threshold()
+    router: Router = field(default_factory=Threshold)
     threshold_tokens: float = 0.0
     placement: str = "least_work"
-    short_term: ShortTermSpec = ShortTermSpec()
-    long_term: LongTermSpec = LongTermSpec()
-    admission: AdmissionSpec = AdmissionSpec()
+    short_term: ShortTermSpec = field(default_factory=ShortTermSpec)
+    long_term: LongTermSpec = field(default_factory=LongTermSpec)
+    admission: AdmissionSpec = field(default_factory=AdmissionSpec)
     fallback_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ class SimulationSpec:
 
     pd: tuple[PdCluster, ...]
     prfaas: tuple[PrfaasCluster, ...] = ()
-    scheduler: SchedulerSpec = SchedulerSpec()
+    scheduler: SchedulerSpec = field(default_factory=SchedulerSpec)
     chunk_tokens: int | None = None
     cache: CacheSpec | None = None
     faults: tuple[Fault, ...] = ()

@@ -1,7 +1,7 @@
 """Arrival processes: Poisson, gamma, Markov-modulated, diurnal, piecewise and deterministic.
 
-All but gamma and deterministic are one idea: a Poisson process of rate 1 seen through a changing clock, the cumulative rate Λ(t). Drawing on
-that clock and inverting Λ gives any rate profile exactly, without rejection.
+All but gamma and deterministic are one idea: a Poisson process of rate 1 seen through a changing clock, the cumulative rate Λ(t).
+Drawing on that clock and inverting Λ gives any rate profile exactly, without rejection.
 """
 
 from __future__ import annotations

@@ -1,0 +1,85 @@
+"""Multi-turn sessions whose prompts grow: agents and conversations, the workload of prefix caches.
+
+A session begins with one of a few system prompts and a first question; every turn's prompt is the whole conversation so far and
+something new. Block keys name (session, block), or (system prompt, block) where the block is shared by all sessions of a family. Turns come at drawn
+times, not when the answer is out: so the same arrivals meet every policy, at the price that a slow system is not spared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from repro.errors import UserError
+from repro.workload.stream import Chains, Chunk, Recorded
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """Sessions arrive at `sessions_per_s`; the number of turns is geometric, the other lengths are exponential around their means."""
+
+    sessions_per_s: float
+    mean_turns: float = 8.0
+    families: int = 8
+    system_tokens: int = 4096
+    first_tokens: float = 12_000.0
+    turn_tokens: float = 3_000.0
+    output_tokens: float = 512.0
+    mean_gap_s: float = 60.0
+    maximum_tokens: int = 131_072
+    block_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        for key in (
+            "sessions_per_s", "mean_turns", "families", "first_tokens", "turn_tokens", "output_tokens", "mean_gap_s", "block_tokens",
+        ):  # fmt: skip
+            if not getattr(self, key) > 0:
+                raise UserError(f"workload.sessions.{key}: {getattr(self, key)} is not positive")
+        if self.mean_turns < 1:
+            raise UserError(f"workload.sessions.mean_turns: {self.mean_turns} is below 1")
+        if not 0 <= self.system_tokens < self.maximum_tokens:
+            raise UserError(f"workload.sessions.system_tokens: {self.system_tokens} must lie below maximum_tokens ({self.maximum_tokens})")
+
+
+def draw_sessions(spec: SessionSpec, duration_s: float, seed: int) -> Recorded:
+    """All turns that arrive within `duration_s`, of sessions that begin in it.
+
+    Raises:
+        UserError: when no session begins in that time.
+    """
+    rng = np.random.default_rng(seed)
+    starts = np.cumsum(rng.exponential(1 / spec.sessions_per_s, round(1.5 * duration_s * spec.sessions_per_s) + 50))
+    rows: list[tuple[float, int, int, Chains]] = []
+    for session, start in enumerate(starts[starts < duration_s].tolist()):
+        rows += _turns(spec, session, start, duration_s, rng)
+    if not rows:
+        raise UserError(f"workload.sessions: none begins within {duration_s} s at {spec.sessions_per_s} per second")
+    rows.sort(key=lambda row: row[0])
+    times, inputs, outputs, chains = zip(*rows, strict=True)
+    return Recorded(Chunk(np.array(times), np.array(inputs, np.int64), np.array(outputs, np.int64), list(chains)))
+
+
+def _turns(spec: SessionSpec, session: int, start_s: float, end_s: float, rng: np.random.Generator) -> list[tuple[float, int, int, Chains]]:
+    family = int(rng.integers(spec.families))
+    shared = spec.system_tokens // spec.block_tokens
+    turns = int(rng.geometric(1 / spec.mean_turns))
+    gaps = rng.exponential(spec.mean_gap_s, turns)
+    adds = np.ceil(rng.exponential(spec.turn_tokens, turns)).astype(int)
+    outputs = np.ceil(rng.exponential(spec.output_tokens, turns)).astype(int)
+    context = spec.system_tokens + int(np.ceil(rng.exponential(spec.first_tokens)))
+    found: list[tuple[float, int, int, Chains]] = []
+    at_s = start_s
+    for turn in range(turns):
+        if at_s >= end_s or context > spec.maximum_tokens:
+            break
+        output = int(outputs[turn])
+        after = context + output
+        # Blocks of the system prompt are the family's; all later ones the session's own.
+        keys = tuple(
+            (family << 20 | i) if i < shared else -1 - (session << 20 | i) for i in range(after // spec.block_tokens)
+        )
+        found.append((at_s, context, output, (keys[: context // spec.block_tokens], keys)))
+        context = after + int(adds[turn])
+        at_s += float(gaps[turn])
+    return found
