@@ -1,0 +1,323 @@
+"""Measure a model's phase profile on a device: T_prefill(l), T_decode(batch, context) and what they reach of the device.
+
+The result takes the place of a published profile by name (equation 1 needs no more). Every time is a mean over repeats
+after a warm-up, synchronised with the device, with its 95 % interval; lengths grow by doubling until the next one would
+not fit the memory or the time given, so nothing is tried that is known to crash. What a device can do is measured with the
+same library: the best rate of a large matrix product, and of a large copy.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata, util
+from typing import Any, Final
+
+import numpy as np
+import psutil
+import torch
+from scipy.optimize import nnls
+from scipy.stats import t as student
+from torch.utils.flop_counter import FlopCounterMode
+
+from repro.errors import UserError
+from repro.models.layout import StateLayout
+from repro.models.prefill import chunked_prefill, chunks
+from repro.profiles.base import DecodeStep, KVSize, PhaseProfile, PrefillCurve
+
+Clock = Callable[[], float]
+Progress = Callable[[str], None]
+_SHARE_OF_MEMORY: Final = 0.8
+
+
+@dataclass(frozen=True)
+class ProfileSpec:
+    """What to measure. Lengths double from `first_tokens` to `last_tokens`, or to what memory and `budget_s` allow."""
+
+    device: str = "cpu"
+    chunk_tokens: int = 512
+    first_tokens: int = 128
+    last_tokens: int = 4096
+    repeats: int = 5
+    batches: tuple[int, ...] = (1, 2, 4)
+    contexts: tuple[int, ...] = (128, 1024)
+    decode_steps: int = 8
+    budget_s: float = 240.0
+    slo_tokens_per_s: float = 40.0
+    gpus_per_instance: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_tokens", "first_tokens", "last_tokens", "decode_steps", "gpus_per_instance"):
+            if getattr(self, name) < 1:
+                raise UserError(f"options.{name}: {getattr(self, name)} is below 1")
+        if self.repeats < 3:
+            raise UserError(f"options.repeats: {self.repeats}; a confidence interval needs 3 or more")
+        if self.last_tokens < 2 * self.first_tokens:
+            raise UserError(f"options.last_tokens: {self.last_tokens} is not at least twice first_tokens")
+        for name in ("batches", "contexts"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise UserError(f"options.{name}: {getattr(self, name)}; a list of positive numbers is needed")
+        if not (self.budget_s > 0 and self.slo_tokens_per_s > 0):
+            raise UserError("options.budget_s, options.slo_tokens_per_s: must be positive")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A mean over repeats in seconds with its 95 % interval (Student's t), and the peak memory of the process or device."""
+
+    tokens: int
+    batch: int
+    seconds: float
+    low_s: float
+    high_s: float
+    repeats: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reaches: matrix product in FLOP/s in the model's dtype, copy in bytes/s read and written."""
+
+    matmul_flops: float
+    copy_bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All timings of one model on one device. `stopped` says why no longer prompt was tried."""
+
+    prefill: tuple[Timing, ...]
+    decode: tuple[Timing, ...]
+    ceilings: Ceilings
+    flops_per_token: float
+    flops_per_token_pair: float
+    kernels: Mapping[str, str]
+    stopped: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    def prefill_flops(self, tokens: int) -> float:
+        """Floating-point operations of a prefill: linear layers per token, attention per pair of tokens."""
+        return self.flops_per_token * tokens + self.flops_per_token_pair * tokens**2
+
+
+def measure(
+    model: torch.nn.Module,
+    bare: torch.nn.Module,
+    spec: ProfileSpec,
+    progress: Progress,
+    clock: Clock = time.perf_counter,
+) -> Measurement:
+    """Time both phases of `model`. `bare` is the same model on the meta device, on which operations are counted."""
+    device = next(model.parameters()).device
+    dtype = next(model.parameters()).dtype
+    deadline = clock() + spec.budget_s
+    ceilings = measure_ceilings(device, dtype, clock)
+    progress(f"ceilings: {ceilings.matmul_flops / 1e9:.0f} GFLOP/s, copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s")
+    prefill, stopped = _prefill_timings(model, spec, progress, clock, deadline)
+    decode = list(_decode_timings(model, spec, progress, clock, deadline))
+    per_token, per_pair = count_flops(bare)
+    return Measurement(tuple(prefill), tuple(decode), ceilings, per_token, per_pair, kernels_of(model), stopped)
+
+
+def _prefill_timings(
+    model: torch.nn.Module, spec: ProfileSpec, progress: Progress, clock: Clock, deadline: float
+) -> tuple[list[Timing], str]:
+    timings: list[Timing] = []
+    length = spec.first_tokens
+    while length <= spec.last_tokens:
+        if timings and (reason := _too_much(model, timings, length, spec, deadline - clock())):
+            return timings, reason
+        ids = _prompt(model, 1, length)
+        try:
+            timing = _repeat(model, length, 1, spec.repeats, clock, partial(_prefill, model, ids, spec))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            if len(timings) < 2:
+                raise UserError(f"profile: a prompt of {length} tokens does not fit the device") from None
+            return timings, f"memory: {length} tokens did not fit"
+        timings.append(timing)
+        progress(f"prefill of {length} tokens: {timing.seconds:.3f} s ({length / timing.seconds:.0f} tokens/s)")
+        length *= 2
+    return timings, f"last_tokens: {spec.last_tokens}"
+
+
+def _too_much(model: torch.nn.Module, timings: list[Timing], length: int, spec: ProfileSpec, left_s: float) -> str:
+    """Why a prompt of `length` is not tried, judged by the growth so far; empty where it is."""
+    last = timings[-1]
+    growth = last.seconds / timings[-2].seconds if len(timings) > 1 else 2.0
+    expected_s = (spec.repeats + 1) * last.seconds * max(growth, 2.0)
+    if len(timings) >= 2 and expected_s > 0.7 * left_s:
+        return f"time: {length} tokens would take about {expected_s:.0f} s of the {left_s:.0f} s left"
+    needed = last.peak_bytes + (last.peak_bytes - timings[0].peak_bytes) * 2
+    limit = _memory_limit(next(model.parameters()).device)
+    if len(timings) >= 2 and needed > limit:
+        return f"memory: {length} tokens would need about {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB"
+    return ""
+
+
+def _memory_limit(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory * 0.97
+    process = psutil.Process().memory_info().rss
+    return process + _SHARE_OF_MEMORY * psutil.virtual_memory().available
+
+
+def _decode_timings(
+    model: torch.nn.Module, spec: ProfileSpec, progress: Progress, clock: Clock, deadline: float
+) -> Iterator[Timing]:
+    for context in spec.contexts:
+        for batch in spec.batches:
+            if clock() > deadline and batch > spec.batches[0]:
+                progress(f"decode at batch {batch}, context {context}: skipped, the time given is used up")
+                continue
+            cache = _prefill(model, _prompt(model, batch, context), spec)
+            token = _prompt(model, batch, 1)
+
+            def step(token: torch.Tensor = token, cache: Any = cache) -> None:
+                model(input_ids=token, past_key_values=cache, use_cache=True)
+
+            timing = _repeat(model, context, batch, spec.decode_steps, clock, step)
+            progress(f"decode at batch {batch}, context {context}: {1e3 * timing.seconds:.1f} ms per step")
+            yield timing
+
+
+def _prompt(model: torch.nn.Module, batch: int, tokens: int) -> torch.Tensor:
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(vocabulary // 8, vocabulary, (batch, tokens), generator=generator)
+    return ids.to(next(model.parameters()).device)
+
+
+def _prefill(model: torch.nn.Module, ids: torch.Tensor, spec: ProfileSpec) -> Any:
+    return chunked_prefill(model, ids, spec.chunk_tokens)[0]
+
+
+@torch.no_grad()
+def _repeat(
+    model: torch.nn.Module, tokens: int, batch: int, repeats: int, clock: Clock, action: Callable[[], object]
+) -> Timing:
+    device = next(model.parameters()).device
+    cuda = device.type == "cuda"
+    action()  # warm-up: allocations, kernels, caches
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    samples = []
+    for _ in range(repeats):
+        _synchronise(device)
+        start = clock()
+        action()
+        _synchronise(device)
+        samples.append(clock() - start)
+    mean = statistics.fmean(samples)
+    half = float(student.ppf(0.975, repeats - 1)) * statistics.stdev(samples) / math.sqrt(repeats)
+    peak = (
+        torch.cuda.max_memory_allocated(device) if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    return Timing(tokens, batch, mean, mean - half, mean + half, repeats, peak)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, clock: Clock = time.perf_counter) -> Ceilings:
+    """The best of several runs of a large matrix product and of a large copy."""
+    side, length = (8192, 2**30) if device.type == "cuda" else (1024, 2**26)
+    left, right = (torch.randn((side, side), device=device).to(dtype) for _ in range(2))
+    source = torch.ones(length, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def best(action: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(6):
+            _synchronise(device)
+            start = clock()
+            action()
+            _synchronise(device)
+            seconds.append(clock() - start)
+        return min(seconds[1:])
+
+    return Ceilings(2.0 * side**3 / best(lambda: left @ right), 2.0 * length / best(lambda: target.copy_(source)))
+
+
+def count_flops(bare: torch.nn.Module, lengths: tuple[int, int] = (64, 128)) -> tuple[float, float]:
+    """Operations per token and per pair of tokens, from two prompts run on the meta device: a·l + b·l²."""
+    counts = []
+    for tokens in lengths:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            ids = torch.ones((1, tokens), dtype=torch.long, device="meta")
+            chunked_prefill(bare, ids, chunk_tokens=tokens)
+        counts.append(float(counter.get_total_flops()))
+    design = np.array([[tokens, tokens**2] for tokens in lengths], np.float64)
+    per_token, per_pair = np.linalg.solve(design, np.array(counts))
+    return float(per_token), max(float(per_pair), 0.0)
+
+
+def kernels_of(model: torch.nn.Module) -> dict[str, str]:
+    """Which implementations ran: attention, experts, and the linear layers' kernels that transformers picks up by itself."""
+    config: Any = model.config
+    kernels = {
+        "attention": str(getattr(config, "_attn_implementation", "unknown")),
+        "experts": str(getattr(config, "_experts_implementation", "none")),
+    }
+    for package, module in (("flash-linear-attention", "fla"), ("causal-conv1d", "causal_conv1d")):
+        found = util.find_spec(module) is not None
+        kernels[package] = metadata.version(package) if found else "not installed: PyTorch reference"
+    return kernels
+
+
+def fit_decode(timings: tuple[Timing, ...], slo_tokens_per_s: float) -> DecodeStep:
+    """Base, per sequence and per context token, none negative, by least squares of the relative error.
+
+    BS_max is the largest measured batch whose step keeps the service level at every measured context, at least 1.
+    """
+    design = np.array([[1.0, t.batch, t.batch * t.tokens] for t in timings])
+    seconds = np.array([t.seconds for t in timings])
+    (base, per_sequence, per_context), _ = nnls(design / seconds[:, None], np.ones(len(timings)))
+    slow = {t.batch for t in timings if t.seconds > 1 / slo_tokens_per_s}
+    batch_max = max((t.batch for t in timings if t.batch not in slow), default=1)
+    return DecodeStep(float(base), float(per_sequence), float(per_context), batch_max)
+
+
+def kv_size(layout: StateLayout) -> KVSize:
+    """S_kv(l) of a layout in the form of a profile. Raises UserError for windows of several lengths."""
+    windows = {state.window_tokens for state in layout.states if state.window_tokens is not None}
+    if len(windows) > 1:
+        raise UserError(f"profile: windows of {sorted(windows)} tokens; a profile holds one length")
+    windowed = sum(state.bytes_per_token for state in layout.states if state.window_tokens is not None)
+    fixed = sum(state.bytes_fixed for state in layout.states)
+    return KVSize(float(fixed), float(layout.bytes_per_token), next(iter(windows), 0), float(windowed))
+
+
+def profile_of(
+    name: str, model: str, accelerator: str, measurement: Measurement, layout: StateLayout, spec: ProfileSpec
+) -> PhaseProfile:
+    """The profile that the other tiers use, with what it was measured on."""
+    return PhaseProfile(
+        name=name,
+        model=model,
+        accelerator=accelerator,
+        gpus_per_instance=spec.gpus_per_instance,
+        prefill=PrefillCurve(
+            tokens=tuple(float(t.tokens) for t in measurement.prefill),
+            seconds=tuple(t.seconds for t in measurement.prefill),
+        ),
+        kv=kv_size(layout),
+        decode=fit_decode(measurement.decode, spec.slo_tokens_per_s),
+        prefill_source="measured",
+        kv_source="computed",
+        decode_source="measured",
+        notes=f"Prefill in chunks of {spec.chunk_tokens} tokens; lengths ended by {measurement.stopped}.",
+        provenance={f"kernel {key}": value for key, value in measurement.kernels.items()},
+    )
+
+
+def number_of_chunks(tokens: int, spec: ProfileSpec) -> int:
+    """How many forward passes a prefill of `tokens` takes."""
+    return sum(1 for _ in chunks(0, tokens, spec.chunk_tokens))
