@@ -140,10 +140,8 @@ def encrypt(sock: socket.socket, context: ssl.SSLContext, *, receiver: bool, tim
     """Wrap a connection. The names in certificates say which end one is, not the address. Raises PeerError."""
     sock.settimeout(timeout_s)
     try:
-        if receiver:
-            wrapped = context.wrap_socket(sock, server_side=True)
-        else:
-            wrapped = context.wrap_socket(sock, server_hostname="kvcache-receiver")
+        name = None if receiver else "kvcache-receiver"
+        wrapped = context.wrap_socket(sock, server_side=receiver, server_hostname=name)
     except (ssl.SSLError, OSError) as error:
         close(sock)
         raise PeerError(f"TLS handshake failed ({error})") from None

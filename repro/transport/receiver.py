@@ -19,13 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
-from repro.kvcache.frames import HEADER_BYTES, Manifest, Piece
+from repro.kvcache.frames import Manifest, Piece
 from repro.transport.arena import Arena
 from repro.transport.handshake import Hello, Role, Welcome, encrypt, examine, tls_context, welcome
 from repro.transport.session import Failure, PieceArrival, Session, Whole
 from repro.transport.spec import TransportSpec
 from repro.transport.wire import (
     ENVELOPE_BYTES,
+    HEAD_BYTES,
     Envelope,
     Kind,
     PeerError,
@@ -39,6 +40,7 @@ from repro.transport.wire import (
 log = logging.getLogger("repro.transport")
 
 _MAX_STRANGERS = 64
+_SLICE_BYTES = 512 << 10  # read and checksummed at a time: fits the cache of one core
 _MAX_FAILURES = 10_000
 
 
@@ -305,7 +307,7 @@ class Receiver:
             del self._failures[:-_MAX_FAILURES]
 
     def _read(self, sock: socket.socket, session: Session) -> None:
-        head = memoryview(bytearray(ENVELOPE_BYTES))
+        head = memoryview(bytearray(HEAD_BYTES))
         scratch: memoryview | None = None
         patience = self._limits.segment_timeout_s
         while read_into(sock, head):
@@ -313,12 +315,16 @@ class Receiver:
             session.heard(envelope.oldest)
             if envelope.kind is Kind.SEGMENT:
                 deadline = time.monotonic() + patience
-                raw_header = read_exactly(sock, HEADER_BYTES, deadline)
-                place = session.claim(envelope, raw_header)
-                if place is not None:
+                claim = session.claim(envelope, head[ENVELOPE_BYTES:])
+                if claim is not None:
                     whole = False
                     try:
-                        whole = not envelope.length or read_into(sock, place, deadline)
+                        for start in range(0, envelope.length, _SLICE_BYTES):
+                            end = min(start + _SLICE_BYTES, envelope.length)
+                            if not read_into(sock, claim.view[start:end], deadline):
+                                raise PeerError("closed in the middle of a segment")
+                            claim.came(start, end)
+                        whole = True
                     finally:
                         session.filled(envelope, whole)
                 elif envelope.length:

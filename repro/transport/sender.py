@@ -156,7 +156,7 @@ class Sender:
         self._sockets: dict[int, socket.socket] = {}  # by slot; the control connection is slot -1
         self._carriers: dict[int, int] = {}  # connection number -> slot, while it lives
         self._next_carrier = 0
-        self._counts = {"sent_bytes": 0, "resent_bytes": 0, "acked_pieces": 0, "opened": 0, "lost": 0}
+        self._counts = {"sent_bytes": 0, "resent_bytes": 0, "acked_pieces": 0, "acked_bytes": 0, "opened": 0, "lost": 0}
         self._slot_bytes = [0] * spec.connections
         self._closed = False
         self._last_problem = "no answer"
@@ -461,6 +461,7 @@ class Sender:
         transfer.unacked_bytes -= size
         self._unacked_bytes -= size
         self._counts["acked_pieces"] += 1
+        self._counts["acked_bytes"] += size
         self._room.notify_all()
 
     def _delivered(self, transfer: _Transfer) -> None:
@@ -613,18 +614,18 @@ class Sender:
                 envelope = Envelope(
                     Kind.SEGMENT, transfer.number, piece.header.piece, segment.offset, segment.length, oldest
                 )
-                buffers += (envelope.pack() + out.raw_header, payload)
+                buffers += (envelope.head(out.raw_header), payload)
                 total += segment.length
             elif transfer.outcome is not None:
-                buffers.append(Envelope(Kind.CANCEL, transfer.number, oldest=oldest).pack())
+                buffers.append(Envelope(Kind.CANCEL, transfer.number, oldest=oldest).head())
             elif transfer.manifest is not None:
                 length = len(transfer.manifest)
                 buffers += (
-                    Envelope(Kind.MANIFEST, transfer.number, length=length, oldest=oldest).pack(),
+                    Envelope(Kind.MANIFEST, transfer.number, length=length, oldest=oldest).head(),
                     transfer.manifest,
                 )
         if not buffers:
-            buffers.append(Envelope(Kind.HEARTBEAT, oldest=oldest).pack())
+            buffers.append(Envelope(Kind.HEARTBEAT, oldest=oldest).head())
         write_all(sock, buffers)
         now = self._clock()
         with self._lock:

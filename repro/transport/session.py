@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import xxhash
+
 from repro.kvcache.frames import Assembly, FrameError, FrameHeader, Manifest, Piece
 from repro.transport.arena import Arena, Block
 from repro.transport.spec import ReceiverLimits
@@ -58,7 +60,11 @@ class Failure:
 
 @dataclass
 class _Incoming:
-    """A piece of which some segments are here."""
+    """A piece of which some segments are here.
+
+    The checksum is computed as the bytes come in, while they are in the processor's cache, as far as they come in
+    order; the rest is added at the end. `hashed` is how far it has got.
+    """
 
     header: FrameHeader
     raw_header: bytes
@@ -67,10 +73,41 @@ class _Incoming:
     segments: int
     first_byte_s: float
     got: set[int] = field(default_factory=set)
+    claimed: set[int] = field(default_factory=set)  # ever, since the checksum was begun
     writers: int = 0
+    hasher: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
+    hashed: int = 0
     attempts: int = 0
     sealed: bool = False  # complete: nobody may write any more
     acknowledged: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived(Piece):
+    """A piece whose checksum was computed on arrival."""
+
+    computed: bytes
+
+    def verify(self) -> None:
+        """As `Piece.verify`, without reading the payload again."""
+        if self.computed != self.header.checksum:
+            raise FrameError(f"checksum of piece {self.header.piece}: does not match its payload")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Where a segment belongs. `first`: no other connection brings the same bytes at this time."""
+
+    view: memoryview
+    incoming: _Incoming
+    offset: int
+    first: bool
+
+    def came(self, start: int, end: int) -> None:
+        """Bytes [start, end) of the segment are in place: continue the checksum with them, if it is their turn."""
+        if self.first and self.incoming.hashed == self.offset + start:
+            self.incoming.hasher.update(self.view[start:end])
+            self.incoming.hashed = self.offset + end
 
 
 @dataclass
@@ -135,7 +172,7 @@ class Session:
             for number in [n for n in self._finished if n < oldest]:
                 del self._finished[number]
 
-    def claim(self, envelope: Envelope, raw_header: bytearray) -> memoryview | None:
+    def claim(self, envelope: Envelope, raw_header: bytes | memoryview) -> Claim | None:
         """Where the segment belongs, or None where it is not wanted (late, repeated or refused).
 
         Whoever gets a view calls `filled` afterwards, whatever became of it. Raises PeerError where the peer cannot be
@@ -173,7 +210,11 @@ class Session:
                     self._say(Envelope(Kind.ACK, transfer.number, envelope.piece))
                 return None
             incoming.writers += 1
-            return incoming.view[envelope.offset : envelope.offset + envelope.length]
+            index = envelope.offset // self.segment_bytes
+            first = index not in incoming.claimed
+            incoming.claimed.add(index)
+            view = incoming.view[envelope.offset : envelope.offset + envelope.length]
+            return Claim(view, incoming, envelope.offset, first)
 
     def filled(self, envelope: Envelope, whole: bool) -> None:
         """A claimed view has been written, wholly or not."""
@@ -188,6 +229,8 @@ class Session:
                 return
             if whole:
                 incoming.got.add(envelope.offset // self.segment_bytes)
+            elif envelope.offset < incoming.hashed < envelope.offset + envelope.length:
+                incoming.hasher, incoming.hashed = xxhash.xxh3_128(), 0  # its bytes come again: begin again
             if incoming.sealed or incoming.writers or len(incoming.got) < incoming.segments:
                 return
             incoming.sealed = True
@@ -282,7 +325,7 @@ class Session:
         transfer = self._transfers[number] = _Transfer(number, self._clock())
         return transfer
 
-    def _admit(self, transfer: _Transfer, envelope: Envelope, raw_header: bytearray) -> _Incoming:
+    def _admit(self, transfer: _Transfer, envelope: Envelope, raw_header: bytes | memoryview) -> _Incoming:
         header = FrameHeader.unpack(raw_header, self._limits.frames)
         if header.piece != envelope.piece:
             raise FrameError(f"piece: the envelope says {envelope.piece}, the header {header.piece}")
@@ -346,11 +389,13 @@ class Session:
     def _assemble(self, transfer: _Transfer, incoming: _Incoming) -> None:
         header = incoming.header
         problem = None
+        incoming.hasher.update(incoming.view[incoming.hashed :])
+        arrived = _Arrived(header, incoming.view, incoming.hasher.digest())
         with transfer.assembling:
             if transfer.assembly is None:
                 transfer.assembly = Assembly(header.request_id, self._limits.frames)
             try:
-                transfer.assembly.add(Piece(header, incoming.view))
+                transfer.assembly.add(arrived)
             except FrameError as error:
                 problem = str(error)
         with self._lock:
@@ -365,6 +410,8 @@ class Session:
                     self._refuse(transfer, problem)
                     return
                 incoming.got.clear()
+                incoming.claimed.clear()
+                incoming.hasher, incoming.hashed = xxhash.xxh3_128(), 0
                 incoming.sealed = False
                 self._say(Envelope(Kind.AGAIN, transfer.number, header.piece))
                 return
@@ -397,7 +444,14 @@ class Session:
                     return
                 blocks = tuple(incoming.block for incoming in transfer.pieces.values())
                 arrivals = tuple(sorted(transfer.arrivals, key=lambda a: a.piece))
-                whole = Whole(transfer.number, manifest, tuple(pieces), arrivals, self._clock(), blocks)
+                whole = Whole(
+                    transfer.number,
+                    manifest,
+                    tuple(Piece(p.header, p.payload) for p in pieces),
+                    arrivals,
+                    self._clock(),
+                    blocks,
+                )
                 del self._transfers[transfer.number]
                 self._say(Envelope(Kind.DELIVERED, transfer.number), remember=transfer.number)
         self._deliver(self, whole)

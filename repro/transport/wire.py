@@ -1,4 +1,6 @@
-"""What crosses a connection: envelopes of fixed size, each followed by exactly the bytes that it announces.
+"""What crosses a connection: heads of fixed size, each followed by exactly the bytes that it announces.
+
+A head is an envelope and room for the frame header of the piece that it speaks of, so that one read fetches both.
 
 After its handshake a connection runs in one direction only. Data connections carry segments of pieces, manifests and
 cancellations to the decode side; one control connection per session carries acknowledgements back. So no thread ever
@@ -12,9 +14,8 @@ import socket
 import ssl
 import struct
 import time
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from repro.kvcache.frames import HEADER_BYTES
 
@@ -22,6 +23,8 @@ _MAGIC: Final = b"PKT1"
 # magic, kind, reserved | transfer | oldest | offset | piece, length
 _ENVELOPE: Final = struct.Struct("<4sHHQQQII")
 ENVELOPE_BYTES: Final = _ENVELOPE.size
+HEAD_BYTES: Final = ENVELOPE_BYTES + HEADER_BYTES
+NO_HEADER: Final = bytes(HEADER_BYTES)
 
 
 class PeerError(Exception):
@@ -31,11 +34,11 @@ class PeerError(Exception):
 class Kind(IntEnum):
     """What an envelope announces. The first group goes to the receiver, the second comes back from it."""
 
-    SEGMENT = 1  # a frame header, then `length` bytes of the piece's payload from `offset`
+    SEGMENT = 1  # `length` bytes of the piece's payload from `offset`
     MANIFEST = 2  # `length` bytes of a packed manifest
     CANCEL = 3
     HEARTBEAT = 4
-    RESERVE = 5  # a frame header: asks where a backend may write the piece (backends that write memory remotely)
+    RESERVE = 5  # asks where a backend that writes memory remotely may write the piece
     WRITTEN = 6  # such a piece is written
     ACK = 16  # the piece is here and its checksum holds
     AGAIN = 17  # the piece came altered: send it again
@@ -46,8 +49,7 @@ class Kind(IntEnum):
     PLACE = 22  # the answer to RESERVE: write at `offset`
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(NamedTuple):
     """`transfer` numbers the requests of a session from 0; every one below `oldest` is over and done with."""
 
     kind: Kind
@@ -58,13 +60,17 @@ class Envelope:
     oldest: int = 0
 
     def pack(self) -> bytes:
-        """The `ENVELOPE_BYTES` bytes that cross the link."""
+        """The `ENVELOPE_BYTES` bytes of an answer. To the receiver goes a whole head: see `head`."""
         return _ENVELOPE.pack(_MAGIC, self.kind, 0, self.transfer, self.oldest, self.offset, self.piece, self.length)
+
+    def head(self, raw_header: bytes = NO_HEADER) -> bytes:
+        """The `HEAD_BYTES` bytes that go to the receiver."""
+        return self.pack() + raw_header
 
     @staticmethod
     def unpack(buf: bytes | bytearray | memoryview) -> Envelope:
         """Raises PeerError where this is not an envelope."""
-        magic, kind, reserved, transfer, oldest, offset, piece, length = _ENVELOPE.unpack(buf)
+        magic, kind, reserved, transfer, oldest, offset, piece, length = _ENVELOPE.unpack_from(buf)
         if magic != _MAGIC or reserved:
             raise PeerError(f"garbage where an envelope should begin ({bytes(buf[:8])!r})")
         try:
@@ -78,16 +84,13 @@ def read_into(sock: socket.socket, view: memoryview, deadline: float | None = No
 
     The socket's own receive timeout (`SO_RCVTIMEO`) bounds each wait; `deadline` (monotonic) bounds the whole.
     """
-    plain = not isinstance(sock, ssl.SSLSocket)
+    flags = 0 if isinstance(sock, ssl.SSLSocket) else socket.MSG_WAITALL
     done, size = 0, len(view)
     while done < size:
         if deadline is not None and time.monotonic() > deadline:
             raise PeerError(f"too slow: {done} of {size} bytes came in time")
         try:
-            if plain:
-                count = sock.recv_into(view[done:], size - done, socket.MSG_WAITALL)
-            else:
-                count = sock.recv_into(view[done:], size - done)
+            count = sock.recv_into(view[done:], size - done, flags)
         except (BlockingIOError, TimeoutError, ssl.SSLWantReadError):
             if deadline is None:
                 raise PeerError(f"silent: {done} of {size} bytes came in time") from None
@@ -161,9 +164,3 @@ def set_timeouts(sock: socket.socket, receive_s: float | None, send_s: float | N
         whole = int(seconds or 0)
         micro = int(((seconds or 0) - whole) * 1e6)
         sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", whole, micro))
-
-
-__all__ = [
-    "ENVELOPE_BYTES", "HEADER_BYTES", "Envelope", "Kind", "PeerError",
-    "close", "hang_up", "read_exactly", "read_into", "set_timeouts", "write_all",
-]  # fmt: skip
