@@ -1,7 +1,8 @@
 """The decode stage: continuous batching up to BS_max, with one event for all the steps until the batch changes.
 
 A batch advances in whole steps. A request that becomes ready during a step joins at the step's end; from then on it takes one token
-per step. As nothing changes in between, the next change is the earliest completion, and the steps until then are computed, not played. Requests that find every batch full wait in one queue, in the order in which they became ready.
+per step. As nothing changes in between, the next change is the earliest completion, and the steps until then are computed, not
+played. Requests that find every batch full wait in one queue, in the order in which they became ready.
 """
 
 from __future__ import annotations

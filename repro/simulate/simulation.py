@@ -154,7 +154,7 @@ class _Home:
         )
 
 
-def _chunk_s(tables: _Tables):  # type: ignore[no-untyped-def]
+def _chunk_s(tables: _Tables) -> Callable[[int, int], float]:
     def seconds(done: int, tokens: int) -> float:
         return tables.prefill_s[done + tokens] - tables.prefill_s[done]
 
@@ -235,8 +235,8 @@ class Simulation:
     # Arrival.
 
     def _cover(self, tokens: int) -> None:
-        for place in (*self.homes, *self.sites):
-            place.tables.cover(tokens)
+        for tables in [home.tables for home in self.homes] + [site.tables for site in self.sites]:
+            tables.cover(tokens)
 
     def _arrive(self, now_s: float, tokens: int, output: int, chain: tuple[tuple[int, ...], tuple[int, ...]] | None) -> None:
         counts = self._counts
@@ -348,7 +348,7 @@ class Simulation:
 
     def _prefix_there(self, now_s: float, job: Job) -> None:
         target = job.site.cache if job.offloaded else job.home.cache
-        target.insert(job.chain[: job.cached_tokens // target.spec.block_tokens])
+        target.insert((job.chain or ())[: job.cached_tokens // target.spec.block_tokens])
         self._assign(now_s, job)
 
     # Prefill, transfer, decode.
@@ -506,7 +506,7 @@ class Simulation:
         waiting = sum(site.prefill.waiting_s(now_s) * site.prefill.serving for site in self.sites)
         return Observation(
             now_s,
-            home.recent,  # type: ignore[arg-type]
+            home.recent,
             home.rate_per_s,
             ClusterView(max(round(instances * home.share), min(instances, 1)), waiting / instances if instances else 0.0),
             ClusterView(home.prefill.serving, home.prefill.waiting_s(now_s)),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from repro.simulate.records import COLUMNS, Row
@@ -49,7 +50,7 @@ class _Times:
     """Arrival and finish of every request."""
 
     def __init__(self) -> None:
-        self._parts: list[np.ndarray] = []
+        self._parts: list[NDArray[np.float64]] = []
 
     def take(self, rows: Sequence[Row]) -> None:
         self._parts.append(np.array([(row[_ARRIVAL], row[_FINISH]) for row in rows]))
@@ -81,7 +82,10 @@ def lambda_max(
     spec: SimulationSpec, requests: Callable[[float, int], Independent], guess_per_s: float, seeds: Sequence[int], width: float = 0.005
 ) -> Estimate:
     """Highest stable rate in req/s over seeds; `requests(rate, seed)` makes the stream. The guess only says where to look first."""
-    return Estimate.of([_bisect(lambda rate, s=seed: growth(spec, requests(rate, s)) <= TOLERANCE, guess_per_s, width) for seed in seeds])
+    def of_seed(seed: int) -> float:
+        return _bisect(lambda rate: growth(spec, requests(rate, seed)) <= TOLERANCE, guess_per_s, width)
+
+    return Estimate.of([of_seed(seed) for seed in seeds])
 
 
 def _bisect(stable: Callable[[float], bool], guess: float, width: float) -> float:

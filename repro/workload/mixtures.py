@@ -61,7 +61,7 @@ class Mixture:
             part_mass = share * mass(part)
             total = total + np.where(part_mass > 1e-15, part_mass * np.nan_to_num(mean(part)), 0.0)
             weight = weight + part_mass
-        return np.divide(total, weight, out=np.full(np.shape(weight), np.nan), where=weight > 1e-15)
+        return _ratio(total, weight)
 
     def mean_above(self, threshold_tokens: ArrayLike) -> FloatArray:
         """E[L | L > t]."""
@@ -146,17 +146,26 @@ class Empirical:
         """Mean of f over those above t."""
         below, total, at = self._sums(function, threshold_tokens)
         left = len(self._tokens) - at
-        return np.divide(total - below, left, out=np.full(np.shape(left), np.nan), where=left > 0)
+        return _ratio(total - below, left)
 
     def expectation_below(self, function: CurveFunction, threshold_tokens: ArrayLike) -> FloatArray:
         """Mean of f over those up to t."""
         below, _, at = self._sums(function, threshold_tokens)
-        return np.divide(below, at, out=np.full(np.shape(at), np.nan), where=at > 0)
+        return _ratio(below, at)
 
     def quantile(self, fraction: ArrayLike) -> FloatArray:
         """Inverse of the sample's distribution function."""
-        return np.asarray(np.quantile(self._tokens, fraction, method="inverted_cdf"))
+        rank = np.ceil(np.asarray(fraction, dtype=np.float64) * len(self._tokens)) - 1
+        return np.asarray(self._tokens[np.clip(rank, 0, len(self._tokens) - 1).astype(np.intp)])
 
     def sample(self, rng: np.random.Generator, n: int) -> NDArray[np.int64]:
         """Draws with replacement."""
         return np.rint(self._tokens[rng.integers(len(self._tokens), size=n)]).astype(np.int64)
+
+
+def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> FloatArray:
+    """Elementwise quotient; nan where nothing lies on that side of a threshold."""
+    top, bottom = np.broadcast_arrays(np.asarray(numerator, np.float64), np.asarray(denominator, np.float64))
+    out: FloatArray = np.full(bottom.shape, np.nan)
+    np.divide(top, bottom, out=out, where=bottom > 1e-15)
+    return out

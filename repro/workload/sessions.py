@@ -1,8 +1,8 @@
 """Multi-turn sessions whose prompts grow: agents and conversations, the workload of prefix caches.
 
 A session begins with one of a few system prompts and a first question; every turn's prompt is the whole conversation so far and
-something new. Block keys name (session, block), or (system prompt, block) where the block is shared by all sessions of a family. Turns come at drawn
-times, not when the answer is out: so the same arrivals meet every policy, at the price that a slow system is not spared.
+something new. Block keys name (session, block), or (system prompt, block) where the block is shared by all sessions of a family. Turns
+come at drawn times, not when the answer is out: so the same arrivals meet every policy, at the price that a slow system is not spared.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Requests as a stream of chunks: who arrives when, how long its prompt is, how much it will say, and which prefix it shares.
 
 Chunks are arrays, so that ten million requests are drawn in seconds and never held at once. Three independent random streams
-(arrivals, inputs, outputs) come from one seed: changing the rate leaves the lengths as they are, which is what makes paired comparisons paired.
+(arrivals, inputs, outputs) come from one seed: changing the rate leaves the lengths as they are, which is what makes paired
+comparisons paired.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def _azure(path: Path, speed: float) -> Chunk:
     except (ValueError, KeyError) as error:
         raise UserError(f"workload.trace: {path}: {error}; {_WHERE}") from error
     seconds = (times - times.iloc[0]).dt.total_seconds().to_numpy(np.float64)
-    return _ordered(path, Chunk(seconds / speed, inputs, outputs))
+    return _ordered(path, Chunk(np.asarray(seconds / speed, np.float64), inputs, outputs))
 
 
 def _ordered(path: Path, chunk: Chunk) -> Chunk:

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from repro.errors import UserError
-from repro.workload.arrivals import ARRIVALS, ArrivalProcess, Deterministic, Diurnal, Gamma, MarkovModulated, Piecewise, Poisson
+from repro.workload.arrivals import (
+    ARRIVALS,
+    ArrivalProcess,
+    Deterministic,
+    Diurnal,
+    Gamma,
+    MarkovModulated,
+    Piecewise,
+    Poisson,
+)
 
 ALL: dict[str, tuple[ArrivalProcess, float]] = {
     "poisson": (Poisson(3.0), 3.0),
