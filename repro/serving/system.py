@@ -34,7 +34,8 @@ _START_TIMEOUT_S = 120.0
 class Served:
     """One request from its arrival to its last token. Times are CLOCK_MONOTONIC in seconds.
 
-    `complete_s` is when its manifest was complete at the decode side; of an unsplit run, when prefill ended.
+    `first_piece_s` is when prefill had the first piece of state ready, in bulk mode as well; `complete_s` when the manifest
+    was complete at the decode side. In an unsplit run both are the end of prefill.
     `kv_bytes` holds what was framed, by kind of state; `pieces` how many.
     """
 
@@ -53,6 +54,11 @@ class Served:
     pieces: int
 
     @property
+    def total_kv_bytes(self) -> int:
+        """State that was framed and sent; 0 when unsplit."""
+        return sum(self.kv_bytes.values())
+
+    @property
     def queue_s(self) -> float:
         """From arrival to the start of prefill."""
         return self.prefill_start_s - self.arrival_s
@@ -64,8 +70,8 @@ class Served:
 
     @property
     def transfer_s(self) -> float:
-        """From the first piece that was ready to the last that arrived; in bulk mode, from the end of prefill."""
-        return self.complete_s - self.first_piece_s
+        """From when the first piece could be sent (in bulk mode the end of prefill) to the complete manifest."""
+        return self.complete_s - (self.first_piece_s if self.mode == "layerwise" else self.prefill_end_s)
 
     @property
     def transfer_exposed_s(self) -> float:
@@ -146,6 +152,10 @@ class System:
         self._workers["prefill"].send("connect", host=host, port=port)
         self._supervisor.expect("ready", 1, _START_TIMEOUT_S)
 
+    def pid(self, side: Side) -> int:
+        """The process of that side's worker."""
+        return self._workers[side].pid
+
     def serve(self, requests: Sequence[Request], mode: str, in_flight: int = 1) -> Run:
         """Serve `requests` in their order, `in_flight` of them at a time, and return when the last is finished.
 
@@ -191,7 +201,7 @@ def _served(request: Request, mode: str, arrival_s: float, heard: Mapping[str, M
         arrival_s=arrival_s,
         prefill_start_s=prefilled["start_s"],
         prefill_end_s=prefilled["end_s"],
-        first_piece_s=prefilled["first_piece_s"] if mode == "layerwise" else prefilled["end_s"],
+        first_piece_s=prefilled.get("first_piece_s") or prefilled["end_s"],
         complete_s=joined["complete_s"],
         joined_s=joined["joined_s"],
         token_times_s=tuple(finished["times_s"]),

@@ -35,6 +35,13 @@ class Timeline:
         return sum(span.duration_s for span in self.of(worker, what, request_id))
 
 
+def merged(timelines: Mapping[str, Timeline]) -> Timeline:
+    """Timelines of several runs as one, with each run's name before its workers'."""
+    return Timeline(
+        {f"{name} {worker}": spans for name, timeline in timelines.items() for worker, spans in timeline.spans.items()}
+    )
+
+
 def chrome_trace(timeline: Timeline) -> dict[str, Any]:
     """The trace-event form: one process per worker, rows by kind of span, time zero at the first span."""
     starts = [span.start_s for spans in timeline.spans.values() for span in spans]
