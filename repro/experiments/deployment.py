@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from repro.profiles.base import PhaseProfile
 from repro.profiles.presets import load_profile, profile_path
 from repro.scheduling.latency import PrefillLatency, prefill_latency
 from repro.scheduling.search import search
@@ -26,10 +27,16 @@ def deployment(settings: Settings) -> Deployment:
         UserError: for a profile that does not exist or a link without a rate.
     """
     cluster, folder = settings.cluster, Path(settings.results) / "profiles"
+
+    def profile(own: str, key: str) -> PhaseProfile:
+        if settings.profile is not None:
+            return load_profile(settings.profile, folder)
+        return load_profile(own, folder, key)
+
     return Deployment(
-        prfaas=load_profile(settings.profile or cluster.prfaas.profile, folder),
+        prfaas=profile(cluster.prfaas.profile, "cluster.prfaas.profile"),
         n_prfaas=cluster.prfaas.instances,
-        pd=load_profile(settings.profile or cluster.pd.profile, folder),
+        pd=profile(cluster.pd.profile, "cluster.pd.profile"),
         n_pd=cluster.pd.instances,
         egress_bps=settings.link.rate_bps or float("inf"),
         lengths=settings.workload.lengths,
@@ -52,9 +59,12 @@ def operating_points(base: Deployment, settings: Settings) -> Mapping[str, Opera
     return points
 
 
-def latencies(base: Deployment, points: Mapping[str, OperatingPoint], homogeneous_instances: int) -> dict[str, PrefillLatency]:
+def latencies(
+    base: Deployment, points: Mapping[str, OperatingPoint], homogeneous_instances: int
+) -> dict[str, PrefillLatency]:
     """TTFT without queueing of each deployment at its operating point."""
     homogeneous = base.without_prfaas(homogeneous_instances)
     return {
-        case: prefill_latency(homogeneous if case == "homogeneous_pd" else base, point.threshold_tokens) for case, point in points.items()
+        case: prefill_latency(homogeneous if case == "homogeneous_pd" else base, point.threshold_tokens)
+        for case, point in points.items()
     }

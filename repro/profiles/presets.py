@@ -110,7 +110,7 @@ def _presets() -> dict[str, PhaseProfile]:
     return {"paper_1t_h200": printed.h200(), "paper_1t_h20": printed.h20()}
 
 
-def load_profile(name: str, folder: Path = Path("results") / "profiles") -> PhaseProfile:
+def load_profile(name: str, folder: Path = Path("results") / "profiles", key: str = "profile") -> PhaseProfile:
     """A profile by the name of a preset, by the name under which `experiment=profile` saved it in `folder`, or by file.
 
     Raises:
@@ -123,14 +123,14 @@ def load_profile(name: str, folder: Path = Path("results") / "profiles") -> Phas
     if path is None:
         saved = sorted(file.stem for file in folder.glob("*.yaml"))
         raise UserError(
-            f"profile: {name!r} is neither a preset nor a saved profile nor a file; accepted: {', '.join([*presets, *saved])}"
+            f"{key}: {name!r} is neither a preset nor a saved profile nor a file; accepted: {', '.join([*presets, *saved])}"
         )
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"profile: {path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{key}: {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise UserError(f"profile: {path} holds no profile; accepted: a YAML file as experiment=profile writes it")
+        raise UserError(f"{key}: {path} holds no profile; accepted: a YAML file as experiment=profile writes it")
     return build(PhaseProfile, values, str(path))
 
 
