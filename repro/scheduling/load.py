@@ -56,21 +56,25 @@ def balance(
         return Balance(0.0, 0.0)
     each = rate_per_s / n
     # Entry i: the i shortest requests stay local, the others are offloaded.
-    local_s = np.concatenate([[0.0], np.cumsum(costs.pd_s(tokens))])
-    remote_s = np.concatenate([np.cumsum(costs.prfaas_s(tokens)[::-1])[::-1], [0.0]])
-    remote_bits = 8 * np.concatenate([np.cumsum(costs.kv_bytes(tokens)[::-1])[::-1], [0.0]])
-    loads = np.stack(
-        [
-            _load(remote_s * each, capacity.n_prfaas, capacity.waiting_prfaas_s * capacity.n_prfaas / horizon_s),
-            _load(remote_bits * each, capacity.egress_bps, 8 * capacity.backlog_bytes / horizon_s),
-            _load(local_s * each, capacity.n_p, capacity.waiting_pd_s * capacity.n_p / horizon_s),
-        ]
-    ).max(axis=0)
-    best = n - int(np.argmin(loads[::-1]))
+    remote = _load(_longest(costs.prfaas_s(tokens)), each, capacity.n_prfaas, capacity.waiting_prfaas_s * capacity.n_prfaas / horizon_s)
+    link = _load(_longest(costs.kv_bytes(tokens)), 8 * each, capacity.egress_bps, 8 * capacity.backlog_bytes / horizon_s)
+    local = _load(_shortest(costs.pd_s(tokens)), each, capacity.n_p, capacity.waiting_pd_s * capacity.n_p / horizon_s)
+    loads = np.maximum(np.maximum(remote, link), local)
+    best = n - int(loads[::-1].argmin())
     return Balance(float(tokens[best - 1]) if best else 0.0, float(loads[best]))
 
 
-def _load(work: FloatArray, servers: float, backlog: float) -> FloatArray:
+def _shortest(work: FloatArray) -> FloatArray:
+    sums: FloatArray = np.zeros(len(work) + 1)
+    np.cumsum(work, out=sums[1:])
+    return sums
+
+
+def _longest(work: FloatArray) -> FloatArray:
+    return _shortest(work[::-1])[::-1]
+
+
+def _load(work: FloatArray, scale: float, servers: float, backlog: float) -> FloatArray:
     if servers > 0:
-        return np.asarray((work + backlog) / servers)
+        return np.asarray(work * (scale / servers) + backlog / servers)
     return np.where(work > 0, math.inf, 0.0)

@@ -149,19 +149,23 @@ class DecodeStage:
         self._advance(batch, min(max(count, 1), batch.heap[0][0] - batch.step))
 
     def _advance(self, batch: Batch, count: int) -> None:
+        size = len(batch.heap)
+        grows, step_s = self._steps.grows, self._steps.step_s[size]
         if batch.fresh and count:
-            first_s = batch.at_s + self._duration(batch, 1)
+            first_s = batch.at_s + (self._duration(batch, 1) if grows else step_s)
             for job in batch.fresh:
                 job.first_token_s = first_s
             batch.fresh.clear()
-        batch.at_s += self._duration(batch, count)
+        batch.at_s += self._duration(batch, count) if grows else step_s * count
         batch.step += count
-        batch.context += count * len(batch.heap)
+        batch.context += count * size
 
     def _plan(self, batch: Batch) -> None:
         """Ask to be woken at the batch's earliest completion."""
-        wake_s = batch.at_s + self._duration(batch, batch.heap[0][0] - batch.step)
-        if abs(wake_s - batch.wake_s) > 1e-9:
+        count = batch.heap[0][0] - batch.step
+        steps = self._steps
+        wake_s = batch.at_s + (self._duration(batch, count) if steps.grows else steps.step_s[len(batch.heap)] * count)
+        if not -1e-9 < wake_s - batch.wake_s < 1e-9:
             batch.wake_s = wake_s
             self._agenda.at(wake_s, self._wake, batch)
 

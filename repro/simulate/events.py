@@ -6,8 +6,9 @@ what is under way.
 
 from __future__ import annotations
 
-import heapq
+import itertools
 from collections.abc import Callable
+from heapq import heappush
 from typing import Any
 
 Handler = Callable[[float, Any], None]
@@ -18,9 +19,8 @@ class Agenda:
 
     def __init__(self) -> None:
         self.heap: list[tuple[float, int, Handler, Any]] = []
-        self._asked = 0
+        self._order = itertools.count().__next__
 
     def at(self, time_s: float, handler: Handler, argument: Any = None) -> None:
         """Call `handler(time_s, argument)` when the clock reaches `time_s`."""
-        self._asked += 1
-        heapq.heappush(self.heap, (time_s, self._asked, handler, argument))
+        heappush(self.heap, (time_s, self._order(), handler, argument))

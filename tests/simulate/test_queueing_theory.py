@@ -1,5 +1,6 @@
 """The simulator where theory has an answer: waits within 2 % of M/M/1, M/G/1, M/D/k and processor sharing."""
 
+import itertools
 import math
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_littles_law_holds_for_the_whole_system() -> None:
     end = arrivals[-1]
     batches = np.linspace(0.05 * end, end, 31)
     differences = []
-    for low, high in zip(batches[:-1], batches[1:], strict=True):
+    for low, high in itertools.pairwise(batches):
         at = np.linspace(low, high, 2000)
         number = float(np.mean(np.searchsorted(arrivals, at) - np.searchsorted(finishes, at)))
         inside = table[(table["arrival_s"] >= low) & (table["arrival_s"] < high)]
