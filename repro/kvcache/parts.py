@@ -179,6 +179,62 @@ class SparseIndex:
         layer.idx_keys = states.get((StateKind.INDEXER_KEY, 0))
 
 
+class StaticIndexer:
+    """As `Indexer`, of a preallocated buffer."""
+
+    def read(self, layer: Layer, config: Config, tokens: int) -> Iterator[Stored]:
+        if layer.is_indexer_initialized and (end := int(layer.indexer_cumulative_length)):
+            yield Stored(StateKind.INDEXER_KEY, 0, layer.indexer_keys[:, :end], 0, end)
+        if layer.indexer_position_ids is not None:
+            positions = layer.indexer_position_ids
+            yield Stored(StateKind.INDEXER_POSITION, 0, positions, 0, positions.shape[-1])
+
+    def fill(self, layer: Layer, config: Config, tokens: int, states: Mapping[Key, torch.Tensor]) -> None:
+        if (StateKind.INDEXER_KEY, 0) in states:
+            layer.update_indexer(states[StateKind.INDEXER_KEY, 0])
+        layer.indexer_position_ids = states.get((StateKind.INDEXER_POSITION, 0))
+
+
+class SharedSlidingAttention:
+    """DeepSeek-V4's window, whose keys are its values: shipped once."""
+
+    def read(self, layer: Layer, config: Config, tokens: int) -> Iterator[Stored]:
+        yield from (s for s in SlidingAttention().read(layer, config, tokens) if s.kind is StateKind.SLIDING_KEY)
+
+    def fill(self, layer: Layer, config: Config, tokens: int, states: Mapping[Key, torch.Tensor]) -> None:
+        keys = _take(states, StateKind.SLIDING_KEY, 0, layer) if tokens else torch.empty(0)
+        SlidingAttention().fill(layer, config, tokens, {**states, (StateKind.SLIDING_VALUE, 0): keys})
+
+
+class Compressor:
+    """DeepSeek-V4's compressed entries, the tokens not yet compressed, and the overlap of two windows.
+
+    A window of tokens becomes one entry when it is full, so these grow in steps: they are shipped whole, and `layout` has
+    no slope for them.
+    """
+
+    def read(self, layer: Layer, config: Config, tokens: int) -> Iterator[Stored]:
+        for slot, (tensors, name) in self._slots(layer):
+            tensor = tensors[name]
+            if tensor is not None:
+                yield Stored(StateKind.AUXILIARY, slot, tensor, 0, tokens)
+
+    def fill(self, layer: Layer, config: Config, tokens: int, states: Mapping[Key, torch.Tensor]) -> None:
+        for slot, (tensors, name) in self._slots(layer):
+            if tokens and tensors is layer.buffer_kv:
+                _take(states, StateKind.AUXILIARY, slot, layer)
+            tensors[name] = states.get((StateKind.AUXILIARY, slot))
+        for name, entries in layer.compressed_kv.items():
+            layer.entry_count[name] = 0 if entries is None else entries.shape[1]
+
+    def _slots(self, layer: Layer) -> Iterator[tuple[int, tuple[dict[str, torch.Tensor | None], str]]]:
+        groups = ("buffer_kv", "buffer_gate", "compressed_kv", "overlap_kv", "overlap_gate")
+        for index, group in enumerate(groups):
+            for offset, name in enumerate(("compressor", "indexer")):
+                if name in getattr(layer, group, {}):
+                    yield 2 * index + offset, (getattr(layer, group), name)
+
+
 class StaticAttention:
     """A preallocated buffer of which the first tokens are filled: only those are read."""
 
@@ -255,12 +311,15 @@ PARTS: Final[Mapping[str, tuple[Part, ...]]] = {
     _LIBRARY + "LinearAttentionAndFullAttentionLayer": (Linear(), Attention()),
     _LIBRARY + "LinearAttentionAndSlidingWindowAttentionLayer": (Linear(), SlidingAttention()),
     _LIBRARY + "StaticLayer": (StaticAttention(),),
+    _LIBRARY + "StaticIndexedLayer": (StaticAttention(), StaticIndexer()),
     _LIBRARY + "StaticSlidingWindowLayer": (StaticSlidingAttention(),),
     _LIBRARY + "LinearAttentionAndStaticFullAttentionLayer": (Linear(), StaticAttention()),
     _LIBRARY + "LinearAttentionAndStaticSlidingWindowAttentionLayer": (Linear(), StaticSlidingAttention()),
     _LIBRARY + "Fp8QuantizedLayer": (Float8Attention(),),
     _LIBRARY + "DummyLayer": (),
     _MODELS + "minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLSparseCacheLayer": (Attention(), SparseIndex()),
+    _MODELS + "deepseek_v4.modeling_deepseek_v4.DeepseekV4HCACache": (SharedSlidingAttention(), Compressor()),
+    _MODELS + "deepseek_v4.modeling_deepseek_v4.DeepseekV4CSACache": (SharedSlidingAttention(), Compressor()),
 }
 
 

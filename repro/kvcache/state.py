@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from repro.errors import UserError
 from repro.kvcache.frames import CodecId, Piece, StateKind
-from repro.kvcache.parts import Stored, parts_of
+from repro.kvcache.parts import Compressor, Stored, parts_of
 from repro.kvcache.tensors import bytes_of, wire_dtype
 from repro.models.layout import Config, LayerState, StateLayout
 
@@ -197,7 +197,11 @@ def layout_of_cache(cache: Cache, config: PreTrainedConfig, tokens: int) -> Stat
     check_cache(cache)
     values = config_values(config)
     states = []
-    for index in range(len(cache.layers)):
+    for index, layer in enumerate(cache.layers):
+        if any(isinstance(part, Compressor) for part in parts_of(layer)):
+            raise UserError(
+                f"layout: layer {index} ({type(layer).__name__}) grows in steps, S_kv(l) is no sum over tokens"
+            )
         for stored in _stored(cache, values, index, tokens):
             nbytes = stored.tensor.numel() * stored.tensor.element_size()
             if stored.kind.token_axis is None:

@@ -6,8 +6,11 @@ only.
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +40,22 @@ def config_of(spec: ModelSpec) -> PreTrainedConfig:
     except (ValueError, OSError, TypeError, KeyError) as error:
         where = f"model.pretrained: {spec.pretrained}" if spec.pretrained else f"model {spec.name}"
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
-    unknown = sorted(key for key in spec.values() if not hasattr(config, key))
-    if unknown:
-        raise UserError(f"model.config: {unknown[0]!r} is no field of {type(config).__name__}")
+    for key in spec.values():
+        if not _is_read(config, key):
+            raise UserError(f"model.config: {key!r} is read nowhere by {type(config).__name__} or its model")
     return config
+
+
+def _is_read(config: PreTrainedConfig, key: str) -> bool:
+    """Whether the model knows a field. transformers takes any keyword: a misspelt one would keep its default silently.
+
+    Some models read fields that their configuration class does not declare, so the model's own sources are searched.
+    """
+    if key in config.attribute_map or key in {item.name for item in fields(type(config))}:
+        return True
+    package = Path(inspect.getfile(type(config))).parent
+    word = re.compile(rf"\b{re.escape(key)}\b")
+    return any(word.search(path.read_text(encoding="utf-8")) for path in package.glob("*.py"))
 
 
 def build(spec: ModelSpec, device: str | torch.device = "cpu") -> torch.nn.Module:
