@@ -11,6 +11,7 @@ an emulated link, so that "100 Gbps, 2 ms" is a statement that was made true and
 
 from repro.link.backends import open_link
 from repro.link.link import DirectionSignals, Link, LinkSignals
+from repro.link.measurement import LinkMeasurement
 from repro.link.spec import BACKENDS, Direction, LinkChange, LinkSpec, Side
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DirectionSignals",
     "Link",
     "LinkChange",
+    "LinkMeasurement",
     "LinkSignals",
     "LinkSpec",
     "Side",

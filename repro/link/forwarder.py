@@ -44,8 +44,8 @@ _ANY = 1 << 16
 class Board:
     """Cells of memory, doubles, shared between a forwarder and its keeper; one writer each, so no lock."""
 
-    CELLS = 8
-    START, QUEUE, DROPPED, LOST, FORWARDED, OVERRUN, CPU, LATEST = range(CELLS)
+    CELLS = 9
+    START, QUEUE, DROPPED, LOST, FORWARDED, OVERRUN, CPU, LATEST, FIRST = range(CELLS)
 
 
 def wire_end(interface: str) -> socket.socket:
@@ -68,6 +68,7 @@ def forward(
 ) -> None:
     """Forward until killed."""
     kernel.wake_precisely()
+    board[Board.FIRST] = kernel.run_first()
     gc.disable()
     _Forwarder(source, sink, spec, direction, board).run()
 

@@ -64,6 +64,17 @@ class PacketWire:
         for end in ends.values():
             end.close()
 
+    def facts(self) -> dict[str, Any]:
+        """What the record says of the forwarders."""
+        for board in self._boards.values():
+            while not board[Board.LATEST]:  # each reports as soon as it forwards
+                time.sleep(0.001)
+        return {
+            "forwarder_cores": sorted(self.cores) or "shared",
+            "forwarder_buffer_bytes": self.buffer_bytes,
+            "realtime": all(board[Board.FIRST] for board in self._boards.values()),
+        }
+
     def start(self, at_s: float) -> None:
         """Tell both forwarders."""
         for board in self._boards.values():
@@ -114,8 +125,7 @@ def main() -> None:
     except (UserError, OSError) as error:
         _say({"unavailable": str(error)})
         return
-    sides = {side: f"/proc/{os.getpid()}/fd/{descriptor}" for side, descriptor in held.sides.items()}
-    _say({"sides": sides, "rootless": held.rootless, "facts": facts | facts_of_tcp, "lost": lost})
+    _say({"rootless": held.rootless, "facts": facts | facts_of_tcp, "lost": lost})
     _serve(wire)
 
 
@@ -123,10 +133,7 @@ def _wire(held: Namespaces, spec: LinkSpec, backend: str) -> tuple[Wire, dict[st
     if backend == "packet":
         namespaces.connect(held, spec, routed=False, segment=False)
         packet = PacketWire(spec)
-        return packet, {
-            "forwarder_cores": sorted(packet.cores) or "shared",
-            "forwarder_buffer_bytes": packet.buffer_bytes,
-        }
+        return packet, packet.facts()
     # The kernel loses what it is handed, so where there is loss it must be handed single segments.
     segment = any(condition.loss > 0 for condition in spec.conditions("forward"))
     namespaces.connect(held, spec, routed=True, segment=segment)

@@ -8,6 +8,7 @@ unchanged.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -20,8 +21,11 @@ from repro.configuration import plain
 from repro.errors import UserError
 from repro.link.child import Child
 from repro.link.leftovers import mark
-from repro.link.namespaces import ADDRESSES, other
+from repro.link.measurement import LinkMeasurement, measure
+from repro.link.namespaces import ADDRESSES, inside, other
 from repro.link.spec import Direction, LinkSpec, Side
+
+log = logging.getLogger("repro.link")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Link(ABC):
         self.backend = backend
         self.given_up = tuple(given_up)
         self.facts: dict[str, Any] = {}
+        self.measured: dict[Direction, LinkMeasurement] = {}
 
     def command(self, side: Side, argv: Sequence[str]) -> list[str]:
         """`argv`, prefixed so that it runs on that side of the link."""
@@ -87,6 +92,42 @@ class Link(ABC):
     def signals(self) -> LinkSignals:
         """The link's own counters now."""
         return LinkSignals(time.monotonic())
+
+    def measure(self, direction: Direction = "forward", rate_s: float = 1.0, pings: int = 100) -> LinkMeasurement:
+        """Measure one direction now, with a program on each side; about 2 s and a few round trips. Keeps the result for the record."""
+        self.measured[direction] = measure(self, direction, rate_s, pings)
+        return self.measured[direction]
+
+    def check(self, *, tolerate: bool = False) -> list[str]:
+        """Measure the link and hold it against what was asked; returns a warning for each thing that is slightly off.
+
+        Raises:
+            UserError: naming what this machine was measured to hold, if the link is off by more than a tenth and not
+            `tolerate`.
+        """
+        symmetric = self.spec.base("forward").rate_bps == self.spec.base("reverse").rate_bps
+        directions: list[Direction] = ["forward"] if symmetric else ["forward", "reverse"]
+        warnings, refusals = [], []
+        for direction in directions:
+            found = self.measure(direction)
+            if self.backend != "none":
+                warnings += [f"link ({direction}): {line}" for line in found.warnings(self.spec)]
+                refusals += found.refusals(self.spec)
+        if refusals and not tolerate:
+            raise UserError("; ".join(refusals))
+        for line in warnings:
+            log.warning("%s", line)
+        return warnings
+
+    def record(self) -> dict[str, Any]:
+        """What was asked, what makes it, what it gave up and what was measured, for the provenance of a run."""
+        return {
+            "backend": self.backend,
+            "given_up": list(self.given_up),
+            "asked": plain(self.spec),
+            "measured": {direction: plain(found) for direction, found in self.measured.items()},
+            **self.facts,
+        }
 
     def close(self) -> None:  # noqa: B027 - plain loopback has nothing to take down
         """Take the link down: processes, sockets and namespaces are gone when this returns."""
@@ -118,6 +159,7 @@ class RelayLink(DirectLink):
         super().__init__(spec, run, "relay", given_up)
         self._relay = Child("repro.link.relay", run, plain(spec))
         self._ports: dict[tuple[int, Side], int] = {}
+        self.facts = dict(self._relay.hello["facts"])
 
     def dial(self, port: int, side: Side = "prefill") -> tuple[str, int]:
         """The relay's port that leads there."""
@@ -156,13 +198,11 @@ class NamespacedLink(Link):
             raise Unavailable(backend, hello["unavailable"])
         super().__init__(spec, run, backend, [*given_up, *hello["lost"]])
         self.facts = {"rootless": hello["rootless"], **hello["facts"]}
-        self._sides: dict[Side, str] = hello["sides"]
 
     def command(self, side: Side, argv: Sequence[str]) -> list[str]:
         """`argv` in that side's namespace. Both prefixes replace themselves, so the process keeps its number."""
         _known(side)
-        user = ["--preserve-credentials", f"--user=/proc/{self._keeper.pid}/ns/user"] if self.facts["rootless"] else []
-        return ["env", mark(self.run), "nsenter", *user, f"--net={self._sides[side]}", "--", *argv]
+        return ["env", mark(self.run), *inside(self._keeper.pid, side, argv)]
 
     def listen_host(self, side: Side) -> str:
         """The side's address on the link."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,9 @@ _ETHERNET: dict[Side, str] = {"prefill": "02:00:00:4d:00:01", "decode": "02:00:0
 #: The router's interface towards each side; the side's own is HOST_END.
 ROUTER_END: dict[Side, str] = {"prefill": "to-prefill", "decode": "to-decode"}
 HOST_END = "link0"
+
+#: Where the keeper holds the sides' namespaces, so that others find them by its process number alone.
+_DESCRIPTORS: dict[Side, int] = {"prefill": 200, "decode": 201}
 
 _SMALLEST_BUFFER_BYTES = 4 << 20
 _LARGEST_BUFFER_BYTES = 512 << 20
@@ -52,6 +55,17 @@ class Namespaces:
             kernel.enter(self.router)
 
 
+def inside(keeper: int, side: Side, argv: Sequence[str]) -> list[str]:
+    """`argv`, run in a side's namespace of the link that the process `keeper` holds. It keeps the number of the process that runs it."""
+    held = Path(f"/proc/{keeper}")
+    try:
+        rootless = (held / "ns/user").readlink() != Path("/proc/self/ns/user").readlink()
+    except OSError:
+        raise UserError(f"link: process {keeper} holds no link any more") from None
+    user = ["--preserve-credentials", f"--user={held}/ns/user"] if rootless else []
+    return ["nsenter", *user, f"--net={held}/fd/{_DESCRIPTORS[side]}", "--", *argv]
+
+
 def make() -> Namespaces:
     """Leave this process's network for three new namespaces, inside a new user namespace where privilege is missing.
 
@@ -70,12 +84,11 @@ def make() -> Namespaces:
             Path("/proc/self/gid_map").write_text(f"0 {group} 1")
         except OSError as error:
             raise UserError(f"neither root nor an unprivileged user namespace ({error.strerror})") from None
-    prefill = os.open("/proc/self/ns/net", os.O_RDONLY)
-    kernel.unshare(kernel.CLONE_NEWNET)
-    decode = os.open("/proc/self/ns/net", os.O_RDONLY)
-    kernel.unshare(kernel.CLONE_NEWNET)
+    for descriptor in _DESCRIPTORS.values():
+        os.dup2(os.open("/proc/self/ns/net", os.O_RDONLY), descriptor, inheritable=False)
+        kernel.unshare(kernel.CLONE_NEWNET)
     router = os.open("/proc/self/ns/net", os.O_RDONLY)
-    return Namespaces(router, {"prefill": prefill, "decode": decode}, rootless)
+    return Namespaces(router, dict(_DESCRIPTORS), rootless)
 
 
 def connect(namespaces: Namespaces, spec: LinkSpec, *, routed: bool, segment: bool) -> None:

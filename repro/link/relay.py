@@ -77,6 +77,11 @@ class Way:
         with self._lock:
             return self._queue.backlog_bytes(time.monotonic())
 
+    def wait_for_room(self) -> None:
+        """Leave bytes in the sender's socket while the queue before the link, which all connections share, is full."""
+        while self.rate_bytes and (excess := self.backlog_bytes() - self._spec.queue_limit_bytes(self._direction)) > 0:
+            time.sleep(min(max(excess / self.rate_bytes, 0.001), 0.05))
+
     def limit_bytes(self) -> float:
         """How much one connection may have under way: the pipe and the queue before it."""
         if self.rate_bytes is None:
@@ -100,6 +105,7 @@ class Pump:
     def _read(self) -> None:
         last_s = 0.0
         while not self._over:
+            self._way.wait_for_room()
             chunk = self._spare.pop() if self._spare else bytearray(self._way.chunk_bytes)
             try:
                 count = self._source.recv_into(chunk)
@@ -192,8 +198,9 @@ class Relay:
 def main() -> None:
     """Serve until standard input ends."""
     kernel.wake_precisely()
+    first = kernel.run_first()
     relay = Relay(build(LinkSpec, json.loads(sys.stdin.readline()), "link"))
-    _say({"ready": True})
+    _say({"facts": {"realtime": first}})
     for line in sys.stdin:
         message = json.loads(line)
         if "dial" in message:
