@@ -104,6 +104,14 @@ class Run:
     memory_bytes: int
 
 
+def joined(runs: Sequence[Run]) -> Run:
+    """Runs of one system, one after another, as one."""
+    workers = {worker: None for run in runs for worker in run.timeline.spans}
+    spans = {worker: tuple(span for run in runs for span in run.timeline.spans[worker]) for worker in workers}
+    served = tuple(served for run in runs for served in run.served)
+    return Run(served, Timeline(spans), max(run.memory_bytes for run in runs))
+
+
 class System:
     """A prefill and a decode worker on the two sides of a link; a context manager, after which both are gone.
 

@@ -1,0 +1,203 @@
+"""The bandwidth wall on real tensors (§2): a hybrid and a dense model, prefilled in one process, decoded in another.
+
+Everything between the two processes is what the kit would use between clusters: state captured layer by layer, framed,
+sent over TCP connections through an emulated link, checked, restored. Three modes run on the same workers and the same
+prompts: unsplit (the reference for tokens and T_prefill), bulk and layer-wise. The models are small and their weights
+random, so what is real here is the mechanism, the bytes and the ratio between the two models; absolute times are this
+machine's.
+
+Prefill turns all tokens of a prompt but the last into state, so a request of l tokens ships S_kv(l − 1). Requests are
+served one at a time: TTFT has no queueing. A first request of each model warms it up and is not recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from repro.engine.spans import CLOCK_NOTE
+from repro.errors import UserError
+from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.split_model import (
+    ModelRun,
+    engine_of,
+    expected_bytes,
+    prompts,
+    row,
+    serve,
+)
+from repro.link import open_link
+from repro.record.directory import Record
+from repro.record.metrics import Metric
+from repro.report import style
+from repro.serving.records import requests_frame
+from repro.serving.system import MODES
+from repro.serving.timeline import Timeline, merged, write_trace
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """What is served: a hybrid and a dense model of conf/model, at the size that the configuration asks for.
+
+    `repeats` prompts of each length go through every mode. `chunk_tokens` is the grain of prefill; `threads` per
+    worker.
+    """
+
+    hybrid: str = "kimi_linear"
+    dense: str = "qwen3_235b"
+    input_tokens: tuple[int, ...] = (257, 513, 1025)
+    output_tokens: int = 12
+    repeats: int = 3
+    chunk_tokens: int = 256
+    threads: int = 1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not self.input_tokens or min(self.input_tokens) < 2:
+            raise UserError(f"options.input_tokens: {list(self.input_tokens)}; accepted: lengths of 2 tokens or more")
+        for name in ("output_tokens", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"options.{name}: {getattr(self, name)}; accepted: 1 or more")
+
+
+def run(context: Context) -> Outcome:
+    """Serve both models in all modes over the configured link, and compare tokens and bytes with what they must be."""
+    options: SplitOptions = context.options
+    metrics: list[Metric] = []
+    frames, throughputs, timelines = [], [], dict[str, Timeline]()
+    facts = {}
+    for name in (options.hybrid, options.dense):
+        engine = engine_of(name, context.settings.model.size, options.chunk_tokens, options.threads, options.device)
+        vocabulary = int(engine.model.values()["vocab_size"])
+        repeats = prompts(
+            options.input_tokens, options.repeats, options.output_tokens, vocabulary, context.settings.seed
+        )
+        with open_link(context.settings.link, run=f"split-{name}") as link:
+            link.check(tolerate=True)
+            model = serve(context, engine, repeats, MODES, link)
+            facts[name] = link.record()
+        metrics += model_metrics(context, model, options.input_tokens)
+        throughputs += throughput_rows(model, options.input_tokens)
+        frames += [requests_frame(served, model.origin_s, model=name) for served in model.runs.values()]
+        timelines |= {f"{name} {mode}": served.timeline for mode, served in model.runs.items()}
+    write_trace(context.folder / "trace.json", merged(timelines))
+    tables = {"throughput": pd.DataFrame(throughputs), "modes": _modes(pd.concat(frames))}
+    return Outcome(metrics, tables, pd.concat(frames), {"link": facts, "clock": CLOCK_NOTE})
+
+
+def model_metrics(context: Context, model: ModelRun, lengths: Sequence[int]) -> list[Metric]:
+    """The rows of one model: link, bytes, tokens, Φ_kv, and the times of every length and mode."""
+    memory = max(run.memory_bytes for run in model.runs.values())
+    rows = [
+        row(context, model.name, "link_goodput_bps", [model.measured.rate_bps], "bit/s"),
+        row(context, model.name, "link_rtt_s", [model.measured.rtt_s], "s"),
+        row(context, model.name, "memory_bytes", [memory], "bytes"),
+    ]
+    for mode in ("bulk", "layerwise"):
+        case = f"{model.name}/{mode}"
+        sent = sum(served.total_kv_bytes for served in model.runs[mode].served)
+        rows += [
+            row(context, case, "tokens_match", [model.tokens_match(mode)], ""),
+            row(context, case, "kv_bytes_match", [model.bytes_match(mode)], ""),
+            row(context, case, "wire_overhead", [model.wire_bytes[mode] / sent - 1], ""),
+        ]
+    for length in lengths:
+        rows += _size_metrics(context, model, length)
+        rows += [metric for mode in model.runs for metric in _time_metrics(context, model, mode, length)]
+    return rows
+
+
+def _size_metrics(context: Context, model: ModelRun, length: int) -> list[Metric]:
+    size, case = model.layout.kv_bytes(length - 1), f"{model.name}/{length}"
+    prefill = [served.prefill_s for served in model.served("unsplit", length)]
+    shipped = model.served("layerwise", length)[0].kv_bytes
+    rows = [
+        row(context, case, "prefill_s", prefill, "s"),
+        row(context, case, "phi_kv_bps", [8 * size / seconds for seconds in prefill], "bit/s"),
+        row(context, case, "kv_bytes", [sum(shipped.values())], "bytes"),
+        row(context, case, "kv_bytes_layout", [size], "bytes", "computed"),
+    ]
+    for kind, expected in expected_bytes(model.layout, length - 1).items():
+        rows.append(row(context, case, f"kv_bytes_{kind}", [shipped.get(kind, 0)], "bytes"))
+        rows.append(row(context, case, f"kv_bytes_{kind}_layout", [expected], "bytes", "computed"))
+    return rows
+
+
+def _time_metrics(context: Context, model: ModelRun, mode: str, length: int) -> list[Metric]:
+    found, case = model.served(mode, length), f"{model.name}/{mode}/{length}"
+    rows = [row(context, case, "ttft_mean_s", [served.ttft_s for served in found], "s")]
+    if found[0].request.output_tokens > 1:
+        rows.append(row(context, case, "tpot_mean_s", [served.tpot_s for served in found], "s"))
+    if mode != "unsplit":
+        ratios = [served.ttft_s / model.bound_s(served) for served in found]
+        rows += [
+            row(context, case, "transfer_s", [served.transfer_s for served in found], "s"),
+            row(context, case, "transfer_exposed_s", [served.transfer_exposed_s for served in found], "s"),
+            row(context, case, "ttft_bound_ratio", ratios, ""),
+        ]
+    return rows
+
+
+def throughput_rows(model: ModelRun, lengths: Sequence[int]) -> list[dict[str, object]]:
+    """Φ_kv per length, for the figure."""
+    return [
+        {
+            "model": model.name,
+            "input_tokens": length,
+            "kv_bytes": model.layout.kv_bytes(length - 1),
+            "prefill_s": model.prefill_s(length),
+            "phi_kv_bps": 8 * model.layout.kv_bytes(length - 1) / model.prefill_s(length),
+            "link_goodput_bps": model.goodput_bps,
+        }
+        for length in lengths
+    ]
+
+
+def _modes(requests: pd.DataFrame) -> pd.DataFrame:
+    """Mean parts of TTFT by model, mode and length: prefill, what the transfer adds, what is left (joining, first step)."""
+    means = requests.groupby(["model", "mode", "input_tokens"], as_index=False, sort=False)[
+        ["prefill_s", "transfer_exposed_s", "ttft_s"]
+    ].mean()
+    return means.assign(rest_s=means["ttft_s"] - means["prefill_s"] - means["transfer_exposed_s"])
+
+
+def draw(record: Record) -> Figure:
+    """Left: Φ_kv of both models against the link. Right: what TTFT is made of in each mode at the greatest length."""
+    throughput, modes = record.table("throughput"), record.table("modes")
+    figure, (left, right) = style.panels(2, width_in=9.0, height_in=3.4)
+    for (name, rows), (colour, marker, line) in zip(
+        throughput.groupby("model", sort=False), style.SERIES, strict=False
+    ):
+        megabits = rows["phi_kv_bps"] / 1e6
+        left.plot(rows["input_tokens"], megabits, color=colour, marker=marker, linestyle=line, label=str(name))
+    link_bps = float(throughput["link_goodput_bps"].mean())
+    left.axhline(
+        link_bps / 1e6, color=style.GREY, linestyle=":", label=f"goodput of the link, {link_bps / 1e6:.3g} Mbps"
+    )
+    left.set(xscale="log", yscale="log", xlabel="input length (tokens)", ylabel="Φ_kv (Mbps)")
+    lengths = sorted(throughput["input_tokens"].unique())
+    left.set_xticks(lengths, [str(length) for length in lengths])
+    left.minorticks_off()
+    left.set_title("What prefill emits, and what the link takes")
+    left.legend()
+
+    longest = modes[modes["input_tokens"] == modes["input_tokens"].max()]
+    at, left_edge = np.arange(len(longest))[::-1], np.zeros(len(longest))
+    parts = (("prefill_s", "prefill", style.BLUE), ("transfer_exposed_s", "transfer exposed", style.RED),
+             ("rest_s", "restore and first step", style.GREY))  # fmt: skip
+    for column, label, colour in parts:
+        right.barh(at, longest[column], left=left_edge, color=colour, label=label, height=0.7)
+        left_edge = left_edge + longest[column].to_numpy()
+    right.set_yticks(at, [f"{model}, {mode}" for model, mode in zip(longest["model"], longest["mode"], strict=True)])
+    right.set_xlabel("TTFT (s)")
+    right.set_title(f"What TTFT is made of at {int(longest['input_tokens'].iloc[0])} tokens")
+    right.grid(axis="y", visible=False)
+    right.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=3, handlelength=1.0, columnspacing=1.0)
+    return figure
+
+
+EXPERIMENT = Experiment("split", ("execute",), run, {"split": draw}, SplitOptions)

@@ -1,0 +1,141 @@
+"""One model served split and unsplit on the same prompts: what `experiment=split` and `experiment=overlap` have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+from repro.engine.base import Request
+from repro.engine.spans import now_s
+from repro.engine.torch_engine import EngineSpec
+from repro.experiments.base import Context
+from repro.link import Link, LinkMeasurement
+from repro.models import spec as models
+from repro.models.architectures import layout_of
+from repro.models.layout import StateLayout
+from repro.record.metrics import Metric
+from repro.serving.bound import ttft_bound_s
+from repro.serving.system import Run, Served, System, joined
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """One model's runs by mode, and what they are judged against. `wire_bytes` is what the link itself forwarded."""
+
+    name: str
+    layout: StateLayout
+    runs: Mapping[str, Run]
+    wire_bytes: Mapping[str, float]
+    origin_s: float
+    measured: LinkMeasurement
+
+    def served(self, mode: str, input_tokens: int) -> list[Served]:
+        """The repeats of one length in one mode."""
+        return [served for served in self.runs[mode].served if len(served.request.prompt) == input_tokens]
+
+    def prefill_s(self, input_tokens: int) -> float:
+        """T_prefill: the mean of the unsplit run, which nothing is captured from."""
+        return float(np.mean([served.prefill_s for served in self.served("unsplit", input_tokens)]))
+
+    @property
+    def goodput_bps(self) -> float:
+        """B of the bound: as measured, but a short measurement may count what buffers took, so at most the ideal."""
+        return min(self.measured.rate_bps, self.measured.ideal_rate_bps)
+
+    def bound_s(self, served: Served) -> float:
+        """The lower bound of that request's TTFT."""
+        return ttft_bound_s(
+            queue_s=served.queue_s,
+            prefill_s=served.prefill_s,
+            first_piece_s=served.first_piece_s - served.prefill_start_s,
+            kv_bytes=self.layout.kv_bytes(served.request.state_tokens),
+            goodput_bps=self.goodput_bps,
+            rtt_s=self.measured.rtt_s,
+            step_s=served.tpot_s if served.request.output_tokens > 1 else served.first_step_s,
+        )
+
+    def tokens_match(self, mode: str) -> bool:
+        """Whether every request got the tokens of the unsplit run."""
+        pairs = zip(self.runs[mode].served, self.runs["unsplit"].served, strict=True)
+        return all(split.tokens == unsplit.tokens for split, unsplit in pairs)
+
+    def bytes_match(self, mode: str) -> bool:
+        """Whether every request shipped what the layout says, to the byte and for each kind of state."""
+        return all(
+            served.kv_bytes == expected_bytes(self.layout, served.request.state_tokens)
+            for served in self.runs[mode].served
+        )
+
+
+def expected_bytes(layout: StateLayout, tokens: int) -> dict[str, int]:
+    """The layout's S_kv by kind, under the names that a run uses; kinds that hold nothing are left out."""
+    return {kind.name.lower(): size for kind, size in layout.by_kind(tokens).items() if size}
+
+
+def prompts(
+    lengths: Sequence[int], repeats: int, output_tokens: int, vocabulary: int, seed: int
+) -> list[list[Request]]:
+    """One list of random prompts per repeat, the same for every mode; ids count from 1 over all of them."""
+    rng = np.random.default_rng(seed)
+    return [
+        [
+            Request(1 + repeat * len(lengths) + at, tuple(rng.integers(0, vocabulary, length).tolist()), output_tokens)
+            for at, length in enumerate(lengths)
+        ]
+        for repeat in range(repeats)
+    ]
+
+
+def engine_of(name: str, size: str, chunk_tokens: int, threads: int, device: str) -> EngineSpec:
+    """How both workers compute that model of conf/model."""
+    model = models.load(name, size)
+    # PyYAML reads 48.0e9 as text, and workers are strict about types.
+    return EngineSpec(replace(model, parameters=float(model.parameters)), chunk_tokens, threads, device)
+
+
+def serve(
+    context: Context, engine: EngineSpec, repeats: Sequence[Sequence[Request]], modes: Sequence[str], link: Link
+) -> ModelRun:
+    """Serve the same requests in every mode on one pair of workers, after a warm-up that is not recorded.
+
+    Each repeat goes through all modes before the next begins, so that what else the machine does hits all modes alike.
+    The link has been checked.
+    """
+    name = engine.model.name
+    # The longest prompt, so that both workers have touched all the memory that they will need.
+    warm_up = [Request(0, max(repeats[0], key=lambda request: len(request.prompt)).prompt, 2)]
+    runs: dict[str, list[Run]] = {mode: [] for mode in modes}
+    wire_bytes = dict.fromkeys(modes, 0.0)
+    context.progress(f"{name}: starting a prefill and a decode worker")
+    with System(
+        engine, context.settings.transport, link, context.folder / "logs" / f"{name}-{link.spec.name}"
+    ) as system:
+        for mode in ("unsplit", "layerwise"):
+            system.serve(warm_up, mode)
+        origin_s = now_s()
+        link.start()
+        for number, requests in enumerate(repeats, start=1):
+            for mode in modes:
+                before = link.signals().forward.forwarded_bytes
+                runs[mode].append(system.serve(requests, mode))
+                wire_bytes[mode] += link.signals().forward.forwarded_bytes - before
+            context.progress(f"{name}: {', '.join(modes)} served, {number} of {len(repeats)}")
+    layout = layout_of(name, engine.model.size)
+    whole = {mode: joined(parts) for mode, parts in runs.items()}
+    return ModelRun(name, layout, whole, wire_bytes, origin_s, link.measured["forward"])
+
+
+def row(
+    context: Context, case: str, metric: str, values: Sequence[float], unit: str, source: str = "measured"
+) -> Metric:
+    """A metric of repeats: their mean, with the 95 % interval of Student's t where there are at least two."""
+    found = np.asarray(values, np.float64)
+    interval = (math.nan, math.nan)
+    if len(found) > 1:
+        half = float(stats.t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / math.sqrt(len(found)))
+        interval = (float(found.mean()) - half, float(found.mean()) + half)
+    return context.metric(case, metric, float(found.mean()), unit, source, interval=interval, n=len(found))
