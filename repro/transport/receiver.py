@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from repro.kvcache.frames import Manifest, Piece
-from repro.transport.arena import Arena
+from repro.transport.arena import Arena, Block
 from repro.transport.handshake import Hello, Role, Welcome, encrypt, examine, tls_context, welcome
 from repro.transport.session import Failure, PieceArrival, Session, Whole
 from repro.transport.spec import TransportSpec
@@ -48,7 +48,8 @@ _MAX_FAILURES = 10_000
 class Received:
     """A whole request. Its payloads lie in the receiver's memory until `release`; copy or restore them before that.
 
-    A context manager: leaving it releases. Times are seconds of the monotonic clock, `arrivals` per piece.
+    A context manager: leaving it releases. Times are seconds of the monotonic clock, `arrivals` per piece;
+    `blocks` say where in the receiver's arena the payloads lie.
     """
 
     request_id: int
@@ -57,6 +58,7 @@ class Received:
     arrivals: tuple[PieceArrival, ...]
     completed_s: float
     _release: Callable[[], None]
+    blocks: tuple[Block, ...] = ()
 
     @property
     def first_byte_s(self) -> float:
@@ -145,6 +147,7 @@ class Receiver:
             whole.arrivals,
             whole.completed_s,
             once(lambda: session.release(whole)),
+            whole.blocks,
         )
 
     def failures(self) -> list[Failure]:

@@ -56,6 +56,7 @@ class TransferFailed(UserError):  # noqa: N818 - an outcome that the router acts
     def __init__(self, request_id: int, reason: str, detail: str) -> None:
         self.request_id = request_id
         self.reason = reason
+        self.detail = detail
         super().__init__(f"transfer of request {request_id} failed ({reason}): {detail}")
 
 
@@ -129,11 +130,20 @@ class Segment:
 
 
 class Sender:
-    """Sends requests to one receiver. Thread-safe."""
+    """Sends requests to one receiver. Thread-safe.
+
+    `observer` hears of each acknowledged (request, piece) and of each outcome; it must neither wait nor call back.
+    """
 
     def __init__(
-        self, spec: TransportSpec, address: tuple[str, int], *, clock: Callable[[], float] = time.monotonic
+        self,
+        spec: TransportSpec,
+        address: tuple[str, int],
+        *,
+        observer: Callable[[tuple[int, int] | Delivery | TransferFailed], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._observe = observer or (lambda _event: None)
         self._spec = spec
         self._address = address
         self._clock = clock
@@ -350,6 +360,7 @@ class Sender:
         transfer.outcome = TransferFailed(transfer.request_id, reason, detail)
         transfer.closing_on = None
         log.warning("%s", transfer.outcome)
+        self._observe(transfer.outcome)
         self._drop_payloads(transfer)
         self._schedule.remove(transfer.number)
         if transfer.touched and reason not in ("refused", "lost"):
@@ -460,6 +471,7 @@ class Sender:
         outgoing.piece = Piece(outgoing.piece.header, memoryview(b""))  # the caller may have its memory back
         transfer.unacked_bytes -= size
         self._unacked_bytes -= size
+        self._observe((transfer.request_id, piece))
         self._counts["acked_pieces"] += 1
         self._counts["acked_bytes"] += size
         self._room.notify_all()
@@ -486,6 +498,7 @@ class Sender:
                 for index, out in sorted(transfer.pieces.items())
             ),
         )
+        self._observe(transfer.outcome)
         self._drop_payloads(transfer)
         self._schedule.remove(transfer.number)
         self._done.notify_all()

@@ -442,7 +442,7 @@ class Session:
                 except FrameError as error:
                     self._refuse(transfer, str(error))
                     return
-                blocks = tuple(incoming.block for incoming in transfer.pieces.values())
+                blocks = tuple(transfer.pieces[index].block for index in range(manifest.pieces))
                 arrivals = tuple(sorted(transfer.arrivals, key=lambda a: a.piece))
                 whole = Whole(
                     transfer.number,

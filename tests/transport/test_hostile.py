@@ -122,12 +122,12 @@ def test_garbage_after_the_handshake_is_refused(scene: Scene) -> None:
 @pytest.mark.parametrize("first", [b"", b"P"])
 def test_a_slow_loris_is_dropped(scene: Scene, first: bytes) -> None:
     with scene.stranger() as sock:
-        for _ in range(200):
+        for _ in range(100):
             try:
                 sock.sendall(first)
             except OSError:
                 break
-            time.sleep(0.01)
+            time.sleep(0.03)
         assert scene.ended(sock)
     scene.refused_for("came in time")
 
@@ -209,12 +209,24 @@ def test_more_sessions_and_connections_than_allowed_are_refused(scene: Scene) ->
 
 
 def test_more_requests_at_once_than_allowed_are_refused(scene: Scene) -> None:
+    size = scene.spec.segment_bytes
+    header = make_request(1, [2 * size])[0][0].header.pack()
+    with scene.insider() as sock, contextlib.suppress(OSError):
+        for number in range(scene.spec.limits.max_requests + 1):
+            sock.sendall(segment(bytes(size), header, transfer=number))
+        assert scene.ended(sock)
+    scene.refused_for("requests at once")
+
+
+def test_a_segment_that_does_not_fit_its_piece_is_refused(scene: Scene) -> None:
     header = make_request(1, [1000])[0][0].header.pack()
     with scene.insider() as sock:
-        for number in range(scene.spec.limits.max_requests + 1):
-            sock.sendall(segment(b"", header, transfer=number))
-        scene.refused_for("does not fit piece")
-    assert scene.receiver.arena.used_bytes == 0
+        sock.sendall(segment(b"x" * 999, header))
+        sock.sendall(segment(b"x" * 1000, header, transfer=1, offset=scene.spec.segment_bytes))
+        sock.sendall(segment(b"x" * 1000, header, transfer=2, offset=3))
+        assert eventually(lambda: scene.log.text.count("does not fit piece") == 3)
+    scene.refused_for("refused request 1")
+    assert eventually(lambda: scene.receiver.stats()["arena_used_bytes"] == 0)
 
 
 def test_expired_or_foreign_certificates_are_refused(

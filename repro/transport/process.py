@@ -1,0 +1,510 @@
+"""The transport in a process of its own, so that Python's lock never makes a forward pass wait for a socket.
+
+The worker and its transport are on the same side of the link and share an arena of memory: the worker copies a piece's
+bytes into it and goes on computing; the transport sends them from there, or has received them there. Over a socket pair
+between the two go only JSON commands and events with headers and manifests beside them. The pair's end is the end of the
+process: neither outlives the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import queue
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from repro.errors import UserError
+from repro.kvcache.frames import HEADER_BYTES, FrameHeader, Manifest, Piece
+from repro.transport.arena import Arena, Block
+from repro.transport.receiver import Received, Receiver, once, receive_arena
+from repro.transport.sender import Delivery, PieceDelivery, Sender, TransferFailed
+from repro.transport.session import Failure, PieceArrival
+from repro.transport.signals import ConnectionSignal
+from repro.transport.spec import ReceiverLimits, TransportSpec
+
+Message = dict[str, Any]
+
+_SIZES = struct.Struct("<II")
+_REPLY_PATIENCE_S = 10.0
+_START_PATIENCE_S = 60.0
+
+
+class Pipe:
+    """Messages with bytes beside them, over one end of a socket pair. `send` is safe from any thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._lock = threading.Lock()
+
+    def send(self, message: Message, beside: bytes = b"") -> None:
+        """Raises OSError when the other process has gone."""
+        text = json.dumps(message, separators=(",", ":")).encode()
+        with self._lock:
+            self._sock.sendall(_SIZES.pack(len(text), len(beside)) + text + beside)
+
+    def receive(self) -> tuple[Message, bytes]:
+        """Raises EOFError when the other process has gone."""
+        text_bytes, beside_bytes = _SIZES.unpack(self._exactly(_SIZES.size))
+        message: Message = json.loads(self._exactly(text_bytes))
+        return message, self._exactly(beside_bytes)
+
+    def close(self) -> None:
+        """The other process takes this as the order to end."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _exactly(self, size: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < size:
+            try:
+                part = self._sock.recv(min(size - len(parts), 1 << 20))
+            except OSError:
+                part = b""
+            if not part:
+                raise EOFError
+            parts += part
+        return bytes(parts)
+
+
+class _Child:
+    """The other process: started, asked, and gone when this one wants or is gone itself."""
+
+    def __init__(self, role: str, spec: TransportSpec, arena: Arena, **values: Any) -> None:
+        near, far = socket.socketpair()
+        package = str(Path(__file__).resolve().parents[2])
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "repro.transport.process", role, str(far.fileno()), str(arena.fd)],
+            pass_fds=(far.fileno(), arena.fd),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+        far.close()
+        self._near = near
+        self.pipe = Pipe(near)
+        self.pipe.send({"spec": asdict(spec), "capacity_bytes": arena.capacity_bytes, **values})
+        near.settimeout(_START_PATIENCE_S)
+        try:
+            self.started, _ = self.pipe.receive()
+        except EOFError:
+            self.close()
+            raise UserError(f"transport: its process ended at the start with status {self.process.wait()}") from None
+        near.settimeout(None)
+        if "error" in self.started:
+            self.close()
+            raise UserError(self.started["error"])
+        self._replies: dict[int, queue.SimpleQueue[Message]] = {}
+        self._numbers = itertools.count()
+
+    def listen(self, hear: Callable[[Message, bytes], None], gone: Callable[[], None]) -> None:
+        """Hand on each event in a thread of its own."""
+
+        def run() -> None:
+            try:
+                while True:
+                    message, beside = self.pipe.receive()
+                    if "reply" in message:
+                        self._replies.pop(message["reply"]).put(message)
+                    else:
+                        hear(message, beside)
+            except EOFError:
+                gone()
+
+        threading.Thread(target=run, name="transport-process", daemon=True).start()
+
+    def ask(self, what: str) -> Any:
+        """A question that the other process answers at once. Raises OSError when it has gone."""
+        number = next(self._numbers)
+        self._replies[number] = queue.SimpleQueue()
+        answers = self._replies[number]
+        self.pipe.send({"do": what, "number": number})
+        try:
+            return answers.get(timeout=_REPLY_PATIENCE_S)["value"]
+        except queue.Empty:
+            raise OSError("the transport's process does not answer") from None
+
+    def close(self) -> None:
+        """End the process, with SIGKILL where it will not."""
+        self.pipe.close()
+        try:
+            self.process.wait(timeout=8)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._near.close()
+
+
+class _Pending:
+    """A request as the worker knows it: which blocks of the arena it still occupies."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, tuple[Block, int]] = {}
+        self.outcome: Delivery | TransferFailed | None = None
+
+
+class SenderProcess:
+    """As `Sender`, with the sockets in another process. `send` copies the payload, which is free again at once."""
+
+    def __init__(self, spec: TransportSpec, address: tuple[str, int]) -> None:
+        self._spec = spec
+        room = spec.max_in_flight_bytes
+        self._arena = Arena(4 * room, retain_bytes=room, prefault_bytes=min(room, spec.limits.prefault_bytes))
+        # The other process must never wait for room, or a cancellation would wait behind it: the waiting is done here.
+        self._child = _Child("send", replace(spec, max_in_flight_bytes=1 << 62), self._arena, address=address)
+        self._change = threading.Condition()
+        self._pending: dict[int, _Pending] = {}
+        self._outstanding_bytes = 0
+        self._gone = False
+        self._child.listen(self._hear, self._ended)
+
+    def begin(self, request_id: int, *, deadline_s: float | None = None, priority: int = 0) -> None:
+        """As `Sender.begin`."""
+        with self._change:
+            self._check(request_id)
+            if request_id in self._pending and self._pending[request_id].outcome is None:
+                raise ValueError(f"request {request_id} is under way already")
+            self._pending[request_id] = _Pending()
+        self._tell({"do": "begin", "request": request_id, "deadline_s": deadline_s, "priority": priority})
+
+    def send(self, piece: Piece) -> None:
+        """As `Sender.send`, but the payload is copied before this returns."""
+        header, size = piece.header, piece.payload.nbytes
+        with self._change:
+            pending = self._find(header.request_id)
+            while (block := self._place(pending, size)) is None:
+                self._change.wait()
+                self._raise_if_over(pending, header.request_id)
+            pending.blocks[header.piece] = (block, size)
+            self._outstanding_bytes += size
+        self._arena.view(block, size)[:] = piece.payload
+        self._tell({"do": "send", "offset": block.offset, "size": size}, header.pack())
+
+    def finish(self, manifest: Manifest) -> None:
+        """As `Sender.finish`."""
+        with self._change:
+            self._find(manifest.request_id)
+        self._tell({"do": "finish"}, manifest.pack())
+
+    def wait(self, request_id: int, timeout_s: float | None = None) -> Delivery:
+        """As `Sender.wait`."""
+        with self._change:
+            pending = self._pending.get(request_id)
+            if pending is None:
+                raise ValueError(f"request {request_id} has not begun, or was waited for already")
+            if not self._change.wait_for(lambda: pending.outcome is not None, timeout_s):
+                raise TimeoutError(f"request {request_id} is not delivered after {timeout_s} s")
+            if self._pending.get(request_id) is pending:
+                del self._pending[request_id]
+            if isinstance(pending.outcome, TransferFailed):
+                raise pending.outcome
+            assert pending.outcome is not None
+            return pending.outcome
+
+    def cancel(self, request_id: int) -> None:
+        """As `Sender.cancel`."""
+        self._tell({"do": "cancel", "request": request_id})
+
+    def set_priority(self, request_id: int, priority: int) -> None:
+        """As `Sender.set_priority`."""
+        self._tell({"do": "set_priority", "request": request_id, "priority": priority})
+
+    def set_rate_cap(self, bps: float | None) -> None:
+        """As `Sender.set_rate_cap`."""
+        self._tell({"do": "set_rate_cap", "bps": bps})
+
+    def signals(self) -> list[ConnectionSignal]:
+        """As `Sender.signals`."""
+        return [ConnectionSignal(**values) for values in self._child.ask("signals")]
+
+    def stats(self) -> dict[str, int | list[int]]:
+        """As `Sender.stats`; `arena_used_bytes` is what the pieces under way occupy on this side."""
+        return {**self._child.ask("stats"), "arena_used_bytes": self._arena.used_bytes}
+
+    def close(self) -> None:
+        """As `Sender.close`: the other process is gone when this returns."""
+        self._child.close()
+        self._ended()
+        self._arena.close()
+
+    def __enter__(self) -> SenderProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _tell(self, message: Message, beside: bytes = b"") -> None:
+        try:
+            self._child.pipe.send(message, beside)
+        except OSError:
+            self._ended()
+
+    def _check(self, request_id: int) -> None:
+        if self._gone:
+            raise TransferFailed(request_id, "closed", "the transport's process has ended")
+
+    def _find(self, request_id: int) -> _Pending:
+        self._check(request_id)
+        pending = self._pending.get(request_id)
+        if pending is None:
+            raise ValueError(f"request {request_id} has not begun")
+        self._raise_if_over(pending, request_id)
+        return pending
+
+    def _raise_if_over(self, pending: _Pending, request_id: int) -> None:
+        if isinstance(pending.outcome, TransferFailed):
+            raise pending.outcome
+        self._check(request_id)
+
+    def _place(self, pending: _Pending, size: int) -> Block | None:
+        """A block, if this request may have one now: the rule of `Sender.send`, the oldest being exempt."""
+        room = self._spec.max_in_flight_bytes
+        if self._outstanding_bytes + size > room:
+            oldest = next((p for p in self._pending.values() if p.outcome is None), None)
+            own = sum(taken for _, taken in pending.blocks.values())
+            if pending is not oldest or (own and own + size > room):
+                return None
+        block = self._arena.allocate(size)
+        if block is None and not self._outstanding_bytes:
+            raise UserError(f"transport.max_in_flight_bytes: a piece of {size} bytes is too large for {room}")
+        return block
+
+    def _hear(self, message: Message, _beside: bytes) -> None:
+        with self._change:
+            pending = self._pending.get(message["request"])
+            if pending is None or pending.outcome is not None:
+                return
+            if message["event"] == "acked":
+                self._free(pending, message["piece"])
+            else:
+                pending.outcome = _outcome(message)
+                for piece in list(pending.blocks):
+                    self._free(pending, piece)
+            self._change.notify_all()
+
+    def _free(self, pending: _Pending, piece: int) -> None:
+        block, size = pending.blocks.pop(piece)
+        self._outstanding_bytes -= size
+        self._arena.free(block)
+
+    def _ended(self) -> None:
+        with self._change:
+            self._gone = True
+            for request_id, pending in self._pending.items():
+                if pending.outcome is None:
+                    pending.outcome = TransferFailed(request_id, "closed", "the transport's process has ended")
+            self._change.notify_all()
+
+
+class ReceiverProcess:
+    """As `Receiver`, with the sockets in another process; what it hands over lies in shared memory."""
+
+    def __init__(self, spec: TransportSpec, host: str, port: int = 0) -> None:
+        self._arena = receive_arena(spec)
+        self._child = _Child("receive", spec, self._arena, host=host, port=port)
+        self._ready: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
+        self._child.listen(self._hear, lambda: self._ready.put(None))
+
+    @property
+    def port(self) -> int:
+        """The TCP port that senders dial."""
+        return int(self._child.started["port"])
+
+    def receive(self, timeout_s: float | None = None) -> Received:
+        """As `Receiver.receive`."""
+        try:
+            received = self._ready.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError(f"no request arrived within {timeout_s} s") from None
+        if received is None:
+            self._ready.put(None)
+            raise OSError("the receiver is closed")
+        return received
+
+    def failures(self) -> list[Failure]:
+        """As `Receiver.failures`."""
+        return [Failure(**values) for values in self._child.ask("failures")]
+
+    def stats(self) -> dict[str, int]:
+        """As `Receiver.stats`."""
+        stats: dict[str, int] = self._child.ask("stats")
+        return stats
+
+    def close(self) -> None:
+        """As `Receiver.close`: the other process is gone when this returns."""
+        self._child.close()
+        self._arena.close()
+
+    def __enter__(self) -> ReceiverProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _hear(self, message: Message, beside: bytes) -> None:
+        view = memoryview(beside)
+        pieces = []
+        for index, offset in enumerate(message["offsets"]):
+            header = FrameHeader.unpack(view[index * HEADER_BYTES : (index + 1) * HEADER_BYTES])
+            pieces.append(Piece(header, self._arena.whole[offset : offset + header.payload_bytes]))
+        manifest = Manifest.unpack(view[len(pieces) * HEADER_BYTES :])
+        arrivals = tuple(PieceArrival(*values) for values in message["arrivals"])
+        number = message["number"]
+        release = once(lambda: self._release(number))
+        self._ready.put(
+            Received(
+                manifest.request_id,
+                manifest,
+                tuple(pieces),
+                arrivals,
+                message["completed_s"],
+                release,
+            )
+        )
+
+    def _release(self, number: int) -> None:
+        with contextlib.suppress(OSError):
+            self._child.pipe.send({"do": "release", "number": number})
+
+
+def _outcome(message: Message) -> Delivery | TransferFailed:
+    if message["event"] == "failed":
+        return TransferFailed(message["request"], message["reason"], message["detail"])
+    values = message["delivery"]
+    return Delivery(**{**values, "pieces": tuple(PieceDelivery(**piece) for piece in values["pieces"])})
+
+
+# The other process.
+
+
+def main(argv: list[str]) -> int:
+    """`send FD ARENA` or `receive FD ARENA`: serve the worker at the other end of the socket pair until it ends."""
+    logging.basicConfig(level=logging.WARNING, format="transport: %(message)s")
+    role, pipe = argv[0], Pipe(socket.socket(fileno=int(argv[1])))
+    try:
+        first, _ = pipe.receive()
+        values = first["spec"]
+        spec = TransportSpec(**{**values, "limits": ReceiverLimits(**values["limits"])})
+        retain = spec.limits.window_bytes if role == "receive" else first["capacity_bytes"]
+        arena = Arena(
+            first["capacity_bytes"],
+            retain_bytes=2 * retain,
+            prefault_bytes=spec.limits.prefault_bytes,
+            fd=int(argv[2]),
+        )
+        try:
+            if role == "send":
+                _serve_sender(pipe, spec, arena, tuple(first["address"]))
+            else:
+                _serve_receiver(pipe, spec, arena, first["host"], first["port"])
+        except (UserError, OSError) as error:
+            pipe.send({"error": str(error)})
+    except (EOFError, BrokenPipeError):
+        pass
+    return 0
+
+
+def _serve_sender(pipe: Pipe, spec: TransportSpec, arena: Arena, address: tuple[str, int]) -> None:
+    events: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+    with Sender(spec, address, observer=lambda event: events.put(_described(event))) as sender:
+        pipe.send({"ready": True})
+        threading.Thread(target=_forward, args=(pipe, events), daemon=True).start()
+        try:
+            while True:
+                message, beside = pipe.receive()
+                try:
+                    _obey(sender, arena, message, beside, pipe)
+                except TransferFailed:
+                    pass  # the worker has heard of it as an event, or is about to
+                except ValueError as error:
+                    logging.getLogger("repro.transport").warning("the worker's %s: %s", message["do"], error)
+        finally:
+            events.put(None)
+
+
+def _obey(sender: Sender, arena: Arena, message: Message, beside: bytes, pipe: Pipe) -> None:
+    match message["do"]:
+        case "begin":
+            sender.begin(message["request"], deadline_s=message["deadline_s"], priority=message["priority"])
+        case "send":
+            offset, size = message["offset"], message["size"]
+            sender.send(Piece(FrameHeader.unpack(beside), arena.whole[offset : offset + size]))
+        case "finish":
+            sender.finish(Manifest.unpack(beside))
+        case "cancel":
+            sender.cancel(message["request"])
+        case "set_priority":
+            sender.set_priority(message["request"], message["priority"])
+        case "set_rate_cap":
+            sender.set_rate_cap(message["bps"])
+        case "signals":
+            pipe.send({"reply": message["number"], "value": [asdict(signal) for signal in sender.signals()]})
+        case "stats":
+            pipe.send({"reply": message["number"], "value": sender.stats()})
+
+
+def _described(event: tuple[int, int] | Delivery | TransferFailed) -> Message:
+    if isinstance(event, Delivery):
+        return {"event": "delivered", "request": event.request_id, "delivery": asdict(event)}
+    if isinstance(event, TransferFailed):
+        return {"event": "failed", "request": event.request_id, "reason": event.reason, "detail": event.detail}
+    return {"event": "acked", "request": event[0], "piece": event[1]}
+
+
+def _forward(pipe: Pipe, events: queue.SimpleQueue[Message | None]) -> None:
+    with contextlib.suppress(OSError):
+        while (message := events.get()) is not None:
+            pipe.send(message)
+
+
+def _serve_receiver(pipe: Pipe, spec: TransportSpec, arena: Arena, host: str, port: int) -> None:
+    held: dict[int, Received] = {}
+    with Receiver(spec, host, port, arena=arena) as receiver:
+        pipe.send({"port": receiver.port})
+
+        def hand_over() -> None:
+            numbers = itertools.count()
+            with contextlib.suppress(OSError):
+                while True:
+                    received = receiver.receive()
+                    number = next(numbers)
+                    held[number] = received
+                    headers = b"".join(piece.header.pack() for piece in received.pieces)
+                    message = {
+                        "number": number,
+                        "offsets": [block.offset for block in received.blocks],
+                        "arrivals": [
+                            [a.piece, a.layer, a.payload_bytes, a.first_byte_s, a.last_byte_s]
+                            for a in received.arrivals
+                        ],
+                        "completed_s": received.completed_s,
+                    }
+                    pipe.send(message, headers + received.manifest.pack())
+
+        threading.Thread(target=hand_over, daemon=True).start()
+        while True:
+            message, _ = pipe.receive()
+            match message["do"]:
+                case "release":
+                    held.pop(message["number"]).release()
+                case "failures":
+                    pipe.send({"reply": message["number"], "value": [asdict(f) for f in receiver.failures()]})
+                case "stats":
+                    pipe.send({"reply": message["number"], "value": receiver.stats()})
+
+
+if __name__ == "__main__":
+    # Threads that wait in sockets must not hold the end of the process up.
+    status = main(sys.argv[1:])
+    os._exit(status)
