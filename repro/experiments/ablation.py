@@ -1,0 +1,60 @@
+"""What each mechanism is worth: the full scheduler, and the same with one part taken away, through bursts on a link that drops and fails.
+
+`static` has none of the parts. Differences are taken to `two_timescale`, the full scheduler, so a negative one is what the missing part
+was worth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from repro.experiments import simulated
+from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.deployment import profile_files
+from repro.scheduling.admission import AdmissionSpec
+from repro.scheduling.policies import LengthAware, RandomSplit
+from repro.simulate.deployments import requests, with_scheduler
+from repro.simulate.link import CapacityChange
+from repro.workload.arrivals import Piecewise
+
+
+@dataclass(frozen=True)
+class Options(simulated.Options):
+    """Bursts every five minutes; the link drops to `dropped_bps` at 450 s for a minute and is down at 800 s for 20 s."""
+
+    load: float = 0.75
+    burst_load: float = 1.3
+    dropped_bps: float = 5e9
+    admit_ttft_s: float = 10.0
+
+
+def run(context: Context) -> Outcome:
+    """Every variant on the same requests and the same link."""
+    options: Options = context.options
+    setting = simulated.Setting.of(context)
+    whole = setting.link.rate_bps
+    faults = ((450.0, options.dropped_bps), (510.0, whole), (800.0, 0.0), (820.0, whole))
+    link = replace(setting.link, changes=tuple(CapacityChange(at, rate) for at, rate in faults))
+    policies = setting.policies(options, link)
+    full = policies["two_timescale"]
+    cases = {
+        "two_timescale": full,
+        "no_short_term": with_scheduler(full, short_term=replace(options.short_term, enabled=False)),
+        "no_long_term": policies["short_term"],
+        "no_fallback": with_scheduler(full, fallback_s=None),
+        "no_bandwidth_rule": with_scheduler(full, router=LengthAware()),
+        "no_length_rule": with_scheduler(full, router=RandomSplit(setting.point.offload_fraction)),
+        "least_work_to_round_robin": with_scheduler(full, placement="round_robin"),
+        "with_admission": with_scheduler(full, admission=AdmissionSpec(options.admit_ttft_s)),
+        "chunked_prefill": replace(full, chunk_tokens=8192),
+        "static": policies["static"],
+    }
+    arrivals = Piecewise((setting.rate(options.load), setting.rate(options.burst_load)), (240.0, 60.0))
+    count = round(setting.rate(0.8 * options.load + 0.2 * options.burst_load) * options.duration_s)
+    return simulated.compare(
+        context, cases, lambda seed: requests(setting.base, arrivals, count, seed),
+        (options.warmup_s, options.duration_s), setting.slo, options.seeds, baseline="two_timescale",
+    )  # fmt: skip
+
+
+EXPERIMENT = Experiment("ablation", ("simulate",), run, simulated.FIGURES, Options, profile_files)

@@ -1,0 +1,49 @@
+"""The link goes down for a few seconds again and again: does the scheduler route around outages, and what do they cost?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from repro.errors import UserError
+from repro.experiments import simulated
+from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.deployment import profile_files
+from repro.simulate.deployments import requests
+from repro.simulate.link import CapacityChange
+from repro.workload.arrivals import Poisson
+
+
+@dataclass(frozen=True)
+class Options(simulated.Options):
+    """The link is down for `down_s` every `every_s`."""
+
+    load: float = 0.7
+    duration_s: float = 900.0
+    down_s: float = 15.0
+    every_s: float = 90.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.down_s < self.every_s:
+            raise UserError(f"options.down_s: {self.down_s} must lie between 0 and options.every_s ({self.every_s})")
+
+
+def run(context: Context) -> Outcome:
+    """All policies on the same flapping link."""
+    options: Options = context.options
+    setting = simulated.Setting.of(context)
+    changes = []
+    at_s = options.every_s
+    while at_s + options.down_s < options.duration_s:
+        changes += [CapacityChange(at_s, 0.0), CapacityChange(at_s + options.down_s, setting.link.rate_bps)]
+        at_s += options.every_s
+    link = replace(setting.link, changes=tuple(changes))
+    arrivals = Poisson(setting.rate(options.load))
+    count = round(setting.rate(options.load) * options.duration_s)
+    return simulated.compare(
+        context, setting.policies(options, link), lambda seed: requests(setting.base, arrivals, count, seed),
+        (options.warmup_s, options.duration_s), setting.slo, options.seeds,
+    )  # fmt: skip
+
+
+EXPERIMENT = Experiment("link_flap", ("simulate",), run, simulated.FIGURES, Options, profile_files)

@@ -1,0 +1,104 @@
+"""The case study multiplied up to 100,000 GPUs: does Λ_max grow with it, what does pooling do to TTFT, and what egress does it take?
+
+Instances, link and arrival rate grow together. The simulator is the same at every size; how fast it was is recorded with the results.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from repro.errors import UserError
+from repro.experiments import simulated
+from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.deployment import profile_files
+from repro.record.directory import Record
+from repro.record.metrics import Metric
+from repro.report import style
+from repro.simulate.deployments import requests
+from repro.simulate.records import Streaming
+from repro.simulate.simulation import Simulation
+from repro.simulate.spec import SimulationSpec
+from repro.workload.arrivals import Poisson
+
+
+@dataclass(frozen=True)
+class Options(simulated.Options):
+    """`factors` of the case study's 96 GPUs; 1042 is 100,032. A run has `minimum_requests`, or those of `duration_s` if more."""
+
+    load: float = 0.9
+    duration_s: float = 90.0
+    warmup_s: float = 45.0
+    factors: tuple[int, ...] = (1, 10, 100, 1042)
+    minimum_requests: int = 20_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.factors or min(self.factors) < 1:
+            raise UserError(f"options.factors: {self.factors}; accepted: whole factors of 1 or more")
+
+
+def multiplied(spec: SimulationSpec, factor: int) -> SimulationSpec:
+    """The deployment `factor` times as large, its link as well."""
+    home = replace(spec.pd[0], n_p=spec.pd[0].n_p * factor, n_d=spec.pd[0].n_d * factor)
+    site = spec.prfaas[0]
+    link = replace(site.link, rate_bps=site.link.rate_bps * factor)
+    return replace(spec, pd=(home,), prfaas=(replace(site, instances=site.instances * factor, link=link),), limit_requests=2_000_000)
+
+
+def run(context: Context) -> Outcome:
+    """Static and two-timescale scheduling at every size."""
+    options: Options = context.options
+    setting = simulated.Setting.of(context)
+    base = setting.base
+    gpus = base.n_prfaas * base.prfaas.gpus_per_instance + base.n_pd * base.pd.gpus_per_instance
+    chosen = {name: spec for name, spec in setting.policies(options).items() if name in ("static", "two_timescale")}
+    rows: list[Metric] = []
+    sizes: list[dict[str, object]] = []
+    for factor in options.factors:
+        rate = setting.rate(options.load) * factor
+        count = max(options.minimum_requests, round(rate * options.duration_s))
+        for case, spec in chosen.items():
+            sink = Streaming(setting.slo, from_s=min(options.warmup_s, 0.5 * count / rate))
+            started = time.perf_counter()
+            Simulation(multiplied(spec, factor), sink).run(requests(base, Poisson(rate), count, context.settings.seed))
+            speed = count / (time.perf_counter() - started)
+            totals = sink.totals()
+            name = f"{gpus * factor}_gpus.{case}"
+            values = {
+                "goodput": (totals.goodput, "req/s"),
+                "good_fraction": (totals.good_fraction, ""),
+                "ttft_mean_s": (totals.ttft_mean_s, "s"),
+                "ttft_p99_s": (totals.ttft_p99_s, "s"),
+                "egress_bps": (totals.egress_bps, "bit/s"),
+            }
+            rows += [context.metric(name, metric, value, unit, "simulated", n=totals.requests) for metric, (value, unit) in values.items()]
+            rows.append(context.metric(name, "simulated_requests_per_s", speed, "req/s", "measured", n=count))
+            sizes.append({"gpus": gpus * factor, "case": case} | {metric: value for metric, (value, _) in values.items()})
+            context.progress(f"{name}: {count} requests, {speed:,.0f} per second of wall time")
+    return Outcome(rows, {"sizes": pd.DataFrame(sizes)})
+
+
+def draw(record: Record) -> Figure:
+    """Goodput per GPU and TTFT over the number of GPUs."""
+    sizes = record.table("sizes")
+    figure, (left, right) = style.panels(2, height_in=3.2)
+    for index, case in enumerate(dict.fromkeys(sizes["case"])):
+        own = sizes[sizes["case"] == case]
+        colour, marker, dash = style.SERIES[index]
+        look = {"color": colour, "marker": marker, "linestyle": dash, "label": simulated.POLICY_NAMES.get(case, case)}
+        left.plot(own["gpus"], 1000 * own["goodput"] / own["gpus"], **look)
+        right.plot(own["gpus"], own["ttft_p99_s"], **look)
+    for axis in (left, right):
+        axis.set(xscale="log", xlabel="GPUs")
+        axis.set_ylim(bottom=0)
+    left.set(ylabel="goodput per 1,000 GPUs (req/s)", title="Throughput scales with the fleet")
+    right.set(ylabel="P99 TTFT (s)", title="A larger pool waits less")
+    left.legend()
+    return figure
+
+
+EXPERIMENT = Experiment("scale", ("simulate",), run, {"scale": draw}, Options, profile_files)

@@ -1,0 +1,47 @@
+"""The length distribution moves under a running system: prompts grow longer, and a threshold searched for the old ones is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from repro.errors import UserError
+from repro.experiments import simulated
+from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.deployment import profile_files
+from repro.simulate.deployments import requests
+from repro.workload.arrivals import Poisson
+
+
+@dataclass(frozen=True)
+class Options(simulated.Options):
+    """From `at_s` on, μ of the log-normal lengths is `mu_shift` higher."""
+
+    load: float = 0.7
+    duration_s: float = 1500.0
+    at_s: float = 300.0
+    mu_shift: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.at_s < self.duration_s:
+            raise UserError(f"options.at_s: {self.at_s} must lie within options.duration_s ({self.duration_s})")
+
+
+def run(context: Context) -> Outcome:
+    """All policies through the same shift, measured from it on."""
+    options: Options = context.options
+    setting = simulated.Setting.of(context)
+    lengths = context.settings.workload.lengths
+    after = replace(lengths, mu=lengths.mu + options.mu_shift)
+    rate = setting.rate(options.load)
+    count = round(rate * options.duration_s)
+
+    def stream(seed: int):  # type: ignore[no-untyped-def]
+        return replace(requests(setting.base, Poisson(rate), count, seed), shifted=after, shift_at_s=options.at_s)
+
+    return simulated.compare(
+        context, setting.policies(options), stream, (options.at_s, options.duration_s), setting.slo, options.seeds
+    )
+
+
+EXPERIMENT = Experiment("shift", ("simulate",), run, simulated.FIGURES, Options, profile_files)

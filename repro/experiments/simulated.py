@@ -1,0 +1,270 @@
+"""What the simulated studies share: the policies that are compared, on the same arrivals, and how their difference is stated.
+
+Every case of a study meets the same requests, seed by seed, so differences are taken within seeds: the interval of a difference is that of
+paired values, and says whether a policy helps even where seeds differ more than policies do. `static` is what all are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from repro.errors import UserError
+from repro.experiments.base import Context, Outcome
+from repro.experiments.deployment import deployment, operating_points
+from repro.record.directory import Record
+from repro.record.metrics import Metric
+from repro.report import style
+from repro.scheduling.long_term import LongTermSpec
+from repro.scheduling.policies import Prfaas, RandomSplit, Threshold
+from repro.scheduling.short_term import ShortTermSpec
+from repro.scheduling.throughput import Deployment, OperatingPoint
+from repro.simulate.deployments import shared_link, simulated, with_scheduler
+from repro.simulate.link import SharedLinkSpec
+from repro.simulate.records import Table, good
+from repro.simulate.simulation import Simulation, Summary
+from repro.simulate.spec import SimulationSpec
+from repro.simulate.stability import Estimate
+from repro.workload.spec import ServiceLevel
+from repro.workload.stream import Chunk
+
+POLICY_NAMES = {
+    "static": "static t",
+    "short_term": "short-term only",
+    "two_timescale": "both timescales",
+    "random_split": "random split",
+    "naive": "naive heterogeneous",
+}
+_UNITS = {
+    "goodput": "req/s", "good_fraction": "", "ttft_mean_s": "s", "ttft_p50_s": "s", "ttft_p90_s": "s", "ttft_p99_s": "s",
+    "tpot_mean_s": "s", "offload_fraction": "", "completed_fraction": "", "cached_fraction": "", "egress_bps": "bit/s",
+}  # fmt: skip
+_SAMPLES = ("goodput", "good_fraction", "ttft_mean_s", "ttft_p90_s")
+
+Stream = Callable[[int], Iterable[Chunk]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """`load` is the arrival rate as a share of the deployment's Λ_max by the model with true means."""
+
+    load: float = 0.8
+    duration_s: float = 1200.0
+    seeds: int = 5
+    warmup_s: float = 60.0
+    short_term: ShortTermSpec = field(default_factory=lambda: ShortTermSpec(enabled=True))
+    long_term: LongTermSpec = field(default_factory=lambda: LongTermSpec(enabled=True))
+    fallback_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.load > 0:
+            raise UserError(f"options.load: {self.load} is not positive")
+        if self.seeds < 2:
+            raise UserError(f"options.seeds: {self.seeds} is below 2, which an interval needs")
+        if not 0 <= self.warmup_s < self.duration_s:
+            raise UserError(f"options.warmup_s: {self.warmup_s} must lie between 0 and options.duration_s ({self.duration_s})")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The deployment under study at its best operating point, which is taken with true means."""
+
+    base: Deployment
+    points: Mapping[str, OperatingPoint]
+    link: SharedLinkSpec
+    slo: ServiceLevel
+
+    @staticmethod
+    def of(context: Context) -> Setting:
+        """From the settings."""
+        settings = context.settings
+        base = deployment(settings)
+        if not base.n_prfaas:
+            raise UserError(f"cluster.prfaas.instances: 0; experiment={settings.name} compares ways to offload and needs one or more")
+        true = replace(settings, policy=replace(settings.policy, lengths="true_mean"))
+        return Setting(base, operating_points(base, true), shared_link(settings.link), settings.workload.slo)
+
+    @property
+    def point(self) -> OperatingPoint:
+        """Of PrfaaS-PD."""
+        return self.points["prfaas_pd"]
+
+    def rate(self, load: float) -> float:
+        """Requests per second at that load."""
+        return load * self.point.lambda_max
+
+    def policies(self, options: Options, link: SharedLinkSpec | None = None) -> dict[str, SimulationSpec]:
+        """Static t, the fast loop alone, both loops, a blind split of equal share, and naive offloading on its own split."""
+        through = link or self.link
+        static = simulated(self.base, self.point, through, Threshold())
+        short = with_scheduler(static, router=Prfaas(), short_term=options.short_term, fallback_s=options.fallback_s)
+        return {
+            "static": static,
+            "short_term": short,
+            "two_timescale": with_scheduler(short, long_term=options.long_term),
+            "random_split": with_scheduler(static, router=RandomSplit(self.point.offload_fraction)),
+            "naive": simulated(self.base, self.points["naive_heterogeneous_pd"], through),
+        }
+
+
+def play(spec: SimulationSpec, stream: Iterable[Chunk]) -> tuple[pd.DataFrame, Summary]:
+    """One run: its requests and how it ended."""
+    table = Table()
+    summary = Simulation(spec, table).run(stream)
+    return table.frame(), summary
+
+
+def measure(requests: pd.DataFrame, window: tuple[float, float], slo: ServiceLevel) -> dict[str, float]:
+    """A run's metrics over the requests that arrived in the window; one that never finished counts as bad, not as absent."""
+    low, high = window
+    seen = requests[(requests["arrival_s"] >= low) & (requests["arrival_s"] < high)]
+    done = seen[seen["outcome"].isin(["ok", "fell_back"])]
+    ttft, tpot = done["ttft_s"].to_numpy(), done["tpot_s"].to_numpy()
+    met = int(good(ttft, tpot, slo).sum())
+    n = max(len(seen), 1)
+
+    def quantile(fraction: float) -> float:
+        return float(np.quantile(ttft, fraction)) if len(ttft) * (1 - fraction) >= 1 else float("nan")
+
+    remote = done[done["route"] == "prfaas"]
+    return {
+        "goodput": met / (high - low),
+        "good_fraction": met / n,
+        "ttft_mean_s": float(ttft.mean()) if len(ttft) else float("nan"),
+        "ttft_p50_s": quantile(0.5),
+        "ttft_p90_s": quantile(0.9),
+        "ttft_p99_s": quantile(0.99),
+        "tpot_mean_s": float(tpot.mean()) if len(tpot) else float("nan"),
+        "offload_fraction": len(remote) / max(len(done), 1),
+        "completed_fraction": len(done) / n,
+        "cached_fraction": float(done["cached_tokens"].sum() / max(done["input_tokens"].sum(), 1)),
+        "egress_bps": 8 * float(remote["kv_bytes"].sum()) / (high - low),
+    }
+
+
+def compare(
+    context: Context,
+    cases: Mapping[str, SimulationSpec],
+    stream: Stream,
+    window: tuple[float, float],
+    slo: ServiceLevel,
+    seeds: int,
+    *,
+    baseline: str = "static",
+    bin_s: float = 10.0,
+    prefix: str = "",
+) -> Outcome:
+    """All cases on the same requests: means over seeds, differences to the baseline within seeds, and both over time."""
+    found: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
+    series: list[pd.DataFrame] = []
+    controls: list[pd.DataFrame] = []
+    kept: pd.DataFrame | None = None
+    flagged: dict[str, int] = {}
+    for seed in range(context.settings.seed, context.settings.seed + seeds):
+        for case, spec in cases.items():
+            requests, summary = play(spec, stream(seed))
+            found[case].append(measure(requests, window, slo))
+            series.append(_over_time(requests, bin_s, slo).assign(case=prefix + case, seed=seed))
+            if summary.overloaded or summary.unfinished:
+                flagged[prefix + case] = flagged.get(prefix + case, 0) + 1
+            if seed == context.settings.seed:
+                if summary.samples:
+                    controls.append(pd.DataFrame(summary.samples).assign(case=prefix + case))
+                if case == "two_timescale":
+                    kept = requests
+        context.progress(f"{prefix}seed {seed} done")
+    rows = list(_rows(context, found, baseline, prefix))
+    for case, runs in flagged.items():
+        rows.append(context.metric(case, "runs_cut_or_unfinished", runs, "runs", "simulated", n=seeds))
+    tables = {"series": pd.concat(series), "controls": pd.concat(controls) if controls else pd.DataFrame()}
+    return Outcome(rows, tables, requests=kept)
+
+
+def _rows(context: Context, found: Mapping[str, Sequence[Mapping[str, float]]], baseline: str, prefix: str) -> Iterable[Metric]:
+    for case, values in found.items():
+        for metric, unit in _UNITS.items():
+            estimate = Estimate.of([value[metric] for value in values])
+            yield context.metric(
+                prefix + case, metric, estimate.value, unit, "simulated", interval=(estimate.low, estimate.high), n=estimate.n
+            )
+            if case != baseline and metric in _SAMPLES and baseline in found:
+                pairs = [value[metric] - other[metric] for value, other in zip(values, found[baseline], strict=True)]
+                paired = Estimate.of(pairs)
+                yield context.metric(
+                    prefix + case, f"{metric}_minus_{baseline}", paired.value, unit, "simulated",
+                    interval=(paired.low, paired.high), n=paired.n,
+                )  # fmt: skip
+
+
+def _over_time(requests: pd.DataFrame, bin_s: float, slo: ServiceLevel) -> pd.DataFrame:
+    """Per interval of arrival: requests, those that met the service level, and their mean TTFT."""
+    met = good(requests["ttft_s"].to_numpy(), requests["tpot_s"].to_numpy(), slo)
+    at = (requests["arrival_s"] // bin_s) * bin_s
+    bins = requests.assign(at_s=at, met=met).groupby("at_s")
+    return bins.agg(arrived=("id", "size"), met=("met", "sum"), ttft_s=("ttft_s", "mean")).reset_index()
+
+
+def merge(outcomes: Sequence[Outcome]) -> Outcome:
+    """Several comparisons as one outcome."""
+    names = {name for outcome in outcomes for name in outcome.tables}
+    tables = {name: pd.concat([outcome.tables[name] for outcome in outcomes if name in outcome.tables]) for name in sorted(names)}
+    kept = next((outcome.requests for outcome in outcomes if outcome.requests is not None), None)
+    return Outcome([row for outcome in outcomes for row in outcome.metrics], tables, requests=kept)
+
+
+def _style(index: int) -> dict[str, Any]:
+    colour, _, dash = style.SERIES[index % len(style.SERIES)]
+    return {"color": colour, "linestyle": dash}
+
+
+def draw_over_time(record: Record) -> Figure:
+    """Share of requests that meet the service level and mean TTFT by time of arrival, and the threshold that the controllers set."""
+    series, controls = record.table("series"), record.table("controls")
+    figure, (top, middle, bottom) = style.panels(1, 3, height_in=6.2, sharex=True)
+    for index, case in enumerate(dict.fromkeys(series["case"])):
+        mean = series[series["case"] == case].groupby("at_s")[["arrived", "met", "ttft_s"]].mean()
+        label = POLICY_NAMES.get(case, case)
+        top.plot(mean.index, 100 * mean["met"] / mean["arrived"], label=label, **_style(index))
+        middle.plot(mean.index, mean["ttft_s"], label=label, **_style(index))
+        own = controls[controls["case"] == case] if len(controls) else controls
+        if len(own):
+            bottom.plot(own["at_s"], own["threshold_tokens"] / 1000, label=label, **_style(index))
+    top.set(ylabel="within SLO (%)", title="Requests that meet the service level, by time of arrival")
+    top.set_ylim(-3, 103)
+    middle.set(ylabel="mean TTFT (s)", yscale="log")
+    bottom.set(ylabel="threshold t (K tokens)", xlabel="time (s)")
+    middle.legend(ncols=3)
+    return figure
+
+
+def draw_goodput(record: Record) -> Figure:
+    """Goodput of each policy with its interval, and the paired difference to the baseline."""
+    table = record.metrics
+    figure, (left, right) = style.panels(2, height_in=3.4)
+    rows = table[table["metric"] == "goodput"].reset_index(drop=True)
+    _bars(left, rows)
+    left.set(xlabel="goodput (req/s)", title="Goodput at the SLO")
+    paired = table[table["metric"].str.startswith("goodput_minus_")].reset_index(drop=True)
+    if len(paired):
+        _bars(right, paired)
+        right.axvline(0, color="black", lw=0.8)
+        right.set(xlabel="paired difference (req/s)", title=f"Against {POLICY_NAMES.get('static', 'static')}")
+    return figure
+
+
+def _bars(axis: Axes, rows: pd.DataFrame) -> None:
+    names = [POLICY_NAMES.get(case, case) for case in rows["case"]]
+    error = [np.nan_to_num(rows["value"] - rows["ci_low"]), np.nan_to_num(rows["ci_high"] - rows["value"])]
+    axis.barh(range(len(rows)), rows["value"], xerr=error, color=style.BLUE, error_kw={"capsize": 3, "lw": 1})
+    axis.set_yticks(range(len(rows)), names)
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+
+
+FIGURES = {"over_time": draw_over_time, "goodput": draw_goodput}

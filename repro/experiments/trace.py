@@ -1,0 +1,79 @@
+"""Replay of a public trace (Mooncake's or Azure's format): real bursts, real prefixes, and the hit rates of both kinds of cache.
+
+The kit carries no trace: `options.trace` names a file. Without one, sessions are generated in its place, and the record says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from repro.experiments import simulated
+from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.caches import CacheOptions
+from repro.experiments.deployment import profile_files
+from repro.kvcache.pool import CacheSpec, HybridPool
+from repro.record.metrics import Metric
+from repro.settings import Settings
+from repro.workload.sessions import SessionSpec, draw_sessions
+from repro.workload.stream import Chunk
+from repro.workload.traces import read_trace
+
+
+@dataclass(frozen=True)
+class Options(simulated.Options):
+    """`speed` 2 replays at twice the rate; a trace is the same for every seed, so `seeds` only repeats the policies' own choices."""
+
+    trace: str | None = None
+    speed: float = 1.0
+    seeds: int = 2
+    warmup_s: float = 0.0
+    cache: CacheOptions = field(default_factory=lambda: CacheOptions(capacity_gb=None))
+
+
+def hit_rates(chunk: Chunk, cache: CacheSpec) -> dict[str, float]:
+    """Share of all blocks that an unlimited cache would serve: attention alone, and every layer group."""
+    attention = replace(cache, groups=tuple(group for group in cache.groups if group.kind == "block"), capacity_bytes=float("inf"))
+    pools = {"attention_only": HybridPool(attention), "hybrid": HybridPool(replace(cache, capacity_bytes=float("inf")))}
+    hits, blocks = dict.fromkeys(pools, 0), 0
+    for keys, _ in chunk.chains or []:
+        blocks += len(keys)
+        for name, pool in pools.items():
+            hits[name] += pool.match_blocks(keys)
+            pool.insert(keys)
+    return {name: count / blocks for name, count in hits.items()} if blocks else {}
+
+
+def run(context: Context) -> Outcome:
+    """All policies on the whole trace, with hybrid caches where it names prefixes."""
+    options: Options = context.options
+    setting = simulated.Setting.of(context)
+    recorded = (
+        read_trace(Path(options.trace), options.speed)
+        if options.trace
+        else draw_sessions(SessionSpec(0.4), options.duration_s, context.settings.seed)
+    )
+    chunk = recorded.chunk
+    cache = options.cache.spec(setting.base.prfaas)
+    rows: list[Metric] = [
+        context.metric(name, "block_hit_rate", rate, "", "simulated", n=len(chunk.arrival_s))
+        for name, rate in hit_rates(chunk, cache).items()
+    ]
+    policies = setting.policies(options)
+    cases = {name: replace(spec, cache=cache if chunk.chains else None) for name, spec in policies.items()}
+    end = float(chunk.arrival_s[-1]) + 1e-6
+    outcome = simulated.compare(
+        context, cases, lambda _: recorded, (min(options.warmup_s, end / 2), end), setting.slo, options.seeds, bin_s=60.0
+    )
+    source = options.trace or "generated sessions (no trace given)"
+    return replace(outcome, metrics=[*rows, *outcome.metrics], provenance={"trace": source, "requests": len(chunk.arrival_s)})
+
+
+def files(settings: Settings) -> Sequence[Path]:
+    """The profiles' files and the trace."""
+    trace = settings.options.get("trace")
+    return [*profile_files(settings), *([Path(trace)] if trace and Path(trace).is_file() else [])]
+
+
+EXPERIMENT = Experiment("trace", ("simulate",), run, simulated.FIGURES, Options, files)
