@@ -14,6 +14,9 @@ from collections.abc import Sequence
 
 from repro.link.spec import Condition
 
+#: Sums of many floats: without this slack the last bit could push a packet beyond an outage that begins at its end.
+_ROUNDING_BYTES = 1e-3
+
 
 class Capacity:
     """K(t) for piecewise-constant rates, counted from `origin_s`, once or repeated for ever."""
@@ -44,6 +47,7 @@ class Capacity:
 
     def when(self, count: float) -> float:
         """The moment at which `count` bytes have left; infinite if they never do."""
+        count -= _ROUNDING_BYTES
         if count <= 0:
             return self._origin_s + (count / self._rates[0] if self._rates[0] else 0.0)
         start = self._origin_s

@@ -23,12 +23,12 @@ class Loss:
         self._random = random.Random(seed)
         self._burst_segments = burst_segments
         self._in_burst = loss_in_burst
-        self._left_in_burst = 0
         self.set(loss)
 
     def set(self, loss: float) -> None:
-        """Change the mean loss; the next distance is drawn anew."""
+        """Change the mean loss. The next loss is drawn anew, and a burst that was going on is over."""
         self._loss = loss
+        self._left_in_burst = 0
         self._next = self._distance()
 
     def lost(self, segments: int) -> list[int]:
@@ -76,7 +76,7 @@ class Loss:
 class Jitter:
     """Random addition to the one-way delay with the given standard deviation, correlated over time.
 
-    Normal and uniform have mean 0 (the forwarder cuts at a delay of 0); exponential only ever adds.
+    The mean is 0 whatever the shape, so the asked RTT stays the mean one; where the sum would be negative, the delay is 0.
     """
 
     def __init__(self, deviation_s: float, distribution: str, correlation_s: float, seed: int) -> None:
@@ -103,7 +103,7 @@ class Jitter:
         rank = min(max(0.5 * math.erfc(-self._normal / math.sqrt(2)), 1e-12), 1 - 1e-12)
         if self._distribution == "uniform":
             return self._deviation_s * math.sqrt(12) * (rank - 0.5)
-        return -self._deviation_s * math.log(1 - rank)
+        return self._deviation_s * (-math.log(1 - rank) - 1)
 
 
 def loss_of(spec: LinkSpec, seed: int) -> Loss:

@@ -141,7 +141,7 @@ def measure(link: Crossing, direction: Direction = "forward", rate_s: float = 1.
         mtu_bytes=spec.mtu_bytes,
         datagrams=packets and rate is not None,
         pings=pings,
-        rate_s=rate_s,
+        rate_s=max(rate_s, 400 * spec.jitter_s),  # arrivals at both ends of the window are off by the jitter
     )
     program = [sys.executable, "-m", "repro.link.probe"]
     with _started(link, far, [*program, "answer", link.listen_host(far)]) as answering:
