@@ -26,6 +26,7 @@ from typing import Any
 
 from repro.errors import UserError
 from repro.kvcache.frames import HEADER_BYTES, FrameHeader, Manifest, Piece
+from repro.link.tcp_info import TcpInfo
 from repro.transport.arena import Arena, Block
 from repro.transport.receiver import Received, Receiver, once, receive_arena
 from repro.transport.sender import Delivery, PieceDelivery, Sender, TransferFailed
@@ -226,7 +227,10 @@ class SenderProcess:
 
     def signals(self) -> list[ConnectionSignal]:
         """As `Sender.signals`."""
-        return [ConnectionSignal(**values) for values in self._child.ask("signals")]
+        return [
+            ConnectionSignal(values["slot"], values["at_s"], TcpInfo(**values["tcp"]))
+            for values in self._child.ask("signals")
+        ]
 
     def stats(self) -> dict[str, int | list[int]]:
         """As `Sender.stats`; `arena_used_bytes` is what the pieces under way occupy on this side."""

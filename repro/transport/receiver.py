@@ -202,7 +202,7 @@ class Receiver:
         thread = threading.Thread(target=run, name=f"receive-{work.__name__}", daemon=True)
         with self._lock:
             self._threads.add(thread)
-        thread.start()
+            thread.start()  # with the lock, so that `close` never joins what has not begun
 
     def _accept(self) -> None:
         while not self._closed.is_set():
@@ -214,6 +214,9 @@ class Receiver:
                 time.sleep(0.05)  # out of descriptors, most likely: those that are here go on
                 continue
             with self._lock:
+                if self._closed.is_set():
+                    close(sock)
+                    return
                 welcome_to_try = self._strangers < _MAX_STRANGERS
                 self._strangers += welcome_to_try
                 if welcome_to_try:
