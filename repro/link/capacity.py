@@ -47,17 +47,16 @@ class Capacity:
 
     def when(self, count: float) -> float:
         """The moment at which `count` bytes have left; infinite if they never do."""
-        count -= _ROUNDING_BYTES
-        if count <= 0:
+        if count <= _ROUNDING_BYTES:
             return self._origin_s + (count / self._rates[0] if self._rates[0] else 0.0)
         start = self._origin_s
-        if count > self._period_bytes:
+        if count - _ROUNDING_BYTES > self._period_bytes:
             # A count exactly at a boundary belongs to the round that it ends.
-            rounds = math.ceil(count / self._period_bytes) - 1
+            rounds = math.ceil((count - _ROUNDING_BYTES) / self._period_bytes) - 1
             start += rounds * self._period_s
             count -= rounds * self._period_bytes
         # The first piece that reaches the count: an outage before it adds nothing to it.
-        i = bisect_left(self._counts, count) - 1
+        i = max(bisect_left(self._counts, count - _ROUNDING_BYTES) - 1, 0)
         rate = self._rates[i]
         return start + self._times[i] + (count - self._counts[i]) / rate if rate else math.inf
 
