@@ -122,7 +122,7 @@ def _hydra(arguments: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as exceptions, to be said in one line
-    _check_form(arguments)
+    arguments = _in_order(arguments)
     register()
     folder = _sweep_folder(arguments)
     mistakes: list[UserError] = []
@@ -149,8 +149,12 @@ def _hydra(arguments: list[str]) -> int:
     return _sweep_summary(folder) if folder.exists() else 0
 
 
-def _check_form(arguments: list[str]) -> None:
-    """Refuse what is neither an option nor an override before Hydra answers it with a page of usage."""
+def _in_order(arguments: list[str]) -> list[str]:
+    """Options before overrides, the one order that Hydra's parser takes.
+
+    Raises:
+        UserError: for what is neither an option nor an override; Hydra would answer with a page of usage.
+    """
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
@@ -159,12 +163,13 @@ def _check_form(arguments: list[str]) -> None:
         raise UserError(f"{message}; see --help")
 
     parser.error = refuse  # type: ignore[method-assign]
-    parsed = parser.parse_args(arguments)
-    for word in parsed.overrides:
+    overrides: list[str] = parser.parse_intermixed_args(arguments).overrides
+    for word in overrides:
         if "=" not in word and not word.startswith("~"):
             raise UserError(
                 f"{word!r}: neither a verb nor key=value; verbs: {', '.join(verbs()) or 'none'}; see --help"
             )
+    return [*(word for word in arguments if word not in overrides), *overrides]
 
 
 def _sweep_folder(arguments: list[str]) -> Path:

@@ -78,7 +78,7 @@ class RunDirectory:
             done = json.loads((self.path / "DONE").read_text())
         except (OSError, ValueError):
             return False
-        return bool(done.get("source_digest") == provenance.source_digest())
+        return isinstance(done, dict) and bool(done.get("source_digest") == provenance.source_digest())
 
     def begin(self, configuration: Mapping[str, Any], command: list[str], seeds: dict[str, int]) -> None:
         """Take the directory, clear what a failed or cut run left, and write what is known before the run.
@@ -88,6 +88,7 @@ class RunDirectory:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._take()
+        (self.path / "DONE").unlink(missing_ok=True)  # first: a removal that is cut must not leave it among ruins
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)

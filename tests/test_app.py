@@ -1,0 +1,233 @@
+"""The command line: one clear line for every mistake, the run directory as the last line, sweeps that hide no failure."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from repro import app
+from repro.experiments import base
+from repro.record import provenance
+
+#: A run of a second or two: the grid search and its spread over interpolations alone.
+QUICK = ["experiment=table6", "tracking=disabled", "options.draws=0"]
+
+
+@pytest.fixture
+def call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """The command line in this process, with results below a folder of its own."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = app.main([*arguments, f"results={tmp_path}"])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def start(results: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "repro", *arguments, f"results={results}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "accepted"),
+    [
+        ("experiment=nope", "experiment: 'nope'", "table6"),
+        ("tier=foo", "tier: 'foo'", "simulate"),
+        ("tier=execute", "tier: 'execute'", "model"),
+        ("link=nope", "link: 'nope'", "vpc_100g"),
+        ("foo=1", "foo: no such key", "cluster"),
+        ("+foo=1", "foo: no such key", "cluster"),
+        ("cluster.bogus=1", "cluster.bogus: no such key", "homogeneous_instances"),
+        ("options.bogus=1", "options.bogus: no such key", "draws"),
+        ("options.draws=abc", "options.draws: 'abc'", "a whole number"),
+        ("workload.lengths.sigma=abc", "workload.lengths.sigma: Value 'abc'", "a number"),
+        ("policy.n_p=1.5", "policy.n_p: Value '1.5'", "a whole number or null"),
+        ("policy.lengths=foo", "policy.lengths: 'foo'", "'true_mean'"),
+        ("policy.threshold_tokens=5", "policy.threshold_tokens: 5 ", "128 to 131072"),
+        ("policy.n_p=8", "policy.n_p: 8 ", "0 to 7"),
+        ("link.rate_bps=-1", "link.rate_bps: -1", "above 0"),
+        ("cluster.pd.instances=-3", "cluster.pd.instances: -3", "1 or more"),
+        ("cluster.prfaas.profile=missing", "cluster.prfaas.profile: 'missing'", "paper_1t_h200"),
+        ("profile=missing", "profile: 'missing'", "paper_1t_h20"),
+        ("seed=-1", "seed: -1", "0 or more"),
+        ("label=a/b", "label: 'a/b'", ""),
+        ("policy.n_p=[1", "policy.n_p=[1: cannot be read as key=value", ""),
+        ("reprodcue", "'reprodcue': neither a verb nor key=value", "--help"),
+        ("--bogus", "unrecognized arguments: --bogus", "--help"),
+        ("tier=model,simulate", "", "--multirun"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_that_names_the_key_and_what_is_accepted(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path, override: str, key: str, accepted: str
+) -> None:
+    code, out, err = call(*QUICK, override)
+    assert code == 2
+    assert out == ""
+    assert err.startswith(f"error: {key}")
+    assert accepted in err
+    assert len(err.splitlines()) == 1, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_values_that_do_not_go_together_are_refused(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    code, _, err = call(*QUICK, "policy.n_p=0", "policy.threshold_tokens=20000")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "policy.n_p: 0 leaves no PD-P instance" in err
+    assert "accepted: 1 or more" in err
+    code, _, err = call(*QUICK, "cluster.prfaas.instances=0", "policy.threshold_tokens=20000")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "cluster.prfaas.instances is 0" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main([*QUICK, "results=/proc/nowhere"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: results: /proc/nowhere cannot be written")
+
+
+def test_help_lists_every_experiment_and_verb_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, answer in {**base.names(), **app.verbs()}.items():
+        assert answer
+        assert any(line.split() == [name, *answer.split()] for line in lines), name
+
+
+@pytest.mark.parametrize("where", [0, 1, 4])
+def test_the_configuration_can_be_printed_without_running(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path, where: int
+) -> None:
+    words = [*QUICK, "seed=7"]
+    code, out, _ = call(*words[:where], "--cfg", "job", *words[where:])
+    assert code == 0
+    assert "seed: 7" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_ends_with_its_directory_and_a_second_call_changes_nothing(
+    call: Callable[..., tuple[int, str, str]],
+) -> None:
+    code, out, err = call(*QUICK)
+    folder = Path(out.splitlines()[-1])
+    assert code == 0
+    assert folder.is_dir()
+    assert (folder / "DONE").exists()
+    assert "done in" in err
+    assert json.loads((folder / "provenance.json").read_text())["command"][1:4] == QUICK
+    before = {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*")}
+    code, out, err = call(*QUICK)
+    assert (code, Path(out.splitlines()[-1])) == (0, folder)
+    assert "already done" in err
+    assert {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*")} == before
+
+
+def test_what_only_presents_a_result_does_not_name_another_run(call: Callable[..., tuple[int, str, str]]) -> None:
+    first = Path(call(*QUICK)[1].splitlines()[-1])
+    other = Path(call(*QUICK, "seed=1")[1].splitlines()[-1])
+    labelled = Path(call(*QUICK, "label=mine", "tracking=offline", "tracking.project=x")[1].splitlines()[-1])
+    assert first != other
+    assert labelled.name == f"mine-{first.name.rpartition('-')[2]}"
+
+
+def test_a_run_of_other_code_is_made_again(
+    call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(*QUICK)
+    monkeypatch.setattr(provenance, "source_digest", lambda: "other")
+    code, _, err = call(*QUICK)
+    assert code == 0
+    assert "already done" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_sweep_runs_every_job_and_names_the_ones_that_failed(tmp_path: Path, launcher: str) -> None:
+    arguments = [*QUICK, "policy.threshold_tokens=10000,20,20000", f"hydra/launcher={launcher}"]
+    process = start(tmp_path, *arguments, "-m")
+    out, err = process.communicate()
+    assert process.returncode == 1
+    assert "sweep: 2 of 3 runs finished" in err
+    assert err.count("failed: ") == 1
+    assert "policy.threshold_tokens: 20 lies outside" in err
+    assert "Traceback" not in err
+    folder = Path(out.splitlines()[-1])
+    outcomes = [json.loads((folder / str(i) / "outcome.json").read_text()) for i in range(3)]
+    assert ["path" in outcome for outcome in outcomes] == [True, False, True]
+    for outcome in outcomes[::2]:
+        run = Path(outcome["path"])
+        assert (run / "DONE").exists()
+        assert json.loads((run / "provenance.json").read_text())["command"] == ["repro", *outcome["overrides"]]
+    assert sum(path.name == "DONE" for path in tmp_path.rglob("*")) == 2
+
+
+def test_a_mistake_in_any_job_ends_the_sweep_before_the_first(
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = call("-m", *QUICK, "seed=1,2", "policy.n_p=abc")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith("error: policy.n_p: ")
+    assert not list(tmp_path.rglob("DONE"))
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_stopped_run_says_so_is_marked_as_failed_and_runs_again(tmp_path: Path, number: signal.Signals) -> None:
+    process = start(tmp_path, *QUICK, "options.draws=100000")
+    wait_for(lambda: any(tmp_path.glob("table6/*/provenance.json")), process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in err
+    (folder,) = tmp_path.glob("table6/model-*")
+    assert json.loads((folder / "FAILED.json").read_text())["type"] == "KeyboardInterrupt"
+    assert not (folder / "DONE").exists()
+
+
+def test_a_killed_run_leaves_no_verdict_and_its_lock_does_not_outlive_it(
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    process = start(tmp_path, *QUICK, "options.draws=100000")
+    wait_for(lambda: any(tmp_path.glob("table6/*/provenance.json")), process)
+    other = start(tmp_path, *QUICK, "options.draws=100000")
+    _, err = other.communicate(timeout=60)
+    assert other.returncode == 2
+    assert "another process is running this configuration" in err
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    (folder,) = tmp_path.glob("table6/model-*")
+    assert not {"DONE", "FAILED.json"} & {path.name for path in folder.iterdir()}
+    again = start(tmp_path, *QUICK, "options.draws=100000")
+    wait_for(lambda: any(tmp_path.glob("table6/*/provenance.json")), again)
+    again.terminate()
+    assert "another process" not in again.communicate(timeout=30)[1]
+
+
+@pytest.mark.slow
+def test_the_console_script_is_the_same_program(tmp_path: Path) -> None:
+    script = shutil.which("prfaas-repro", path=str(Path(sys.executable).parent))
+    if script is None:
+        pytest.skip("prfaas-repro is not installed in this environment; scripts/setup installs it")
+    done = subprocess.run([script, "experiment=nope"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: experiment: 'nope' does not exist")
