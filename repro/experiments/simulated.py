@@ -60,7 +60,7 @@ class Options:
     warmup_s: float = 60.0
     short_term: ShortTermSpec = field(default_factory=lambda: ShortTermSpec(enabled=True))
     long_term: LongTermSpec = field(default_factory=lambda: LongTermSpec(enabled=True))
-    fallback_s: float = 2.0
+    fallback_s: float = 10.0
 
     def __post_init__(self) -> None:
         if not self.load > 0:

@@ -1,18 +1,18 @@
 """How busy each stage would be at each threshold: equations 3–8 on recent requests, with the queues that already stand.
 
-The grid search asks which t gives the highest Λ_max. A scheduler with λ given asks which t keeps the busiest stage least busy; without
-queues that is the same t, since Λ_max = λ / (busiest stage's load). With queues, each stage's backlog counts as work to be done within
-`horizon_s`, so a stage that has fallen behind is relieved until it has caught up.
+The grid search asks which t gives the highest Λ_max. A scheduler with λ given asks which t keeps the busiest stage least busy; that is
+the same t, since Λ_max = λ / (busiest stage's load). With queues, the question becomes which t loses the fewest requests to waiting. It
+sums over requests and is not the worst stage's: a backlog on the link that no decision can undo must not drag the local queue to its length.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
@@ -37,31 +37,60 @@ class Capacity(NamedTuple):
 
 
 class Balance(NamedTuple):
-    """A threshold, and the load of the busiest prefill stage at it (1 is saturated)."""
+    """A threshold, and the load of the busiest prefill stage at it (1 is saturated), queues not counted."""
 
     threshold_tokens: float
     load: float
 
 
 def balance(
-    lengths: Sequence[float] | ArrayLike, rate_per_s: float, costs: Costs, capacity: Capacity, horizon_s: float = math.inf
+    lengths: Collection[float],
+    rate_per_s: float,
+    costs: Costs,
+    capacity: Capacity,
+    horizon_s: float | None = None,
+    patience_s: float = math.inf,
 ) -> Balance:
-    """The threshold between recent incremental `lengths` that keeps the busiest prefill stage least busy; ties to the highest.
+    """The best threshold between recent incremental `lengths`; of equals, the highest.
 
-    A stage without instances, and a link without capacity, can take nothing. With an empty sample nothing is known: threshold 0, load 0.
+    Without a horizon it is the one that keeps the busiest prefill stage least busy. With one, it is the one at which requests lose
+    least by waiting over that time, given today's queues; a wait beyond `patience_s` has lost the request, and how far beyond hardly
+    matters. A stage without instances, and a link without capacity, can take nothing. With an empty sample nothing is known:
+    threshold 0, load 0.
     """
-    tokens = np.sort(np.asarray(lengths, dtype=np.float64))
-    n = len(tokens)
+    n = len(lengths)
     if n == 0:
         return Balance(0.0, 0.0)
+    tokens = np.sort(np.fromiter(lengths, dtype=np.float64, count=n))
     each = rate_per_s / n
     # Entry i: the i shortest requests stay local, the others are offloaded.
-    remote = _load(_longest(costs.prfaas_s(tokens)), each, capacity.n_prfaas, capacity.waiting_prfaas_s * capacity.n_prfaas / horizon_s)
-    link = _load(_longest(costs.kv_bytes(tokens)), 8 * each, capacity.egress_bps, 8 * capacity.backlog_bytes / horizon_s)
-    local = _load(_shortest(costs.pd_s(tokens)), each, capacity.n_p, capacity.waiting_pd_s * capacity.n_p / horizon_s)
+    remote = _load(_longest(costs.prfaas_s(tokens)), each, capacity.n_prfaas)
+    link = _load(_longest(costs.kv_bytes(tokens)), 8 * each, capacity.egress_bps)
+    local = _load(_shortest(costs.pd_s(tokens)), each, capacity.n_p)
     loads = np.maximum(np.maximum(remote, link), local)
-    best = n - int(loads[::-1].argmin())
+    cost = loads
+    if horizon_s is not None:
+        on_link_s = 8 * capacity.backlog_bytes / capacity.egress_bps if capacity.egress_bps > 0 else 0.0
+        kept = np.arange(n + 1) / n
+        away_s = np.maximum(_wait(remote, capacity.waiting_prfaas_s, horizon_s), _wait(link, on_link_s, horizon_s))
+        home_s = _wait(local, capacity.waiting_pd_s, horizon_s)
+        cost = np.where(kept < 1, (1 - kept) * _loss(away_s, patience_s), 0.0) + np.where(kept > 0, kept * _loss(home_s, patience_s), 0.0)
+    best = n - int(cost[::-1].argmin())
     return Balance(float(tokens[best - 1]) if best else 0.0, float(loads[best]))
+
+
+def _wait(load: FloatArray, waiting_s: float, horizon_s: float) -> FloatArray:
+    """Mean wait over the horizon of a queue that is `waiting_s` long now and grows or shrinks by the excess load.
+
+    Work arrives unevenly: within the horizon a queue strays by about its square root, which is why a stage loaded to 1 does wait.
+    """
+    stray_s = math.sqrt(horizon_s)
+    later_s = stray_s * np.logaddexp(0.0, (waiting_s + horizon_s * (load - 1)) / stray_s)
+    return np.asarray((waiting_s + later_s) / 2)
+
+
+def _loss(wait_s: FloatArray, patience_s: float) -> FloatArray:
+    return np.asarray(np.minimum(wait_s, patience_s) + 0.01 * wait_s)
 
 
 def _shortest(work: FloatArray) -> FloatArray:
@@ -74,7 +103,7 @@ def _longest(work: FloatArray) -> FloatArray:
     return _shortest(work[::-1])[::-1]
 
 
-def _load(work: FloatArray, scale: float, servers: float, backlog: float) -> FloatArray:
+def _load(work: FloatArray, scale: float, servers: float) -> FloatArray:
     if servers > 0:
-        return np.asarray(work * (scale / servers) + backlog / servers)
+        return np.asarray(work * (scale / servers))
     return np.where(work > 0, math.inf, 0.0)

@@ -82,12 +82,10 @@ class LengthAware:
 
 @dataclass(frozen=True)
 class Prfaas:
-    """The paper's policy: the scarce rule under bandwidth pressure, the abundant rule otherwise, local when the link is down."""
+    """The paper's policy: the scarce rule under bandwidth pressure, the abundant rule otherwise."""
 
     def route(self, request: RequestView, situation: Situation) -> Route:
         """One of the two rules, by the situation."""
-        if situation.link.capacity_bps <= 0 and situation.pd.instances:
-            return Route(False, request.cached_pd_tokens)
         if situation.bandwidth_scarce:
             return _own_cache(request, situation.threshold_tokens)
         return _best_cache(request, situation.threshold_tokens)

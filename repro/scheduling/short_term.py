@@ -8,7 +8,7 @@ is searched once more without them. One pure step, from state and observation to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +21,8 @@ from repro.scheduling.views import ClusterView, LinkView
 class ShortTermSpec:
     """Levels and times of the fast loop, which measures every `period_s`.
 
-    `queue_*_s` is prefill work waiting per instance, `horizon_s` the time in which a search means to work it off.
+    `queue_*_s` is prefill work waiting per instance, `horizon_s` how far a search looks ahead, `patience_s` the wait
+    after which a request is lost (the target for TTFT).
     """
 
     enabled: bool = False
@@ -31,7 +32,9 @@ class ShortTermSpec:
     utilisation_low: float = 0.6
     queue_high_s: float = 2.0
     queue_low_s: float = 0.5
-    horizon_s: float = 10.0
+    horizon_s: float = 30.0
+    patience_s: float = 10.0
+    outage_memory_s: float = 20.0
     window_requests: int = 512
 
     def __post_init__(self) -> None:
@@ -41,7 +44,7 @@ class ShortTermSpec:
                     f"policy.short_term.{low}: {getattr(self, low)} must lie between 0 and policy.short_term.{high} "
                     f"({getattr(self, high)})"
                 )
-        for key in ("period_s", "search_s", "horizon_s", "window_requests"):
+        for key in ("period_s", "search_s", "horizon_s", "patience_s", "outage_memory_s", "window_requests"):
             if not getattr(self, key) > 0:
                 raise UserError(f"policy.short_term.{key}: {getattr(self, key)} is not positive")
 
@@ -50,7 +53,7 @@ class Observation(NamedTuple):
     """What is measured at the end of a period. `lengths` are the incremental lengths of recent requests, oldest first."""
 
     at_s: float
-    lengths: Sequence[float]
+    lengths: Collection[float]
     rate_per_s: float
     prfaas: ClusterView
     pd: ClusterView
@@ -64,6 +67,7 @@ class ShortTermState(NamedTuple):
     bandwidth_scarce: bool = False
     pressed: bool = False
     searched_s: float = -math.inf
+    capacity_bps: float = 0.0
 
 
 def capacity_of(seen: Observation) -> Capacity:
@@ -87,11 +91,13 @@ def step(spec: ShortTermSpec, state: ShortTermState, seen: Observation, costs: C
     scarce = utilisation > (spec.utilisation_low if state.bandwidth_scarce else spec.utilisation_high)
     surge = waiting_s > (spec.queue_low_s if state.pressed else spec.queue_high_s)
     pressed = scarce or surge
+    # An outage may end at any moment: what the link carried before it is believed less and less, not forgotten at once.
+    capacity_bps = seen.link.capacity_bps or state.capacity_bps * math.exp(-spec.period_s / spec.outage_memory_s)
     if not pressed and not state.pressed:
-        return state
+        return state._replace(capacity_bps=capacity_bps)
     changed = pressed != state.pressed or scarce != state.bandwidth_scarce
     if not seen.lengths or not (changed or seen.at_s - state.searched_s >= spec.search_s):
-        return state._replace(bandwidth_scarce=scarce, pressed=pressed)
-    horizon_s = spec.horizon_s if pressed else math.inf
-    found = balance(seen.lengths, seen.rate_per_s, costs, capacity_of(seen), horizon_s)
-    return ShortTermState(found.threshold_tokens, scarce, pressed, seen.at_s)
+        return state._replace(bandwidth_scarce=scarce, pressed=pressed, capacity_bps=capacity_bps)
+    horizon_s = spec.horizon_s if pressed else None
+    found = balance(seen.lengths, seen.rate_per_s, costs, capacity_of(seen)._replace(egress_bps=capacity_bps), horizon_s, spec.patience_s)
+    return ShortTermState(found.threshold_tokens, scarce, pressed, seen.at_s, capacity_bps)

@@ -143,6 +143,8 @@ class _Home:
         self.converting = 0
         self.arrived = 0
         self.rate_per_s = math.nan
+        self.slow_rate_per_s = math.nan
+        self.slow_capacity_bps = math.nan
         self.measured_s = 0.0
         self.finished = 0
         self.finished_tokens = 0
@@ -153,6 +155,10 @@ class _Home:
         self.situation = Situation(
             scheduler.threshold_tokens, False, ClusterView(spec.n_p), ClusterView(round(sites * share)), LinkView()
         )
+
+
+def _ewma(before: float, value: float, elapsed_s: float, memory_s: float) -> float:
+    return value if math.isnan(before) else before + (1 - math.exp(-elapsed_s / memory_s)) * (value - before)
 
 
 def _chunk_s(tables: _Tables) -> Callable[[int, int], float]:
@@ -488,6 +494,8 @@ class Simulation:
         self.agenda.at(now_s + self._period_s, self._tick, home)
         seen = self._observe(now_s, home)
         scheduler = self.spec.scheduler
+        memory_s = scheduler.long_term.memory_s
+        home.slow_capacity_bps = _ewma(home.slow_capacity_bps, seen.link.capacity_bps, self._period_s, memory_s)
         costs = self._costs(home)
         home.state = short_term.step(scheduler.short_term, home.state, seen, costs)
         home.situation = Situation(home.state.threshold_tokens, home.state.bandwidth_scarce, seen.pd, seen.prfaas, seen.link)
@@ -504,8 +512,8 @@ class Simulation:
         elapsed = now_s - home.measured_s
         if elapsed > 0:
             rate = home.arrived / elapsed
-            weight = 1 - math.exp(-elapsed / 20.0)
-            home.rate_per_s = rate if math.isnan(home.rate_per_s) else home.rate_per_s + weight * (rate - home.rate_per_s)
+            home.rate_per_s = _ewma(home.rate_per_s, rate, elapsed, 20.0)
+            home.slow_rate_per_s = _ewma(home.slow_rate_per_s, rate, elapsed, self.spec.scheduler.long_term.memory_s)
             home.arrived, home.measured_s = 0, now_s
         capacity = used = backlog = rtt_s = 0.0
         for site in self.sites:
@@ -535,12 +543,12 @@ class Simulation:
             return
         slow = self.spec.scheduler.long_term
         self.agenda.at(now_s + slow.period_s, self._slow_tick, home)
-        if home.converting or not home.finished or math.isnan(home.rate_per_s):
+        if home.converting or not home.finished or math.isnan(home.slow_capacity_bps):
             return
         seen = self._observe(now_s, home)
-        mean_output = home.finished_tokens / home.finished
-        decode = DecodeView(home.decode.serving, home.tokens_per_s, mean_output, len(home.decode.waiting))
-        move = long_term.step(slow, seen, decode, self._costs(home))
+        usual = seen._replace(rate_per_s=home.slow_rate_per_s, link=seen.link._replace(capacity_bps=home.slow_capacity_bps))
+        decode = DecodeView(home.decode.serving, home.tokens_per_s, home.finished_tokens / home.finished)
+        move = long_term.step(slow, usual, decode, self._costs(home))
         if not move:
             return
         home.converting = move
@@ -576,8 +584,11 @@ class Simulation:
                 # A running prefill is left to end: its transfer may yet find the link repaired.
                 if not flow.draining or not job.home.prefill.serving or not job.offloaded or job.parts > 1:
                     continue
-                site.link.cancel(now_s, flow)
-                self._again(now_s, job, Route(False))
+                # An outage is expected to last as long as it has lasted: worse than prefilling anew only if that is done sooner.
+                anew_s = job.home.prefill.predicted_wait_s(now_s) + job.home.tables.prefill_s[job.input_tokens]
+                if anew_s < now_s - site.down_since_s:
+                    site.link.cancel(now_s, flow)
+                    self._again(now_s, job, Route(False))
 
     def _again(self, now_s: float, job: Job, route: Route) -> None:
         job.flow = None

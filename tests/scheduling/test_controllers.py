@@ -19,28 +19,59 @@ SPEC = ShortTermSpec(enabled=True)
 
 
 def seen(
-    utilisation: float = 0.1, waiting_s: float = 0.0, capacity_bps: float = 100e9, rate: float = 2.0, at_s: float = 0.0
+    utilisation: float = 0.1, waiting_s: float = 0.0, capacity_bps: float = 100e9, rate: float = 1.0, at_s: float = 0.0
 ) -> Observation:
     link = LinkView(capacity_bps, utilisation)
     return Observation(at_s, LENGTHS, rate, ClusterView(4, waiting_s), ClusterView(3, 0.0), link)
 
 
-def test_balance_equals_an_exhaustive_search() -> None:
-    capacity = Capacity(4, 3, 20e9, waiting_prfaas_s=1.0, waiting_pd_s=0.5, backlog_bytes=1e9)
-    found = balance(LENGTHS, 2.0, COSTS, capacity, 10.0)
+@pytest.mark.parametrize("horizon_s", [None, 10.0])
+def test_balance_equals_an_exhaustive_search(horizon_s: float | None) -> None:
+    capacity = Capacity(4, 3, 20e9, waiting_prfaas_s=6.0, waiting_pd_s=0.5, backlog_bytes=1e9)
+    found = balance(LENGTHS, 2.0, COSTS, capacity, horizon_s, patience_s=3.0)
 
-    def load(threshold: float) -> float:
+    def judge(threshold: float) -> tuple[float, float]:
         x = np.array(LENGTHS)
         long, short = x[x > threshold], x[x <= threshold]
         each = 2.0 / len(x)
-        return max(
-            (COSTS.prfaas_s(long).sum() * each + 4 * 1.0 / 10) / 4,
-            (8 * COSTS.kv_bytes(long).sum() * each + 8e9 / 10) / 20e9,
-            (COSTS.pd_s(short).sum() * each + 3 * 0.5 / 10) / 3,
-        )
+        prfaas, link = COSTS.prfaas_s(long).sum() * each / 4, 8 * COSTS.kv_bytes(long).sum() * each / 20e9
+        local = COSTS.pd_s(short).sum() * each / 3
+        load = max(prfaas, link, local)
+        if horizon_s is None:
+            return load, load
 
-    best = min(load(t) for t in [0.0, *LENGTHS])
-    assert found.load == pytest.approx(best) == pytest.approx(load(found.threshold_tokens))
+        def loss(rho: float, now: float) -> float:
+            stray = math.sqrt(horizon_s)
+            wait = (now + stray * math.log1p(math.exp((now + horizon_s * (rho - 1)) / stray))) / 2
+            return min(wait, 3.0) + 0.01 * wait
+
+        share = len(long) / len(x)
+        away = max(loss(prfaas, 6.0), loss(link, 8 * 1e9 / 20e9))
+        return share * away + (1 - share) * loss(local, 0.5), load
+
+    best = min(judge(t)[0] for t in [0.0, *LENGTHS])
+    cost, load = judge(found.threshold_tokens)
+    assert cost == pytest.approx(best)
+    assert found.load == pytest.approx(load)
+
+
+def test_a_backlog_that_nothing_can_undo_does_not_overload_the_other_side() -> None:
+    stuck = balance(LENGTHS, 1.5, COSTS, Capacity(4, 3, 2e9, backlog_bytes=50e9), 30.0, patience_s=10.0)
+    x = np.array(LENGTHS)
+    local = COSTS.pd_s(x[x <= stuck.threshold_tokens]).sum() * 1.5 / len(x) / 3
+    assert 0.5 < local < 1.1
+
+
+def test_a_short_outage_is_not_taken_for_a_lost_link() -> None:
+    state = short_term.step(SPEC, ShortTermState(10_000.0), seen(), COSTS)
+    for second in range(60):
+        state = short_term.step(SPEC, state, seen(capacity_bps=0.0, at_s=float(second)), COSTS)
+        if second == 5:
+            early = state.threshold_tokens
+    assert early < max(LENGTHS)
+    for second in range(60, 400):
+        state = short_term.step(SPEC, state, seen(capacity_bps=0.0, at_s=float(second)), COSTS)
+    assert state.threshold_tokens > early
 
 
 def test_balance_without_prfaas_keeps_everything_local_and_without_pd_nothing() -> None:
@@ -57,7 +88,7 @@ def test_a_thinner_link_raises_the_threshold() -> None:
 
 def test_the_fast_loop_leaves_a_calm_system_alone() -> None:
     state = ShortTermState(19_400.0)
-    assert short_term.step(SPEC, state, seen(), COSTS) == state
+    assert short_term.step(SPEC, state, seen(), COSTS) == state._replace(capacity_bps=100e9)
 
 
 def test_the_fast_loop_raises_the_threshold_under_a_full_link_and_returns_it_afterwards() -> None:
@@ -88,7 +119,7 @@ def test_under_lasting_pressure_the_threshold_is_searched_at_intervals() -> None
 
 
 def test_a_queue_surge_at_prfaas_sends_less_there() -> None:
-    calm = balance(LENGTHS, 2.0, COSTS, Capacity(4, 3, 100e9)).threshold_tokens
+    calm = balance(LENGTHS, 1.0, COSTS, Capacity(4, 3, 100e9), 30.0, 10.0).threshold_tokens
     surged = short_term.step(SPEC, ShortTermState(calm), seen(waiting_s=8.0), COSTS)
     assert surged.threshold_tokens > calm
 
