@@ -42,6 +42,9 @@ class Job:
 def main(argv: list[str]) -> int:
     """`receive JOB` or `send JOB PORT`, JOB as JSON."""
     die_with_parent()
+    # Libraries print to stdout now and then, and that must not be read as a result: they get stderr.
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     values = json.loads(argv[1])
     job = build(Job, values)
     ends: dict[tuple[str, str], Callable[..., dict[str, Any]]] = {
@@ -184,6 +187,7 @@ def send_by_transport(job: Job, port: int) -> dict[str, Any]:
     over = threading.Event()
     total = 0
     with open_sender(job.spec, (job.host, port)) as sender:
+        sender.register(source)
         say({"ready": True})
         cpu = cpu_s()
 
@@ -208,7 +212,7 @@ def send_by_transport(job: Job, port: int) -> dict[str, Any]:
 
         thread = threading.Thread(target=send_requests)
         thread.start()
-        result = measure(job, lambda: int(sender.stats()["acked_bytes"]))  # type: ignore[call-overload]
+        result = measure(job, lambda: int(str(sender.stats()["acked_bytes"])))
         over.set()
         thread.join()
         return {**result, "cpu_s": cpu_s() - cpu, "total_bytes": total}

@@ -21,7 +21,8 @@ from typing import Final
 from repro.errors import UserError
 from repro.transport.wire import PeerError, close, read_exactly
 
-_HELLO: Final = struct.Struct("<6sHHHI16s32sQ")  # magic, version, role, slot, segment bytes, session, nonce, oldest
+# magic, version, role, backend, slot, segment bytes, session, nonce, oldest
+_HELLO: Final = struct.Struct("<6sHBBHI16s32sQ")
 _CHALLENGE: Final = struct.Struct("<32s16s")  # nonce, receiver
 _PROOF_BYTES: Final = 32
 _WELCOME: Final = struct.Struct("<32s16sQ")  # proof, token of the session's memory, window
@@ -47,6 +48,7 @@ class Hello:
     segment_bytes: int
     session: bytes
     oldest: int = 0
+    backend: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,15 @@ def introduce(sock: socket.socket, hello: Hello, secret: bytes, timeout_s: float
     """The sender's part. Raises PeerError where the receiver refuses, is too slow, or cannot prove itself."""
     deadline = time.monotonic() + timeout_s
     first = _HELLO.pack(
-        _MAGIC, _VERSION, hello.role, hello.slot, hello.segment_bytes, hello.session, os.urandom(32), hello.oldest
+        _MAGIC,
+        _VERSION,
+        hello.role,
+        hello.backend,
+        hello.slot,
+        hello.segment_bytes,
+        hello.session,
+        os.urandom(32),
+        hello.oldest,
     )
     try:
         sock.sendall(first)
@@ -87,7 +97,7 @@ def examine(sock: socket.socket, secret: bytes, timeout_s: float) -> tuple[Hello
     """The receiver's part up to the sender's proof: the hello, and all that was said. Raises PeerError."""
     deadline = time.monotonic() + timeout_s
     first = bytes(read_exactly(sock, _HELLO.size, deadline))
-    magic, version, role, slot, segment_bytes, session, _nonce, oldest = _HELLO.unpack(first)
+    magic, version, role, backend, slot, segment_bytes, session, _nonce, oldest = _HELLO.unpack(first)
     if magic != _MAGIC:
         raise PeerError(f"garbage instead of a handshake ({first[:8]!r})")
     if version != _VERSION:
@@ -103,7 +113,7 @@ def examine(sock: socket.socket, secret: bytes, timeout_s: float) -> tuple[Hello
         raise PeerError(f"closed during the handshake ({error.strerror or error})") from None
     if not hmac.compare_digest(proof, _proof(secret, b"sender", said)):
         raise PeerError("wrong secret")
-    return Hello(Role(role), slot, segment_bytes, session, oldest), said
+    return Hello(Role(role), slot, segment_bytes, session, oldest, backend), said
 
 
 def welcome(sock: socket.socket, welcome: Welcome, secret: bytes, said: bytes) -> None:

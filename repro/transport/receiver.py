@@ -22,8 +22,9 @@ from types import TracebackType
 from repro.kvcache.frames import Manifest, Piece
 from repro.transport.arena import Arena, Block
 from repro.transport.handshake import Hello, Role, Welcome, encrypt, examine, tls_context, welcome
+from repro.transport.remote_memory import Target, open_target, send_description
 from repro.transport.session import Failure, PieceArrival, Session, Whole
-from repro.transport.spec import TransportSpec
+from repro.transport.spec import BACKENDS, TransportSpec
 from repro.transport.wire import (
     ENVELOPE_BYTES,
     HEAD_BYTES,
@@ -103,6 +104,9 @@ class Receiver:
         if not self._secret and self._tls is None:
             log.warning("the receiver on %s takes KVCache from anybody: neither a secret nor TLS is set", host)
         self._arena = arena or receive_arena(spec)
+        self._target: Target | None = (
+            None if spec.backend == "tcp" else open_target(spec.backend, self._arena.whole, host)
+        )
         self._ready: queue.SimpleQueue[tuple[Session, Whole] | None] = queue.SimpleQueue()
         self._failures: list[Failure] = []
         self._sessions: dict[bytes, Session] = {}
@@ -182,6 +186,8 @@ class Receiver:
             if thread is not threading.current_thread():
                 thread.join(timeout=5)
         close(self._listener)
+        if self._target is not None:
+            self._target.close()
         self._ready.put(None)
         self._arena.close()
 
@@ -282,6 +288,8 @@ class Receiver:
 
     def _enrol(self, hello: Hello, sock: socket.socket) -> Session:
         """The connection's session; a connection that takes another's slot ends that one."""
+        if hello.backend != BACKENDS.index(self._spec.backend):
+            raise PeerError(f"sends by another backend than {self._spec.backend}")
         key = (hello.session, hello.role, hello.slot)
         with self._lock:
             session = self._sessions.get(hello.session)
@@ -313,6 +321,19 @@ class Receiver:
             del self._failures[:-_MAX_FAILURES]
 
     def _read(self, sock: socket.socket, session: Session) -> None:
+        reserved: dict[tuple[int, int, int], Envelope] = {}
+        try:
+            if self._target is not None:
+                send_description(sock, self._target)
+            self._read_messages(sock, session, reserved)
+        finally:
+            for envelope in reserved.values():
+                session.filled(envelope, False)
+
+    def _read_messages(
+        self, sock: socket.socket, session: Session, reserved: dict[tuple[int, int, int], Envelope]
+    ) -> None:
+        """`reserved` is what a remote writer has a place for and has not written yet."""
         head = memoryview(bytearray(HEAD_BYTES))
         scratch: memoryview | None = None
         patience = self._limits.segment_timeout_s
@@ -344,6 +365,22 @@ class Receiver:
                 session.close_with(envelope, packed)
             elif envelope.kind is Kind.CANCEL:
                 session.cancel(envelope.transfer)
+            elif envelope.kind is Kind.RESERVE and self._target is not None:
+                key = (envelope.transfer, envelope.piece, envelope.offset)
+                if key in reserved:
+                    raise PeerError("reserves a place twice")
+                claim = session.claim(envelope, head[ENVELOPE_BYTES:])
+                if claim is None:
+                    sock.sendall(Envelope(Kind.PLACE).pack())
+                else:
+                    reserved[key] = envelope
+                    place = claim.incoming.block.offset + envelope.offset
+                    sock.sendall(Envelope(Kind.PLACE, offset=place, length=1).pack())
+            elif envelope.kind is Kind.WRITTEN:
+                written = reserved.pop((envelope.transfer, envelope.piece, envelope.offset), None)
+                if written is None:
+                    raise PeerError("says it has written where no place was reserved")
+                session.filled(written, True)
             elif envelope.kind is not Kind.HEARTBEAT:
                 raise PeerError(f"{envelope.kind.name} is not for a receiver")
 

@@ -24,9 +24,10 @@ from types import TracebackType
 from repro.errors import UserError
 from repro.kvcache.frames import Manifest, Piece
 from repro.transport.handshake import Hello, Role, encrypt, introduce, tls_context
+from repro.transport.remote_memory import Origin, open_origin, read_description
 from repro.transport.schedule import Schedule
 from repro.transport.signals import ConnectionSignal, read_signal
-from repro.transport.spec import TransportSpec
+from repro.transport.spec import BACKENDS, TransportSpec
 from repro.transport.wire import (
     ENVELOPE_BYTES,
     Envelope,
@@ -150,6 +151,9 @@ class Sender:
         self._secret = spec.secret_bytes()
         self._tls: ssl.SSLContext | None = tls_context(spec.tls, receiver=False) if spec.tls else None
         self._session = os.urandom(16)
+        self._backend = BACKENDS.index(spec.backend)
+        self._origins: dict[int, Origin] = {}  # by slot, for backends that write remote memory
+        self._registered: list[memoryview] = []
         self._token: bytes | None = None
         self._window_bytes = 0
         self._rate_cap_bps = spec.rate_cap_bps
@@ -254,6 +258,14 @@ class Sender:
             transfer = self._by_request.get(request_id)
             if transfer is not None and transfer.outcome is None:
                 self._fail(transfer, "cancelled", "by the sender")
+
+    def register(self, memory: memoryview) -> None:
+        """Memory that payloads will lie in: backends that write remotely send from it without a copy. TCP needs none."""
+        with self._lock:
+            self._registered.append(memory)
+            origins = list(self._origins.values())
+        for origin in origins:
+            origin.register(memory)
 
     def set_priority(self, request_id: int, priority: int) -> None:
         """From now on; higher goes first."""
@@ -544,7 +556,7 @@ class Sender:
         try:
             timeout_s = spec.limits.handshake_timeout_s
             set_timeouts(sock, timeout_s, timeout_s)
-            hello = Hello(role, slot & 0xFFFF, spec.segment_bytes, self._session, self._oldest_now())
+            hello = Hello(role, slot & 0xFFFF, spec.segment_bytes, self._session, self._oldest_now(), self._backend)
             answer = introduce(sock, hello, self._secret, timeout_s)
             set_timeouts(sock, 3 * spec.heartbeat_s + spec.stall_s if role is Role.CONTROL else None, None)
         except (PeerError, OSError):
@@ -598,13 +610,16 @@ class Sender:
                 self._next_carrier += 1
                 self._carriers[carrier] = slot
             problem = "closed"
+            origin: Origin | None = None
             try:
+                if self._backend:
+                    origin = self._open_origin(sock, slot)
                 # Little unsent data in the kernel: what is needed earliest can still overtake.
                 sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, self._spec.segment_bytes)
                 while (batch := self._take(carrier)) is not None:
-                    self._write(sock, slot, batch)
-            except OSError as error:
-                problem = str(error.strerror or error)
+                    self._write(sock, slot, batch, origin)
+            except (OSError, PeerError, UserError) as error:
+                problem = str(getattr(error, "strerror", None) or error)
             with self._lock:
                 if self._sockets.get(slot) is sock:
                     del self._sockets[slot]
@@ -612,14 +627,60 @@ class Sender:
                     log.info("connection %d lost: %s", slot, problem)
                 self._lost(carrier, problem)
             close(sock)
+            if origin is not None:
+                with self._lock:
+                    self._origins.pop(slot, None)
+                origin.close()
 
-    def _write(self, sock: socket.socket, slot: int, batch: list[Segment]) -> None:
+    def _open_origin(self, sock: socket.socket, slot: int) -> Origin:
+        description = read_description(sock, self._spec.limits.handshake_timeout_s)
+        origin = open_origin(self._spec.backend, description, sock.getsockname()[0], 2 * self._spec.segment_bytes)
+        with self._lock:
+            self._origins[slot] = origin
+            registered = list(self._registered)
+        for memory in registered:
+            origin.register(memory)
+        return origin
+
+    def _write_remotely(self, sock: socket.socket, origin: Origin, batch: list[Segment]) -> list[bytes | memoryview]:
+        """Ask for places, have the engine write, and return what tells the receiver of it."""
+        oldest = self._oldest_now()
+        asked: list[tuple[Envelope, memoryview, bytes]] = []
+        for segment in batch:
+            if (out := segment.outgoing) is None:
+                continue
+            payload = out.piece.payload[segment.offset : segment.offset + segment.length]
+            if payload.nbytes == segment.length:
+                envelope = Envelope(
+                    Kind.RESERVE,
+                    segment.transfer.number,
+                    out.piece.header.piece,
+                    segment.offset,
+                    segment.length,
+                    oldest,
+                )
+                asked.append((envelope, payload, out.raw_header))
+        if not asked:
+            return []
+        write_all(sock, [envelope.head(raw_header) for envelope, _, raw_header in asked])
+        deadline = time.monotonic() + self._spec.deadline_s
+        answers = [Envelope.unpack(read_exactly(sock, ENVELOPE_BYTES, deadline)) for _ in asked]
+        wanted = [(entry, place) for entry, place in zip(asked, answers, strict=True) if place.length]
+        writes = [(payload, place.offset) for (_, payload, _), place in wanted if payload.nbytes]
+        if writes:
+            origin.write(writes)
+        return [envelope._replace(kind=Kind.WRITTEN).head() for (envelope, _, _), _ in wanted]
+
+    def _write(self, sock: socket.socket, slot: int, batch: list[Segment], origin: Origin | None) -> None:
         oldest = self._oldest_now()
         buffers: list[bytes | memoryview] = []
         total = 0
+        if origin is not None:
+            buffers += self._write_remotely(sock, origin, batch)
+            total = sum(segment.length for segment in batch)
         for segment in batch:
             transfer, out = segment.transfer, segment.outgoing
-            if out is not None:
+            if out is not None and origin is None:
                 piece = out.piece
                 payload = piece.payload[segment.offset : segment.offset + segment.length]
                 if payload.nbytes != segment.length:
@@ -629,9 +690,9 @@ class Sender:
                 )
                 buffers += (envelope.head(out.raw_header), payload)
                 total += segment.length
-            elif transfer.outcome is not None:
+            elif out is None and transfer.outcome is not None:
                 buffers.append(Envelope(Kind.CANCEL, transfer.number, oldest=oldest).head())
-            elif transfer.manifest is not None:
+            elif out is None and transfer.manifest is not None:
                 length = len(transfer.manifest)
                 buffers += (
                     Envelope(Kind.MANIFEST, transfer.number, length=length, oldest=oldest).head(),
@@ -675,9 +736,11 @@ class Sender:
             poll = select.poll()
             with self._lock:
                 watched = {sock.fileno(): slot for slot, sock in self._sockets.items() if slot >= 0}
+            # A data connection says nothing until it ends, except for a remote-memory backend's answers.
+            events = select.POLLRDHUP | (select.POLLIN if self._spec.backend == "tcp" else 0)
             for fd in watched:
                 if fd >= 0:
-                    poll.register(fd, select.POLLIN | select.POLLRDHUP)
+                    poll.register(fd, events)
             ended = [watched[fd] for fd, _ in poll.poll(50)]
             now = self._clock()
             with self._lock:
