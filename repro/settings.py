@@ -21,8 +21,9 @@ TIERS = ("model", "simulate", "emulate", "execute")
 class Settings:
     """One experiment on one tier.
 
-    `size` and `pretrained` are handed to `model`. `profile` replaces the profiles of both clusters by one that was measured; `options` is the experiment's own part, checked against
-    the dataclass that the experiment declares. `label` names the run directory beside its hash and changes nothing else.
+    `size` and `pretrained` are handed to `model`. `profile` replaces the profiles of both clusters by one that was
+    measured; `options` is the experiment's own part, checked against the dataclass that the experiment declares.
+    `label` names the run directory beside its hash and changes nothing else.
     """
 
     name: str

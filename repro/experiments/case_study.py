@@ -29,7 +29,9 @@ class Options:
     def __post_init__(self) -> None:
         for name in self.experiments:
             if name not in names() or name == "case_study":
-                raise UserError(f"options.experiments: {name!r} is no part; accepted: {', '.join(set(names()) - {'case_study'})}")
+                raise UserError(
+                    f"options.experiments: {name!r} is no part; accepted: {', '.join(set(names()) - {'case_study'})}"
+                )
 
 
 def run(context: Context) -> Outcome:

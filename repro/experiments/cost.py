@@ -56,7 +56,9 @@ def fleets(base: Deployment, homogeneous_instances: int) -> Mapping[str, Fleet]:
     }
 
 
-def equal_cost_gain(ratio: NDArray[np.float64] | float, points: Mapping[str, OperatingPoint], gpus: Mapping[str, Fleet]) -> NDArray[np.float64]:
+def equal_cost_gain(
+    ratio: NDArray[np.float64] | float, points: Mapping[str, OperatingPoint], gpus: Mapping[str, Fleet]
+) -> NDArray[np.float64]:
     """Λ_max of PrfaaS-PD over that of a homogeneous cluster of the same cost, minus 1; one H200 costs `ratio` H20."""
     cost = np.asarray(ratio) * gpus["prfaas_pd"].prfaas_gpus + gpus["prfaas_pd"].pd_gpus
     rival = points["homogeneous_pd"].lambda_max * cost / gpus["homogeneous_pd"].pd_gpus
@@ -80,18 +82,26 @@ def run(context: Context) -> Outcome:
 
     claimed = text.EQUAL_COST_GAIN.value / 100
     rows = [
-        context.metric("price ratio 2", "equal_cost_gain", float(equal_cost_gain(2.0, points, gpus)), "", "computed", paper=claimed),
+        context.metric(
+            "price ratio 2", "equal_cost_gain", float(equal_cost_gain(2.0, points, gpus)), "", "computed", paper=claimed
+        ),
         context.metric("gain of 15 %", "price_ratio", ratio_for(claimed), "H20 per H200", "computed", paper=2.0),
         context.metric("gain of 0 %", "price_ratio", ratio_for(0.0), "H20 per H200", "computed"),
     ]
     gpu_usd, egress_gb = {}, {}
     for case, point in points.items():
-        prfaas_usd = settings.cost.gpu_hour_usd(base.prfaas.accelerator) * gpus[case].prfaas_gpus if gpus[case].prfaas_gpus else 0.0
+        prfaas_usd = (
+            settings.cost.gpu_hour_usd(base.prfaas.accelerator) * gpus[case].prfaas_gpus
+            if gpus[case].prfaas_gpus
+            else 0.0
+        )
         gpu_usd[case] = prfaas_usd + settings.cost.gpu_hour_usd(base.pd.accelerator) * gpus[case].pd_gpus
         egress_gb[case] = point.egress_bps / 8e9 * SECONDS_PER_HOUR
         hourly = gpu_usd[case] + settings.cost.usd_per_egress_gb * egress_gb[case]
         tokens = point.lambda_max * SECONDS_PER_HOUR * settings.workload.output_tokens
-        rows.append(context.metric(case, "cost_per_mtok_usd", 1e6 * hourly / tokens, "USD per 10^6 output tokens", "computed"))
+        rows.append(
+            context.metric(case, "cost_per_mtok_usd", 1e6 * hourly / tokens, "USD per 10^6 output tokens", "computed")
+        )
         rows.append(context.metric(case, "cost_per_hour_usd", hourly, "USD/h", "computed"))
     # The paper's link is a flat cost; where egress is metered, this price per GB eats the whole gain.
     rival = gpu_usd["homogeneous_pd"] * points["prfaas_pd"].lambda_max / points["homogeneous_pd"].lambda_max
@@ -104,15 +114,25 @@ def draw(record: Record) -> Figure:
     """Gain over price ratio, with break-even, the paper's claim and the ratio it implies."""
     table = record.table("gain")
     figure, (axis,) = style.panels(1, height_in=3.2, width_in=5.2)
-    axis.plot(table["price_ratio"], 100 * table["gain"], color=style.BLUE, label="PrfaaS-PD against H20 for the same money")
+    axis.plot(
+        table["price_ratio"], 100 * table["gain"], color=style.BLUE, label="PrfaaS-PD against H20 for the same money"
+    )
     axis.axhline(0, color="black", lw=0.8)
     axis.plot(2.0, text.EQUAL_COST_GAIN.value, **{**style.PAPER, "label": "paper: about 15 % (ratio 2 implied)"})
     even = value(record.metrics, "price_ratio", "gain of 0 %")
-    axis.annotate(f"break-even at {even:.2f}", (even, 0), xytext=(even - 0.1, 9), arrowprops={"arrowstyle": "-", "lw": 0.8}, fontsize=9)
+    axis.annotate(
+        f"break-even at {even:.2f}",
+        (even, 0),
+        xytext=(even - 0.1, 9),
+        arrowprops={"arrowstyle": "-", "lw": 0.8},
+        fontsize=9,
+    )
     axis.set(xlabel="price of one H200 in H20", ylabel="throughput gain at equal cost (%)")
     axis.set_title(f"The gain lasts while an H200 costs less than {even:.1f} H20")
     axis.legend(loc="upper right")
     return figure
 
 
-EXPERIMENT = Experiment(name="cost", tiers=("model",), run=run, figures={"cost": draw}, options=Options, inputs=profile_files)
+EXPERIMENT = Experiment(
+    name="cost", tiers=("model",), run=run, figures={"cost": draw}, options=Options, inputs=profile_files
+)

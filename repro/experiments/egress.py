@@ -10,6 +10,7 @@ from repro.experiments.deployment import deployment, profile_files
 from repro.experiments.table3 import implied_prefill
 from repro.paper import tables, text
 from repro.record.directory import Record
+from repro.record.metrics import each
 from repro.report import style
 from repro.scheduling.search import search
 
@@ -25,10 +26,12 @@ def run(context: Context) -> Outcome:
     instances = text.FLEET_GPUS / text.FLEET_GPUS_PER_INSTANCE
     table = implied_prefill()
     table["egress_bps"] = instances * table["phi_kv_bps"]
-    table["paper_bps"] = [_PAPER_BPS.get((row.model, row.label), float("nan")) for row in table.itertuples()]
+    table["paper_bps"] = [_PAPER_BPS.get((row.model, row.label), float("nan")) for row in each(table)]
     rows = [
-        context.metric(f"{row.model} {row.label}, 512 GPUs", "egress_bps", row.egress_bps, "bit/s", "computed", paper=row.paper_bps)
-        for row in table.itertuples()
+        context.metric(
+            f"{row.model} {row.label}, 512 GPUs", "egress_bps", row.egress_bps, "bit/s", "computed", paper=row.paper_bps
+        )
+        for row in each(table)
     ]
     ring = tables.TABLE_3["ring_2_5_1t"]["128K"]
     datacenter = text.DATACENTER_GPUS / text.FLEET_GPUS_PER_INSTANCE
@@ -45,14 +48,27 @@ def run(context: Context) -> Outcome:
     if gpus:
         per_gpu = point.egress_bps / gpus
         rows.append(
-            context.metric("case study", "egress_bps", point.egress_bps, "bit/s", "computed", paper=text.EGRESS.value * 1e9)
+            context.metric(
+                "case study", "egress_bps", point.egress_bps, "bit/s", "computed", paper=text.EGRESS.value * 1e9
+            )
         )
         rows.append(
-            context.metric("case study", "link_utilisation", point.link_utilisation, "", "computed", paper=text.LINK_UTILISATION.value)
+            context.metric(
+                "case study",
+                "link_utilisation",
+                point.link_utilisation,
+                "",
+                "computed",
+                paper=text.LINK_UTILISATION.value,
+            )
         )
         # §4.3.1: "thousands of GPUs" on the order of 1 Tbps; how many that is at the case study's egress per GPU.
-        rows.append(context.metric("case study", "gpus_per_tbps", text.IDC_EGRESS.value * 1e12 / per_gpu, "GPUs", "computed"))
-        scale = [{"prfaas_gpus": count, "egress_bps": count * per_gpu} for count in (32, 100, 320, 1_000, 3_200, 10_000)]
+        rows.append(
+            context.metric("case study", "gpus_per_tbps", text.IDC_EGRESS.value * 1e12 / per_gpu, "GPUs", "computed")
+        )
+        scale = [
+            {"prfaas_gpus": count, "egress_bps": count * per_gpu} for count in (32, 100, 320, 1_000, 3_200, 10_000)
+        ]
     else:
         scale = []
     return Outcome(rows, {"fleet": table, "scale": pd.DataFrame(scale, columns=["prfaas_gpus", "egress_bps"])})
@@ -73,8 +89,14 @@ def draw(record: Record) -> Figure:
     for bps, name in ((100, "100 Gbps link"), (400, "400 Gbps"), (800, "800 Gbps")):
         axis.axhline(bps, color="black", lw=0.7, linestyle=":")
         axis.text(len(titles) - 0.45, bps, name, va="center", fontsize=8)
-    axis.set_xticks(range(len(titles)), [title.replace("-", "-\n", 1).replace("Kimi ", "Kimi\n") for title in titles], fontsize=8.5)
-    axis.set(yscale="log", ylabel="egress of 512 H200 GPUs (Gbps)", title="Only hybrid models bring a fleet's KVCache within reach of Ethernet")
+    axis.set_xticks(
+        range(len(titles)), [title.replace("-", "-\n", 1).replace("Kimi ", "Kimi\n") for title in titles], fontsize=8.5
+    )
+    axis.set(
+        yscale="log",
+        ylabel="egress of 512 H200 GPUs (Gbps)",
+        title="Only hybrid models bring the KVCache within reach of Ethernet",
+    )
     axis.set_yticks([50, 100, 200, 500, 1000, 2000, 5000], ["50", "100", "200", "500", "1,000", "2,000", "5,000"])
     axis.minorticks_off()
     axis.grid(axis="x", visible=False)

@@ -63,11 +63,26 @@ def run(context: Context) -> Outcome:
     crossing = float(np.interp(0.0, -gap, cut.threshold_tokens))
     best_t, _ = cut.best()
     rows = [
-        context.metric("figure5a", "n_p", int(split.loc[split["lambda_max"].idxmax(), "n_p"]), "", "computed", paper=paper["n_p"].value),
-        context.metric("figure5a", "lambda_max", split["lambda_max"].max(), "req/s", "computed", paper=paper["lambda_max"].value),
-        context.metric("figure5b", "threshold_tokens", best_t, "tokens", "computed", paper=paper["threshold_tokens"].value),
-        context.metric("figure5b", "crossing_tokens", crossing, "tokens", "computed", paper=paper["threshold_tokens"].value),
-        context.metric("figure5b", "lambda_max", np.nanmax(cut.lambda_max), "req/s", "computed", paper=paper["lambda_max"].value),
+        context.metric(
+            "figure5a",
+            "n_p",
+            float(split["n_p"].iloc[int(np.argmax(split["lambda_max"]))]),
+            "",
+            "computed",
+            paper=paper["n_p"].value,
+        ),
+        context.metric(
+            "figure5a", "lambda_max", split["lambda_max"].max(), "req/s", "computed", paper=paper["lambda_max"].value
+        ),
+        context.metric(
+            "figure5b", "threshold_tokens", best_t, "tokens", "computed", paper=paper["threshold_tokens"].value
+        ),
+        context.metric(
+            "figure5b", "crossing_tokens", crossing, "tokens", "computed", paper=paper["threshold_tokens"].value
+        ),
+        context.metric(
+            "figure5b", "lambda_max", np.nanmax(cut.lambda_max), "req/s", "computed", paper=paper["lambda_max"].value
+        ),
     ]
     return Outcome(rows, {"figure5a": split, "figure5b": _frame(cut)})
 
@@ -84,17 +99,28 @@ def draw(record: Record) -> Figure:
     for axis, table, x, scale in ((left, over_split, "n_p", 1), (right, over_threshold, "threshold_tokens", 1e3)):
         for column, label, colour, dash in bounds:
             axis.plot(table[x] / scale, table[column], color=colour, linestyle=dash, lw=1.3, label=label)
-        axis.plot(table[x] / scale, table["lambda_max"], color=style.BLUE, lw=2.4, label="Λ_max", marker="o" if x == "n_p" else None)
+        axis.plot(
+            table[x] / scale,
+            table["lambda_max"],
+            color=style.BLUE,
+            lw=2.4,
+            label="Λ_max",
+            marker="o" if x == "n_p" else None,
+        )
     paper = tables.TABLE_6["prfaas_pd"]
     left.plot(paper["n_p"].value, paper["lambda_max"].value, **style.PAPER)
     right.plot(paper["threshold_tokens"].value / 1e3, paper["lambda_max"].value, **style.PAPER)
     crossing = value(record.metrics, "crossing_tokens")
     right.annotate(f"bounds cross at {crossing / 1e3:.1f}K", (crossing / 1e3, paper["lambda_max"].value), xytext=(26, 5.1),
                    arrowprops={"arrowstyle": "-", "color": "black", "lw": 0.8}, fontsize=8.5)  # fmt: skip
-    left.set(xlabel="N_p of 8 PD instances, at t = 19.4K", ylabel="throughput (req/s)", title="(a) split", ylim=(0, 6.5))
+    left.set(
+        xlabel="N_p of 8 PD instances, at t = 19.4K", ylabel="throughput (req/s)", title="(a) split", ylim=(0, 6.5)
+    )
     right.set(xlabel="threshold t (K tokens), at N_p : N_d = 3 : 5", title="(b) threshold", xlim=(0, None))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
 
-EXPERIMENT = Experiment(name="figure5", tiers=("model",), run=run, figures={"figure5": draw}, options=Options, inputs=profile_files)
+EXPERIMENT = Experiment(
+    name="figure5", tiers=("model",), run=run, figures={"figure5": draw}, options=Options, inputs=profile_files
+)

@@ -70,7 +70,9 @@ def quantities(
             yield "prfaas_pd", metric, 100 * (1 - ours / theirs)
 
 
-def ranges(settings: Settings, base: Deployment, draws: int, rng: np.random.Generator) -> dict[tuple[str, str], tuple[float, float, int]]:
+def ranges(
+    settings: Settings, base: Deployment, draws: int, rng: np.random.Generator
+) -> dict[tuple[str, str], tuple[float, float, int]]:
     """(case, metric) → lowest value, highest value and number of variants."""
     found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for _, variant in variants(base, draws, rng):

@@ -16,9 +16,8 @@ from repro.experiments.base import Context, Experiment, Outcome
 from repro.models.architectures import layout_of
 from repro.paper import tables, text
 from repro.record.directory import Record
-from repro.record.metrics import Metric
+from repro.record.metrics import Metric, each
 from repro.report import style
-
 
 _TWIN_KV_HEADS = 8
 
@@ -50,9 +49,20 @@ def _ratios(context: Context, table: pd.DataFrame) -> list[Metric]:
     for hybrid, dense, claimed in pairs:
         case = f"{dense} / {hybrid} at 32K"
         rows += [
-            context.metric(case, "phi_kv_ratio", at_32k["phi_kv_bps"][dense] / at_32k["phi_kv_bps"][hybrid], "", "computed", paper=claimed),
-            context.metric(case, "kv_bytes_ratio", at_32k["kv_bytes"][dense] / at_32k["kv_bytes"][hybrid], "", "computed"),
-            context.metric(case, "prefill_ratio", at_32k["prefill_s"][dense] / at_32k["prefill_s"][hybrid], "", "computed"),
+            context.metric(
+                case,
+                "phi_kv_ratio",
+                at_32k["phi_kv_bps"][dense] / at_32k["phi_kv_bps"][hybrid],
+                "",
+                "computed",
+                paper=claimed,
+            ),
+            context.metric(
+                case, "kv_bytes_ratio", at_32k["kv_bytes"][dense] / at_32k["kv_bytes"][hybrid], "", "computed"
+            ),
+            context.metric(
+                case, "prefill_ratio", at_32k["prefill_s"][dense] / at_32k["prefill_s"][hybrid], "", "computed"
+            ),
         ]
     return rows + _ring_saving(context)
 
@@ -79,7 +89,11 @@ def _ring_saving(context: Context) -> list[Metric]:
     ]  # fmt: skip
     for label, tokens in tables.TOKENS_BINARY.items():
         twin = layers * gqa_bytes * tokens
-        rows.append(context.metric(f"Ring-2.5-1T, whole S_kv at {label}", "kv_bytes_ratio", twin / ring.kv_bytes(tokens), "", "computed"))
+        rows.append(
+            context.metric(
+                f"Ring-2.5-1T, whole S_kv at {label}", "kv_bytes_ratio", twin / ring.kv_bytes(tokens), "", "computed"
+            )
+        )
     return rows
 
 
@@ -87,12 +101,14 @@ def run(context: Context) -> Outcome:
     """Every cell of Table 3 with what stands behind it, and the text's ratios."""
     table = implied_prefill()
     rows: list[Metric] = []
-    for row in table.itertuples():
+    for row in each(table):
         case = f"{row.model} {row.label}"
         rows += [
             context.metric(case, "phi_kv_bps", row.phi_kv_bps, "bit/s", "published", paper=row.phi_kv_bps),
             context.metric(case, "kv_bytes", row.kv_bytes, "bytes", "public"),
-            context.metric(case, "prefill_s", row.prefill_s, "s", "computed", interval=(row.prefill_low_s, row.prefill_high_s)),
+            context.metric(
+                case, "prefill_s", row.prefill_s, "s", "computed", interval=(row.prefill_low_s, row.prefill_high_s)
+            ),
         ]
     for model, series in table.groupby("model"):
         increasing = bool(np.all(np.diff(series.sort_values("tokens")["prefill_s"]) > 0))
@@ -106,7 +122,13 @@ def draw(record: Record) -> Figure:
     figure, (left, right) = style.panels(2, height_in=3.4)
     for (model, series), (colour, marker, _) in zip(table.groupby("model", sort=False), style.SERIES, strict=False):
         hybrid = bool(series["hybrid"].iloc[0])
-        look = {"color": colour, "marker": marker, "linestyle": "-" if hybrid else "--", "markersize": 5, "label": series["title"].iloc[0]}
+        look = {
+            "color": colour,
+            "marker": marker,
+            "linestyle": "-" if hybrid else "--",
+            "markersize": 5,
+            "label": series["title"].iloc[0],
+        }
         left.plot(series["tokens"], series["phi_kv_bps"] / 1e9, **look)
         right.plot(series["tokens"], series["prefill_s"], **look)
         assert math.isfinite(series["prefill_s"].sum()), model
@@ -116,7 +138,9 @@ def draw(record: Record) -> Figure:
     right.set_yticks([0.3, 1, 3, 10], ["0.3", "1", "3", "10"])
     for axis in (left, right):
         style.tokens_axis(axis)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, title="hybrid: solid, dense: dashed")
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=3, title="hybrid: solid, dense: dashed"
+    )
     return figure
 
 

@@ -19,6 +19,7 @@ from repro.paper import tables
 from repro.profiles.base import INTERPOLATIONS
 from repro.profiles.presets import MEBIBYTE, PaperInputs
 from repro.record.directory import Record
+from repro.record.metrics import each
 from repro.report import style
 
 
@@ -45,12 +46,14 @@ def run(context: Context) -> Outcome:
             "prefill_s": printed.prefill.value, "paper_gbps": printed.kv_throughput.value, "ours_gbps": throughput / 1e9,
         })  # fmt: skip
     fits = _line_fits()
-    for fit in fits.itertuples():
+    for fit in each(fits):
         case = f"labels as {fit.reading}"
         rows.append(context.metric(case, "line_residual_bytes", fit.worst_mib * MEBIBYTE, "bytes", "computed"))
         rows.append(context.metric(case, "bytes_per_token", fit.bytes_per_token, "bytes/token", "computed"))
         rows.append(context.metric(case, "fixed_bytes", fit.fixed_mib * MEBIBYTE, "bytes", "computed"))
-    rows.append(context.metric("42 KDA + 15 MLA layers", "bytes_per_token", layout.bytes_per_token, "bytes/token", "computed"))
+    rows.append(
+        context.metric("42 KDA + 15 MLA layers", "bytes_per_token", layout.bytes_per_token, "bytes/token", "computed")
+    )
     rows.append(context.metric("42 KDA + 15 MLA layers", "fixed_bytes", layout.fixed_bytes, "bytes", "computed"))
     return Outcome(rows, {"sizes": pd.DataFrame(points), "line_fits": fits, "curves": _curves()})
 
@@ -64,7 +67,9 @@ def _line_fits() -> pd.DataFrame:
         tokens = np.array([labels[label] for label in tables.TABLE_5], np.float64)
         slope, intercept = np.polyfit(tokens, sizes, 1)
         worst = float(np.max(np.abs(sizes - slope * tokens - intercept)))
-        rows.append({"reading": reading, "bytes_per_token": slope * MEBIBYTE, "fixed_mib": intercept, "worst_mib": worst})
+        rows.append(
+            {"reading": reading, "bytes_per_token": slope * MEBIBYTE, "fixed_mib": intercept, "worst_mib": worst}
+        )
     return pd.DataFrame(rows)
 
 
@@ -73,7 +78,8 @@ def _curves() -> pd.DataFrame:
     tokens = np.geomspace(1024, 131072, 120)
     inputs = PaperInputs.draw()
     return pd.concat(
-        pd.DataFrame({"interpolation": name, "tokens": tokens, "prefill_s": inputs.h200(name).prefill_s(tokens)}) for name in INTERPOLATIONS
+        pd.DataFrame({"interpolation": name, "tokens": tokens, "prefill_s": inputs.h200(name).prefill_s(tokens)})
+        for name in INTERPOLATIONS
     )
 
 
@@ -82,14 +88,27 @@ def draw(record: Record) -> Figure:
     sizes, curves = record.table("sizes"), record.table("curves")
     figure, (left, right) = style.panels(2, height_in=3.2)
     tokens = np.geomspace(1024, 131072, 100)
-    slope = (sizes["ours_mib"].iloc[-1] - sizes["ours_mib"].iloc[0]) / (sizes["tokens"].iloc[-1] - sizes["tokens"].iloc[0])
-    left.plot(tokens, sizes["ours_mib"].iloc[0] + slope * (tokens - 1024), color=style.BLUE, label="42 KDA + 15 MLA layers")
+    slope = (sizes["ours_mib"].iloc[-1] - sizes["ours_mib"].iloc[0]) / (
+        sizes["tokens"].iloc[-1] - sizes["tokens"].iloc[0]
+    )
+    left.plot(
+        tokens, sizes["ours_mib"].iloc[0] + slope * (tokens - 1024), color=style.BLUE, label="42 KDA + 15 MLA layers"
+    )
     left.plot(sizes["tokens"], sizes["paper_mib"], **style.PAPER)
     worst = (100 * (sizes["ours_mib"] / sizes["paper_mib"] - 1)).abs().max()
     left.text(0.05, 0.62, f"largest deviation {worst:.2f} %", transform=left.transAxes, fontsize=9)
     left.set(ylabel="KVCache size (MiB)", title="S_kv is the layout's straight line", ylim=(0, None))
-    for (name, series), (colour, _, dash) in zip(curves.groupby("interpolation", sort=False), style.SERIES, strict=False):
-        right.plot(series["tokens"], series["prefill_s"], color=colour, linestyle=dash, label=str(name).replace("_", " "), lw=1.3)
+    for (name, series), (colour, _, dash) in zip(
+        curves.groupby("interpolation", sort=False), style.SERIES, strict=False
+    ):
+        right.plot(
+            series["tokens"],
+            series["prefill_s"],
+            color=colour,
+            linestyle=dash,
+            label=str(name).replace("_", " "),
+            lw=1.3,
+        )
     right.plot(sizes["tokens"], sizes["prefill_s"], **style.PAPER)
     right.set(ylabel="T_prefill on 8×H200 (s)", title="Four points leave room", yscale="log")
     for axis in (left, right):

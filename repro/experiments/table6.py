@@ -29,7 +29,11 @@ from repro.scheduling.spec import PolicySpec
 
 #: Printed values that the calibration of H20 used: ours for these are no prediction. The first three only when read as the calibration
 #: reads them, at representative lengths.
-CALIBRATED_AT_REPRESENTATIVE = {("prfaas_pd", "theta_pd_p"), ("homogeneous_pd", "theta_pd_p"), ("homogeneous_pd", "lambda_max")}
+CALIBRATED_AT_REPRESENTATIVE = {
+    ("prfaas_pd", "theta_pd_p"),
+    ("homogeneous_pd", "theta_pd_p"),
+    ("homogeneous_pd", "lambda_max"),
+}
 CALIBRATED = {
     ("homogeneous_pd", "ttft_mean_s"), ("homogeneous_pd", "ttft_p90_s"),
     ("prfaas_pd", "theta_pd_d"), ("homogeneous_pd", "theta_pd_d"), ("naive_heterogeneous_pd", "theta_pd_d"),
@@ -86,8 +90,12 @@ def run(context: Context) -> Outcome:
         reading = replace(settings, policy=policy)
         points = operating_points(base, reading)
         ttft = latencies(base, points, settings.cluster.homogeneous_instances)
-        context.progress(f"T_prefill as {lengths.replace('_', ' ')}: Λ_max {points['prfaas_pd'].lambda_max:.3f} req/s; now its spread")
-        ranges = spread.ranges(reading, base, context.options.draws, np.random.default_rng(settings.seed)) if papers else {}
+        context.progress(
+            f"T_prefill as {lengths.replace('_', ' ')}: Λ_max {points['prfaas_pd'].lambda_max:.3f} req/s; now its spread"
+        )
+        ranges = (
+            spread.ranges(reading, base, context.options.draws, np.random.default_rng(settings.seed)) if papers else {}
+        )
         calibrated = CALIBRATED | (CALIBRATED_AT_REPRESENTATIVE if lengths == "representative" else set())
         for case, metric, number in spread.quantities(points, ttft):
             low, high, n = ranges.get((case, metric), (math.nan, math.nan, 1))
@@ -140,9 +148,11 @@ def draw(record: Record) -> Figure:
         row = table[(table["case"] == case) & (table["metric"] == "lambda_max")].iloc[0]
         left.bar(index, row["value"], 0.62, color=style.CASE_COLOURS[case])
         if row["ci_low"] == row["ci_low"]:
-            left.errorbar(index, row["value"], [[row["value"] - row["ci_low"]], [row["ci_high"] - row["value"]]], color="black", capsize=4, lw=1)
+            spread_below, spread_above = row["value"] - row["ci_low"], row["ci_high"] - row["value"]
+            left.errorbar(index, row["value"], [[spread_below], [spread_above]], color="black", capsize=4, lw=1)
         left.plot(index + 0.2, row["paper"], **{**style.PAPER, "label": "paper" if index == 0 else None})
-        left.text(index - 0.05, 0.08, f"{row['value']:.2f}\n{value(table, 'ratio', case):.2f}×", ha="center", color="white", fontsize=9, weight="bold")
+        words = f"{row['value']:.2f}\n{value(table, 'ratio', case):.2f}×"
+        left.text(index - 0.05, 0.08, words, ha="center", color="white", fontsize=9, weight="bold")
         for shift, metric, shade in ((-0.2, "ttft_mean_s", 1.0), (0.2, "ttft_p90_s", 0.55)):
             row = table[(table["case"] == case) & (table["metric"] == metric)].iloc[0]
             label = {"ttft_mean_s": "mean", "ttft_p90_s": "P90"}[metric]

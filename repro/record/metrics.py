@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -55,6 +56,11 @@ def frame(rows: Iterable[Metric]) -> pd.DataFrame:
 def read(path: Path) -> pd.DataFrame:
     """A metrics.csv, with text columns as text."""
     return pd.read_csv(path, dtype=dict.fromkeys(("experiment", "tier", "case", "metric", "unit", "source"), str))
+
+
+def each(table: pd.DataFrame) -> Iterator[Any]:
+    """Rows as named tuples; what type a column holds is known to whoever made the table, not to the type checker."""
+    return iter(table.itertuples(index=False))
 
 
 def value(table: pd.DataFrame, metric: str, case: str | None = None) -> float:

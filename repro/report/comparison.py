@@ -9,7 +9,7 @@ import pandas as pd
 
 from repro.paper.claims import CLAIMS, Claim
 from repro.record.directory import Record
-from repro.record.metrics import Metric
+from repro.record.metrics import Metric, each
 
 
 def _row(claim: Claim, table: pd.DataFrame) -> dict[str, object]:
@@ -99,7 +99,7 @@ def console(table: pd.DataFrame) -> str:
     if table.empty:
         return ""
     lines = [f"{'claim':<66}{'paper':>14}{'ours':>14}{'deviation':>11}  verdict"]
-    for row in table.itertuples():
+    for row in each(table):
         statement = str(row.statement).rstrip(".")
         statement = statement if len(statement) <= 65 else statement[:64] + "…"
         paper, ours = readable(row.paper, row.unit), readable(row.ours, row.unit)

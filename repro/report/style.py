@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -62,7 +62,7 @@ _SETTINGS: dict[str, Any] = {
 @contextlib.contextmanager
 def applied() -> Iterator[None]:
     """Draw in this style inside the block."""
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(cast(Any, _SETTINGS)):  # its keys are typed as literals
         yield
 
 

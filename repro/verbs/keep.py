@@ -32,8 +32,8 @@ def keep(source: Path, reference: Path = REFERENCE) -> Path:
     if not (source / "DONE").is_file():
         raise UserError(f"{source}: no finished run (it has no DONE file)")
     record = Record(source)
-    label = record.configuration["label"] or record.configuration["tier"]
-    target = reference / record.configuration["name"] / label
+    label = str(record.configuration["label"] or record.configuration["tier"])
+    target = reference / str(record.configuration["name"]) / label
     files = [file for kept in _KEPT for file in sorted([source / kept, *(source / kept).rglob("*")]) if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     if size > _MOST_BYTES:
