@@ -2,7 +2,8 @@
 
 The grid search asks which t gives the highest Λ_max. A scheduler with λ given asks which t keeps the busiest stage least busy; that is
 the same t, since Λ_max = λ / (busiest stage's load). With queues, the question becomes which t loses the fewest requests to waiting. It
-sums over requests and is not the worst stage's: a backlog on the link that no decision can undo must not drag the local queue to its length.
+sums over requests and is not the worst stage's: a backlog on the link that no decision can undo must not drag the local queue to its
+own length.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
+#: Thresholds that one search weighs, at equal steps of rank among the recent lengths: finer ones differ by less than the sample's noise.
+CANDIDATES = 128
+
 
 class Costs(NamedTuple):
     """What a request of l uncached tokens costs: T_prefill on each cluster in seconds, and S_kv in bytes."""
 
-    prfaas_s: Callable[[FloatArray], FloatArray]
-    pd_s: Callable[[FloatArray], FloatArray]
-    kv_bytes: Callable[[FloatArray], FloatArray]
+    prfaas_s: Callable[[NDArray[np.int64]], FloatArray]
+    pd_s: Callable[[NDArray[np.int64]], FloatArray]
+    kv_bytes: Callable[[NDArray[np.int64]], FloatArray]
 
 
 class Capacity(NamedTuple):
@@ -61,22 +65,26 @@ def balance(
     n = len(lengths)
     if n == 0:
         return Balance(0.0, 0.0)
-    tokens = np.sort(np.fromiter(lengths, dtype=np.float64, count=n))
+    tokens = np.fromiter(lengths, dtype=np.int64, count=n)
+    tokens.sort()
     each = rate_per_s / n
-    # Entry i: the i shortest requests stay local, the others are offloaded.
-    remote = _load(_longest(costs.prfaas_s(tokens)), each, capacity.n_prfaas)
-    link = _load(_longest(costs.kv_bytes(tokens)), 8 * each, capacity.egress_bps)
-    local = _load(_shortest(costs.pd_s(tokens)), each, capacity.n_p)
+    # Entry i: the kept[i] shortest requests stay local, the others are offloaded.
+    kept = np.append(np.arange(0, n, -(-n // CANDIDATES)), n)
+    remote = _load(_longest(costs.prfaas_s(tokens), kept), each, capacity.n_prfaas)
+    link = _load(_longest(costs.kv_bytes(tokens), kept), 8 * each, capacity.egress_bps)
+    local = _load(_shortest(costs.pd_s(tokens), kept), each, capacity.n_p)
     loads = np.maximum(np.maximum(remote, link), local)
     cost = loads
     if horizon_s is not None:
         on_link_s = 8 * capacity.backlog_bytes / capacity.egress_bps if capacity.egress_bps > 0 else 0.0
-        kept = np.arange(n + 1) / n
+        stay = kept / n
         away_s = np.maximum(_wait(remote, capacity.waiting_prfaas_s, horizon_s), _wait(link, on_link_s, horizon_s))
         home_s = _wait(local, capacity.waiting_pd_s, horizon_s)
-        cost = np.where(kept < 1, (1 - kept) * _loss(away_s, patience_s), 0.0) + np.where(kept > 0, kept * _loss(home_s, patience_s), 0.0)
-    best = n - int(cost[::-1].argmin())
-    return Balance(float(tokens[best - 1]) if best else 0.0, float(loads[best]))
+        away, home = _loss(away_s, patience_s), _loss(home_s, patience_s)
+        cost = np.where(stay < 1, (1 - stay) * away, 0.0) + np.where(stay > 0, stay * home, 0.0)
+    at = len(cost) - 1 - int(cost[::-1].argmin())
+    best = int(kept[at])
+    return Balance(float(tokens[best - 1]) if best else 0.0, float(loads[at]))
 
 
 def _wait(load: FloatArray, waiting_s: float, horizon_s: float) -> FloatArray:
@@ -93,14 +101,15 @@ def _loss(wait_s: FloatArray, patience_s: float) -> FloatArray:
     return np.asarray(np.minimum(wait_s, patience_s) + 0.01 * wait_s)
 
 
-def _shortest(work: FloatArray) -> FloatArray:
+def _shortest(work: FloatArray, kept: NDArray[np.int64]) -> FloatArray:
     sums: FloatArray = np.zeros(len(work) + 1)
     np.cumsum(work, out=sums[1:])
-    return sums
+    return np.asarray(sums[kept])
 
 
-def _longest(work: FloatArray) -> FloatArray:
-    return _shortest(work[::-1])[::-1]
+def _longest(work: FloatArray, kept: NDArray[np.int64]) -> FloatArray:
+    shorter = _shortest(work, kept)
+    return np.asarray(shorter[-1] - shorter)
 
 
 def _load(work: FloatArray, scale: float, servers: float) -> FloatArray:

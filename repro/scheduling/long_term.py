@@ -60,15 +60,15 @@ def step(spec: LongTermSpec, seen: Observation, decode: DecodeView, costs: Costs
     if not spec.enabled or not seen.lengths:
         return 0
 
-    def busiest(extra: int) -> float:
+    def loads(extra: int) -> tuple[float, float]:
         n_p, n_d = seen.pd.instances + extra, decode.instances - extra
         if n_p < 0 or n_d < 1:
-            return math.inf
+            return math.inf, math.inf
         prefill = balance(seen.lengths, seen.rate_per_s, costs, capacity_of(seen)._replace(n_p=n_p)).load
-        return max(prefill, decode_load(seen.rate_per_s, decode, n_d))
+        return prefill, decode_load(seen.rate_per_s, decode, n_d)
 
-    now = busiest(0)
-    if now < spec.busy:
+    prefill, decoding = now = loads(0)
+    if max(now) < spec.busy:
         return 0
-    choice = min((1, -1), key=busiest)
-    return choice if busiest(choice) < now * (1 - spec.margin) else 0
+    choice = 1 if prefill > decoding else -1
+    return choice if max(loads(choice)) < max(now) * (1 - spec.margin) else 0

@@ -66,7 +66,7 @@ class _Stage:
 
     def waiting_s(self, now_s: float) -> float:
         free_at = self._placement.free_at_s
-        return sum(max(at - now_s, 0.0) for at in free_at.values()) / len(free_at) if free_at else 0.0
+        return sum([at - now_s for at in free_at.values() if at > now_s]) / len(free_at) if free_at else 0.0
 
     def open(self, now_s: float, instance: int) -> None:
         self.members[instance] = deque()

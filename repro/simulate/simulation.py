@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from repro.errors import UserError
 from repro.kvcache.directory import Directory
@@ -38,6 +39,7 @@ from repro.simulate.spec import Fault, PdCluster, PrfaasCluster, Profile, Simula
 from repro.workload.stream import Chunk
 
 _BATCH = 1 << 15
+_SAMPLES = 20_000
 _OK, _FAILED, _TIMED_OUT, _FELL_BACK = range(4)
 
 
@@ -89,9 +91,9 @@ class _Tables:
             self.prefill_s, self.kv_bytes = self.prefill.tolist(), self.kv.tolist()
 
     @staticmethod
-    def read(table: FloatArray) -> Callable[[FloatArray], FloatArray]:
+    def read(table: FloatArray) -> Callable[[NDArray[np.int64]], FloatArray]:
         """The table as a function of arrays of lengths."""
-        return lambda tokens: table[tokens.astype(np.int64)]
+        return lambda tokens: table[tokens]
 
 
 class _Site:
@@ -146,6 +148,7 @@ class _Home:
         self.slow_rate_per_s = math.nan
         self.slow_capacity_bps = math.nan
         self.measured_s = 0.0
+        self.sample_at_s = 0.0
         self.finished = 0
         self.finished_tokens = 0
         batch = spec.profile.batch_max
@@ -186,6 +189,7 @@ class Simulation:
         self._counts = {"arrived": 0, "completed": 0, "refused": 0, "peak": 0}
         self._last_finish_s = 0.0
         self._samples: list[Sample] = []
+        self._sample_every_s = 0.0
         self._directory = self._make_directory()
         self._period_s = self._schedule_controllers()
         for fault in spec.faults:
@@ -499,12 +503,18 @@ class Simulation:
         costs = self._costs(home)
         home.state = short_term.step(scheduler.short_term, home.state, seen, costs)
         home.situation = Situation(home.state.threshold_tokens, home.state.bandwidth_scarce, seen.pd, seen.prfaas, seen.link)
-        self._samples.append(
-            Sample(
-                now_s, home.index, home.state.threshold_tokens, home.state.bandwidth_scarce, home.prefill.serving, home.decode.serving,
-                seen.link.utilisation, seen.prfaas.waiting_s, seen.pd.waiting_s, len(home.decode.waiting),
-            )
-        )  # fmt: skip
+        if now_s >= home.sample_at_s:
+            home.sample_at_s = now_s + self._sample_every_s
+            self._samples.append(
+                Sample(
+                    now_s, home.index, home.state.threshold_tokens, home.state.bandwidth_scarce, home.prefill.serving,
+                    home.decode.serving, seen.link.utilisation, seen.prfaas.waiting_s, seen.pd.waiting_s, len(home.decode.waiting),
+                )
+            )  # fmt: skip
+        if len(self._samples) > _SAMPLES:
+            # Half of them, for twice the time: what a figure shows stays the same, and so does the memory of an endless run.
+            self._samples = self._samples[::2]
+            self._sample_every_s = 2 * max(self._sample_every_s, self._period_s)
         if scheduler.fallback_s is not None and home.index == 0:
             self._give_up_stalled(now_s, scheduler.fallback_s)
 
