@@ -26,6 +26,7 @@ from repro.record.directory import Record
 from repro.record.metrics import Metric, value
 from repro.report import style
 from repro.scheduling.spec import PolicySpec
+from repro.simulate import table6 as simulated
 
 #: Printed values that the calibration of H20 used: ours for these are no prediction. The first three only when read as the calibration
 #: reads them, at representative lengths.
@@ -57,13 +58,23 @@ _IN_TEXT: Mapping[str, tuple[Quantity, float]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """`draws` from within the rounding of the paper's inputs, for the spread; 0 varies the interpolation alone."""
+    """Effort on each tier.
+
+    `draws` from within the rounding of the paper's inputs give tier `model` its spread (0 varies the interpolation alone); tier
+    `simulate` runs `requests` per simulation and `seeds` simulations per value.
+    """
 
     draws: int = 20
+    requests: int = 30_000
+    seeds: int = 4
 
     def __post_init__(self) -> None:
         if self.draws < 0:
             raise UserError(f"options.draws: {self.draws} is negative")
+        if self.requests < 1000 or self.seeds < 2:
+            raise UserError(
+                f"options.requests, options.seeds: {self.requests} and {self.seeds}; accepted: 1000 requests and 2 seeds or more"
+            )
 
 
 def paper_value(case: str, metric: str) -> float:
@@ -80,9 +91,7 @@ def run(context: Context) -> Outcome:
     """The three deployments under the configured policy, and again with the other reading of T_prefill's mean."""
     settings = context.settings
     if settings.tier == "simulate":
-        from repro.simulate import table6
-
-        return table6.run(context)
+        return simulated.run(context, simulated.Effort(context.options.requests, context.options.seeds))
     base, papers = deployment(settings), spread.is_papers(settings)
     rows: list[Metric] = []
     for lengths in ("representative", "true_mean"):
@@ -176,4 +185,5 @@ EXPERIMENT = Experiment(
     figures={"table6": draw},
     options=Options,
     inputs=profile_files,
+    tier_figures={"simulate": {"table6_simulated": simulated.draw_loads}},
 )

@@ -41,16 +41,15 @@ UNITS = {
 class Effort:
     """Requests of one run, and how many seeds each value rests on."""
 
-    requests: int = 30_000
-    seeds: int = 4
+    requests: int
+    seeds: int
 
 
-def run(context: Context, effort: Effort | None = None) -> Outcome:
+def run(context: Context, effort: Effort) -> Outcome:
     """The three deployments: Λ_max by bisection, then TTFT when idle and at 50 to 95 % of it."""
     from repro.experiments.base import Outcome
     from repro.experiments.deployment import deployment, operating_points
 
-    effort = effort or Effort()
     settings = context.settings
     base = deployment(settings)
     link = shared_link(settings.link)
