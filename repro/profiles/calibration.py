@@ -120,7 +120,7 @@ def _power_law(anchors: PrefillAnchors, keep: NDArray[np.intp]) -> tuple[FloatAr
 
     # With one anchor left out, three values can lie on two such curves, of exponents near 1.1 and 1.7. The lower is taken: T_prefill of
     # the same model on H200 follows 1.13.
-    scan = np.linspace(1.0, 2.0, 101)
+    scan = np.linspace(1.0, 2.0, 21)
     losses = [loss(exponent) for exponent in scan]
     first = next((i for i in range(len(scan) - 1) if losses[i] <= losses[i + 1]), len(scan) - 1)
     low, high = scan[max(first - 1, 0)], scan[min(first + 1, len(scan) - 1)]
