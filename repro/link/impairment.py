@@ -76,7 +76,8 @@ class Loss:
 class Jitter:
     """Random addition to the one-way delay with the given standard deviation, correlated over time.
 
-    The mean is 0 whatever the shape, so the asked RTT stays the mean one; where the sum would be negative, the delay is 0.
+    The mean is 0 whatever the shape, so the asked RTT stays the mean one; where the sum would be negative, the delay
+    is 0.
     """
 
     def __init__(self, deviation_s: float, distribution: str, correlation_s: float, seed: int) -> None:

@@ -66,8 +66,9 @@ class LinkMeasurement:
     """One direction of a link as it was found. Rates are TCP goodput: what was measured, and the most the asked rate
     allows.
 
-    `rtt_s` is the median, `jitter_s` the standard deviation of the one-way delay, `loss` is nan where it was not
-    measured and `loss_segments` what it was measured on. `probe` is datagrams or streams.
+    `rtt_s` is the median, `queue_s` what a full queue adds to it (nan where it was not filled), `jitter_s` the
+    standard deviation of the one-way delay, `loss` is nan where it was not measured and `loss_segments` what it was
+    measured on. `probe` is datagrams or streams.
     """
 
     backend: str
@@ -76,6 +77,7 @@ class LinkMeasurement:
     ideal_rate_bps: float
     rtt_s: float
     rtt_p99_s: float
+    queue_s: float
     jitter_s: float
     loss: float
     loss_segments: int
@@ -129,8 +131,6 @@ def measure(link: Crossing, direction: Direction = "forward", rate_s: float = 1.
         UserError: if a probe fails.
     """
     spec = link.spec
-    near: Side = "prefill" if direction == "forward" else "decode"
-    far: Side = "decode" if direction == "forward" else "prefill"
     rate = spec.base_rate_bps(direction)
     packets = link.backend in ("netem", "packet", "tbf")
     plan = Plan(
@@ -143,6 +143,20 @@ def measure(link: Crossing, direction: Direction = "forward", rate_s: float = 1.
         pings=pings,
         rate_s=max(rate_s, 400 * spec.jitter_s),  # arrivals at both ends of the window are off by the jitter
     )
+    found = across(link, direction, "ask", [json.dumps(asdict(plan))], 10 + 4 * plan.duration_s)
+    return _evaluate(link, direction, plan, found)
+
+
+def across(
+    link: Crossing, direction: Direction, action: str, arguments: Sequence[str], timeout_s: float
+) -> dict[str, Any]:
+    """Run a probe's `action` against an answering probe on the far side; returns what it found.
+
+    Raises:
+        UserError: if a probe fails or takes longer than `timeout_s`.
+    """
+    near: Side = "prefill" if direction == "forward" else "decode"
+    far: Side = "decode" if direction == "forward" else "prefill"
     program = [sys.executable, "-m", "repro.link.probe"]
     with _started(link, far, [*program, "answer", link.listen_host(far)]) as answering:
         port = cast(IO[str], answering.stdout).readline().strip()
@@ -150,17 +164,17 @@ def measure(link: Crossing, direction: Direction = "forward", rate_s: float = 1.
             if not port:
                 raise UserError("link: the answering probe did not start")
             host, dialled = link.dial(int(port), near)
-            with _started(link, near, [*program, "ask", host, str(dialled), json.dumps(asdict(plan))]) as asking:
+            with _started(link, near, [*program, action, host, str(dialled), *arguments]) as asking:
                 try:
-                    out, _ = asking.communicate(timeout=10 + 4 * plan.duration_s)
+                    out, _ = asking.communicate(timeout=timeout_s)
                 except subprocess.TimeoutExpired:
                     asking.kill()
-                    raise UserError(f"link: the probe did not finish in {10 + 4 * plan.duration_s:.0f} s") from None
+                    raise UserError(f"link: the probe did not finish in {timeout_s:.0f} s") from None
         finally:
             answering.kill()
     if asking.returncode != 0:
         raise UserError("link: the asking probe failed; the link carries nothing")
-    return _evaluate(link, direction, plan, json.loads(out))
+    return dict(json.loads(out))
 
 
 def _started(link: Crossing, side: Side, argv: list[str]) -> subprocess.Popen[str]:
@@ -179,6 +193,9 @@ def _evaluate(link: Crossing, direction: Direction, plan: Plan, found: dict[str,
         rate_bps=found["wire_bps"] * share if "wire_bps" in found else found["goodput_bps"],
         ideal_rate_bps=link.spec.ideal_goodput_bps(direction),
         rtt_s=median(trips),
+        queue_s=median(found["loaded_s"]) - median(there for _, there in found["pings"])
+        if found.get("loaded_s")
+        else math.nan,
         rtt_p99_s=trips[min(len(trips) - 1, int(0.99 * len(trips)))],
         jitter_s=stdev(there for _, there in found["pings"]),
         loss=1 - found["received"] / sent if sent else math.nan,

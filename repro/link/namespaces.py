@@ -144,11 +144,23 @@ def tune_tcp(namespaces: Namespaces, spec: LinkSpec) -> tuple[dict[str, int | st
             _sysctl("ipv4/tcp_no_metrics_save", "1")
             if spec.congestion_control is not None:
                 try:
-                    _sysctl("ipv4/tcp_congestion_control", spec.congestion_control)
-                except OSError:
-                    lost = [f"congestion control {spec.congestion_control}: not in this kernel, or not allowed here"]
+                    _congestion_control(side, spec.congestion_control)
+                except UserError:
+                    lost = [f"congestion control {spec.congestion_control}: not in this kernel"]
             control = _path("ipv4/tcp_congestion_control").read_text().strip()
+    if spec.congestion_control is not None and not lost:
+        control = spec.congestion_control
     return {"tcp_buffer_bytes": largest, "congestion_control": control}, lost
+
+
+def _congestion_control(side: Side, name: str) -> None:
+    """Of every connection over the link, unless a program chooses its own.
+
+    It is an attribute of the route: a namespace may only have those as its default that the host lets everybody use,
+    and for that the host would have to be changed.
+    """
+    network = f"{ADDRESSES['prefill'].rpartition('.')[0]}.0/30"
+    _ip(f"route replace {network} dev {HOST_END} src {ADDRESSES[side]} proto kernel scope link congctl {name}")
 
 
 def _quiet_ipv6() -> None:

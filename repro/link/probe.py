@@ -7,6 +7,7 @@ streams measure.
 
     python -m repro.link.probe answer HOST          prints its port, ends with its standard input
     python -m repro.link.probe ask HOST PORT PLAN   prints what it found, in JSON; PLAN is the JSON form of Plan
+    python -m repro.link.probe watch HOST PORT S    sends for S seconds; prints what came when, and TCP_INFO, in JSON
 
 Both ends read one clock, the machine's, so one-way delays are exact.
 """
@@ -24,11 +25,13 @@ import struct
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from repro.link import kernel
+from repro.link import kernel, tcp_info
 from repro.link.measurement import Plan
+from repro.link.tcp_info import Sampler
 
 # Not in Python's socket module.
 _UDP_SEGMENT, _UDP_GRO, _SO_RCVBUFFORCE = 103, 104, 33
@@ -37,6 +40,9 @@ UDP_HEADERS_BYTES = 28
 _STAMP = struct.Struct("!cdd")  # kind, sent_s, heard_s
 _BUNDLE_BYTES = 63 << 10
 _MARK_S = 0.005
+_PING_AMONG_S = 0.01
+_PING_SHARE = 5e-4  # pings among the data may take this much of the rate
+_FILLED_UP_TO_BPS = 2e9  # beyond, filling a queue is more than this end can send
 _SETTLE = 0.4  # the share of a rate measurement that is left out: slow start, filling the queue
 
 
@@ -176,26 +182,39 @@ def _by_datagrams(host: str, port: int, plan: Plan) -> dict[str, Any]:
             found["sent"] = _send_paced(out, plan, 0.7 * plan.rate_bps, plan.loss_s)
             found["received"] = tally()["datagrams"]
         if plan.rate_bps is not None:
-            _send_paced(out, plan, 1.1 * plan.rate_bps, plan.rate_s)
+            fill = plan.rate_bps * plan.queue_s / 8 if plan.rate_bps <= _FILLED_UP_TO_BPS else 0.0
+            began_s = time.monotonic()
+            _send_paced(out, plan, 1.1 * plan.rate_bps, plan.rate_s, fill)
             time.sleep(plan.queue_s)
             payload = plan.mtu_bytes - UDP_HEADERS_BYTES
-            found["wire_bps"] = _rate(tally()["marks"]) * plan.mtu_bytes / payload
+            found["marks"] = tally()["marks"]
+            found["wire_bps"] = _rate(found["marks"]) * plan.mtu_bytes / payload
+            if fill:
+                found["loaded_s"] = [
+                    heard_s - sent_s for sent_s, heard_s in _echoes(out) if sent_s > began_s + plan.rate_s / 2
+                ]
     return found
 
 
-def _send_paced(out: socket.socket, plan: Plan, rate_bps: float, duration_s: float) -> int:
-    """Send datagrams that fill the MTU at a rate of IP bytes; returns how many. Bundles never exceed a millisecond."""
+def _send_paced(out: socket.socket, plan: Plan, rate_bps: float, duration_s: float, at_once_bytes: float = 0.0) -> int:
+    """Send datagrams that fill the MTU at a rate of IP bytes, a ping among them now and then; returns how many.
+
+    `at_once_bytes` go first and unpaced, to fill a queue. Bundles never exceed a millisecond.
+    """
     size = plan.mtu_bytes - UDP_HEADERS_BYTES
     largest = min(_BUNDLE_BYTES // size, 64)
     each = max(1, min(largest, int(rate_bps / 8 * 1e-3 / plan.mtu_bytes)))
     out.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, size)
     bundle = (b"d" + size.to_bytes(4)).ljust(size, b"\0") * each
     gap_s = each * plan.mtu_bytes * 8 / rate_bps
+    ahead = int(at_once_bytes / (each * plan.mtu_bytes))
     started_s = time.monotonic()
-    bundles = max(2, int(duration_s / gap_s))
+    ping_gap_s = max(_PING_AMONG_S, 8 * (_STAMP.size + UDP_HEADERS_BYTES) / (_PING_SHARE * rate_bps))
+    ping_s = 0.0
     sent = 0
-    for i in range(bundles):
-        wait_s = started_s + i * gap_s - time.monotonic()
+    for i in range(ahead + max(2, int(duration_s / gap_s))):
+        now_s = time.monotonic()
+        wait_s = started_s + max(0, i - ahead) * gap_s - now_s
         if wait_s > 0:
             time.sleep(wait_s)
         elif wait_s < -duration_s:  # this machine cannot send so fast: the answer will tell
@@ -203,8 +222,20 @@ def _send_paced(out: socket.socket, plan: Plan, rate_bps: float, duration_s: flo
         with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
             out.send(bundle)
             sent += each
+            if now_s - ping_s > ping_gap_s:
+                out.send(_STAMP.pack(b"p", time.monotonic(), 0.0))
+                ping_s = now_s
     out.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, 0)
     return sent
+
+
+def _echoes(out: socket.socket) -> list[tuple[float, float]]:
+    """The answers that lie in the socket: (sent, heard)."""
+    found = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            found.append(_STAMP.unpack(out.recv(_STAMP.size, socket.MSG_DONTWAIT))[1:])
+    return found
 
 
 def _by_streams(host: str, port: int, plan: Plan) -> dict[str, Any]:
@@ -238,9 +269,36 @@ def _at(marks: list[list[float]], moment_s: float) -> float:
     return before + (after - before) * (moment_s - before_s) / (after_s - before_s)
 
 
-def _stream(host: str, port: int, stop_s: float) -> dict[str, Any]:
+def watch(host: str, port: int, duration_s: float, interval_s: float = 0.02) -> dict[str, Any]:
+    """Send over one connection and sample its TCP_INFO meanwhile; the receiver's marks and the samples, with their times."""
+    found: dict[str, Any] = {}
+    ready = threading.Event()
+    connections: list[socket.socket] = []
+
+    def opened(connection: socket.socket) -> None:
+        connections.append(connection)
+        ready.set()
+
+    def send() -> None:
+        found.update(_stream(host, port, time.monotonic() + duration_s, opened))
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    ready.wait()
+    sampler, samples = Sampler(), []
+    while sender.is_alive():
+        with contextlib.suppress(OSError):  # closed between the question and the reading
+            samples.append(asdict(sampler.sample(time.monotonic(), tcp_info.read(connections[0]))))
+        time.sleep(interval_s)
+    return {"marks": found["marks"], "samples": samples}
+
+
+def _stream(
+    host: str, port: int, stop_s: float, opened: Callable[[socket.socket], None] = lambda _: None
+) -> dict[str, Any]:
     chunk = bytes(1 << 16)
     with socket.create_connection((host, port)) as connection, connection.makefile("rb") as answers:
+        opened(connection)
         connection.sendall(b"sink\n")
         while time.monotonic() < stop_s:
             connection.sendall(chunk)
@@ -289,9 +347,11 @@ def _rate(marks: list[list[float]]) -> float:
 
 
 def main(argv: list[str]) -> None:
-    """Answer or ask, as the module's docstring says."""
+    """Answer, ask or watch, as the module's docstring says."""
     if argv[0] == "answer":
         answer(argv[1])
+    elif argv[0] == "watch":
+        print(json.dumps(watch(argv[1], int(argv[2]), float(argv[3]))), flush=True)
     else:
         print(json.dumps(ask(argv[1], int(argv[2]), Plan(**json.loads(argv[3])))), flush=True)
 

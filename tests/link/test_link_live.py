@@ -157,12 +157,22 @@ def test_there_are_only_two_sides(opened: Callable[..., Link]) -> None:
         opened(backend="none").command("eth9", ["true"])  # type: ignore[arg-type]
 
 
-def test_congestion_control_and_buffers_are_set_inside_the_link_only(opened: Callable[..., Link]) -> None:
+@pytest.mark.parametrize("control", ["cubic", "bbr", "reno"])
+def test_congestion_control_and_buffers_are_set_inside_the_link_only(opened: Callable[..., Link], control: str) -> None:
+    if control not in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split():
+        pytest.skip(f"this kernel has no {control}")
     outside = Path("/proc/sys/net/ipv4/tcp_wmem").read_text()
-    link = opened(backend="packet", rate_bps=1e9, rtt_s=0.1, congestion_control="reno")
-    program = "print(open('/proc/sys/net/ipv4/tcp_congestion_control').read().strip())"
-    found, _ = python(link, "prefill", program).communicate(timeout=20)
-    assert found.strip() == "reno" == link.facts["congestion_control"]
+    link = opened(backend="packet", rate_bps=1e9, rtt_s=0.1, congestion_control=control)
+    sink = python(link, "decode", SINK, link.listen_host("decode"))
+    assert sink.stdout is not None
+    host, port = link.dial(int(sink.stdout.readline()))
+    program = (
+        "import socket, sys; c = socket.create_connection((sys.argv[1], int(sys.argv[2]))); "
+        "print(c.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b'\\0').decode())"
+    )
+    found, _ = python(link, "prefill", program, host, str(port)).communicate(timeout=20)
+    sink.communicate(timeout=20)
+    assert found.strip() == control == link.facts["congestion_control"]
     assert link.facts["tcp_buffer_bytes"] >= 2 * link.spec.bdp_bytes()
     assert Path("/proc/sys/net/ipv4/tcp_wmem").read_text() == outside
 
