@@ -89,7 +89,7 @@ def codec_quality(
 def _log_probabilities(model: torch.nn.Module, following: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
     """Distributions [n − 1, vocabulary] of the tokens after each but the last, one decode step at a time."""
     rows = [
-        model(input_ids=following[:, at : at + 1], past_key_values=cache, use_cache=True).logits[0, -1].float()
+        model(input_ids=following[:, at : at + 1], past_key_values=cache, use_cache=True).logits[0, -1].double()
         for at in range(following.shape[1] - 1)
     ]
     return torch.log_softmax(torch.stack(rows), dim=-1)

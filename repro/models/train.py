@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -141,11 +141,11 @@ def train_checkpoint(folder: Path, spec: TrainSpec, name: str, progress: Callabl
 
 
 def load_bytes(name: str) -> spec.ModelSpec:
-    """The specification, which must have a vocabulary of at least 256."""
+    """The specification in float32, to train in; its vocabulary must be of at least 256."""
     model = spec.load(name)
     if model.values().get("vocab_size", 0) < BYTES:
         raise UserError(f"model {name}: a vocabulary of {BYTES} or more is needed to train on bytes")
-    return model
+    return replace(model, dtype="float32")
 
 
 def main(argv: list[str]) -> int:

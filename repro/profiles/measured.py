@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import metadata, util
 from typing import Any, Final
 
@@ -27,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repro.errors import UserError
 from repro.models.layout import StateLayout
-from repro.models.prefill import chunked_prefill, chunks
+from repro.models.prefill import chunked_prefill
 from repro.profiles.base import DecodeStep, KVSize, PhaseProfile, PrefillCurve
 
 Clock = Callable[[], float]
@@ -124,6 +123,14 @@ def measure(
     return Measurement(tuple(prefill), tuple(decode), ceilings, per_token, per_pair, kernels_of(model), stopped)
 
 
+def time_prefill(
+    model: torch.nn.Module, tokens: int, chunk_tokens: int, repeats: int, clock: Clock = time.perf_counter
+) -> Timing:
+    """T_prefill of one length: warmed up, repeated, synchronised."""
+    ids = _prompt(model, 1, tokens)
+    return _repeat(model, tokens, 1, repeats, clock, lambda: chunked_prefill(model, ids, chunk_tokens))
+
+
 def _prefill_timings(
     model: torch.nn.Module, spec: ProfileSpec, progress: Progress, clock: Clock, deadline: float
 ) -> tuple[list[Timing], str]:
@@ -132,9 +139,8 @@ def _prefill_timings(
     while length <= spec.last_tokens:
         if timings and (reason := _too_much(model, timings, length, spec, deadline - clock())):
             return timings, reason
-        ids = _prompt(model, 1, length)
         try:
-            timing = _repeat(model, length, 1, spec.repeats, clock, partial(_prefill, model, ids, spec))
+            timing = time_prefill(model, length, spec.chunk_tokens, spec.repeats, clock)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             if len(timings) < 2:
@@ -316,8 +322,3 @@ def profile_of(
         notes=f"Prefill in chunks of {spec.chunk_tokens} tokens; lengths ended by {measurement.stopped}.",
         provenance={f"kernel {key}": value for key, value in measurement.kernels.items()},
     )
-
-
-def number_of_chunks(tokens: int, spec: ProfileSpec) -> int:
-    """How many forward passes a prefill of `tokens` takes."""
-    return sum(1 for _ in chunks(0, tokens, spec.chunk_tokens))
