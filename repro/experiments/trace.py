@@ -33,15 +33,20 @@ class Options(simulated.Options):
 
 
 def hit_rates(chunk: Chunk, cache: CacheSpec) -> dict[str, float]:
-    """Share of all blocks that an unlimited cache would serve: attention alone, and every layer group."""
+    """Share of all blocks that an unlimited cache would serve: attention alone, and every layer group.
+
+    A prompt's last key names a block that it does not fill. Attention-only rates count it, as those published for the traces do; a
+    checkpoint is taken at the end of the last full block, since nobody else's prompt ends where this one does.
+    """
     attention = replace(cache, groups=tuple(group for group in cache.groups if group.kind == "block"), capacity_bytes=float("inf"))
     pools = {"attention_only": HybridPool(attention), "hybrid": HybridPool(replace(cache, capacity_bytes=float("inf")))}
     hits, blocks = dict.fromkeys(pools, 0), 0
-    for keys, _ in chunk.chains or []:
+    for tokens, (keys, _) in zip(chunk.input_tokens.tolist(), chunk.chains or [], strict=False):
         blocks += len(keys)
         for name, pool in pools.items():
-            hits[name] += pool.match_blocks(keys)
-            pool.insert(keys)
+            part = keys if name == "attention_only" else keys[: (tokens - 1) // cache.block_tokens]
+            hits[name] += pool.match_blocks(part)
+            pool.insert(part)
     return {name: count / blocks for name, count in hits.items()} if blocks else {}
 
 
