@@ -592,7 +592,8 @@ class Simulation:
             for flow in site.link.flows():
                 job = flow.payload
                 # A running prefill is left to end: its transfer may yet find the link repaired.
-                if not flow.draining or not job.home.prefill.serving or not job.offloaded or job.parts > 1:
+                running = not flow.draining or job.prefill_end_s < 0 or job.parts > 1
+                if running or not job.offloaded or not job.home.prefill.serving:
                     continue
                 # An outage is expected to last as long as it has lasted: worse than prefilling anew only if that is done sooner.
                 anew_s = job.home.prefill.predicted_wait_s(now_s) + job.home.tables.prefill_s[job.input_tokens]
@@ -619,9 +620,13 @@ class Simulation:
             return  # it has been converted, or is down already
         lost = stage.fail(now_s, fault.instance)
         self.agenda.at(now_s + fault.for_s, self._repair, (stage, fault.instance))
+        if fault.pool == "prfaas":
+            gone = {job.id for job in lost}
+            link = self.sites[fault.cluster].link
+            for flow in link.flows():
+                if flow.payload.id in gone:
+                    link.cancel(now_s, flow)
         for job in lost:
-            if job.flow is not None and job.site is not None and fault.pool == "prfaas":
-                job.site.link.cancel(now_s, job.flow)
             self._again(now_s, job, Route(job.offloaded))
 
     def _repair(self, now_s: float, repaired: tuple[WholePrefill | ChunkedPrefill | DecodeStage, int]) -> None:

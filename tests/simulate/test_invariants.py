@@ -59,8 +59,9 @@ def check(table: pd.DataFrame, n: int) -> None:
     assert (done.loc[done["route"] == "pd", "transfer_s"] == 0).all()
 
 
-def test_requests_are_conserved_and_nothing_comes_before_its_cause_under_faults_and_controllers() -> None:
-    table, summary = play(everything(), busy())
+@pytest.mark.parametrize("chunk_tokens", [None, 1024])
+def test_requests_are_conserved_and_nothing_comes_before_its_cause_under_faults_and_controllers(chunk_tokens: int | None) -> None:
+    table, summary = play(everything(chunk_tokens=chunk_tokens), busy())
     assert summary.arrived == 2500 == summary.completed + summary.refused + summary.unfinished
     assert summary.unfinished == 0
     check(table, 2500)
