@@ -159,7 +159,8 @@ def _combinations(spec: LinkSpec, options: Options) -> list[tuple[int, str]]:
         return [(CENTRE_CONNECTIONS, options.congestion_controls[0])]
     if whole and (options.whole_grid or spec.rtt_s == CENTRE.rtt_s):
         return list(itertools.product(options.connections, options.congestion_controls))
-    controls = options.congestion_controls if spec.loss else options.congestion_controls[:1]
+    # Without delay a window recovers at once, so loss says nothing about the control.
+    controls = options.congestion_controls if spec.loss and spec.rtt_s else options.congestion_controls[:1]
     return [(CENTRE_CONNECTIONS, control) for control in controls]
 
 
@@ -331,7 +332,9 @@ def draw(record: Record) -> Figure:
             rtt.plot(1e3 * by_rtt["asked_rtt_s"], 1e3 * by_rtt["rtt_error_s"], label=f"{name}, median", **look)
             rtt.plot(1e3 * by_rtt["asked_rtt_s"], 1e3 * by_rtt["rtt_p99_error_s"], alpha=0.4, **look)
     rate.axhspan(-1, 1, color=style.GREY, alpha=0.15, linewidth=0)
-    rate.set(xscale="log", xlabel="asked rate (bit/s)", ylabel="off the ideal (%)", title="Rate")
+    rate.set(
+        xscale="log", xlabel="asked rate (bit/s)", ylabel="off the ideal (%)", title="Is the rate the one asked for?"
+    )
     milliseconds = np.geomspace(1, 300, 50)
     rtt.plot(
         milliseconds, np.maximum(0.6, 0.015 * milliseconds), color=style.GREY, linestyle=":", label="allowed median"
@@ -361,14 +364,20 @@ def _draw_loss(axis: Any, links: pd.DataFrame) -> None:
         )
     ends = [5e-5, 3e-2]
     axis.plot(ends, ends, color=style.GREY, linestyle=":", label="asked")
-    axis.set(xscale="log", yscale="log", xlabel="asked loss per segment", ylabel="measured", title="Loss")
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="asked loss per segment",
+        ylabel="measured",
+        title="Is the loss, per segment?",
+    )
 
 
 def _draw_theory(axis: Any, streams: pd.DataFrame) -> None:
     lossy = streams[(streams["asked_loss"] > 0) & (streams["asked_rtt_s"] > 0)]
     lossy = lossy[lossy["connections"] == CENTRE_CONNECTIONS].sort_values("asked_loss")
     groups = lossy.groupby("congestion_control", sort=False)
-    for (name, rows), (colour, marker, dash) in zip(groups, style.SERIES, strict=False):
+    for (name, rows), (colour, marker, dash) in zip(groups, style.SERIES[3:], strict=False):
         label = f"iperf3, {CENTRE_CONNECTIONS} × {name}"
         axis.plot(
             rows["asked_loss"], rows["goodput_bps"] / 1e6, color=colour, marker=marker, linestyle=dash, label=label
@@ -391,13 +400,11 @@ def draw_signals(record: Record) -> Figure:
     )
     rate.plot(signals["at_s"], signals["acked_bps"] / 1e6, color=style.BLUE, label="acknowledged, moving average")
     rate.set(ylabel="Mbit/s", title="The sender sees the link change within a few hundred milliseconds")
-    queue.plot(signals["at_s"], 1e3 * signals["queue_delay_s"], color=style.RED, label="rtt − min_rtt")
-    queue.plot(
-        signals["at_s"], signals["backlog_bytes"] / 1e5, color=style.ORANGE, linestyle="--", label="unsent, 100 kB"
+    rate.legend(loc="center", bbox_to_anchor=(0.58, 0.6))
+    queue.plot(signals["at_s"], 1e3 * signals["queue_delay_s"].clip(lower=1e-4), color=style.RED)
+    queue.set(
+        yscale="log", xlabel="time since the schedule began (s)", ylabel="rtt − min_rtt (ms)", title="and its queue"
     )
-    queue.set(xlabel="time since the schedule began (s)", ylabel="ms; 100 kB", title="Queue and backlog")
-    for axis in (rate, queue):
-        axis.legend(loc="upper right")
     return figure
 
 

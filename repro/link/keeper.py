@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import select
+import signal
 import socket
 import sys
 import time
@@ -40,6 +41,9 @@ class Wire(Protocol):
     def follow(self) -> None:
         """Do what the schedule asks for now."""
 
+    def close(self) -> None:
+        """End what works here; it is gone when this returns."""
+
 
 class PacketWire:
     """A forwarder process per direction, which follow the schedule by themselves."""
@@ -48,6 +52,7 @@ class PacketWire:
         ends = {side: wire_end(interface) for side, interface in ROUTER_END.items()}
         self.buffer_bytes = min(end.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) for end in ends.values())
         self._boards: dict[Direction, memoryview[float]] = {}
+        self._forwarders: list[int] = []
         self.cores = _own_cores()
         ways: tuple[tuple[Direction, Side, Side], ...] = (
             ("forward", "prefill", "decode"),
@@ -56,7 +61,8 @@ class PacketWire:
         for direction, source, sink in ways:
             board = memoryview(mmap.mmap(-1, Board.CELLS * 8)).cast("d")
             self._boards[direction] = board
-            if os.fork() == 0:
+            self._forwarders.append(os.fork())
+            if self._forwarders[-1] == 0:
                 kernel.die_with_parent()
                 if self.cores:
                     os.sched_setaffinity(0, self.cores)
@@ -101,6 +107,12 @@ class PacketWire:
     def follow(self) -> None:
         """Nothing to do."""
 
+    def close(self) -> None:
+        """Kill both forwarders and wait for their end."""
+        for forwarder in self._forwarders:
+            os.kill(forwarder, signal.SIGKILL)
+            os.waitpid(forwarder, 0)
+
 
 def _own_cores() -> set[int]:
     """The last two cores where there are enough to leave the rest of the run its own; else none in particular."""
@@ -126,7 +138,10 @@ def main() -> None:
         _say({"unavailable": str(error)})
         return
     _say({"rootless": held.rootless, "facts": facts | facts_of_tcp, "lost": lost})
-    _serve(wire)
+    try:
+        _serve(wire)
+    finally:
+        wire.close()
 
 
 def _wire(held: Namespaces, spec: LinkSpec, backend: str) -> tuple[Wire, dict[str, Any]]:

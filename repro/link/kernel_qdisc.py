@@ -63,6 +63,9 @@ class KernelWire:
         """Backlog and drops of the queueing disciplines."""
         return {direction: self._counters(interface) for direction, interface in _EGRESS.items()}
 
+    def close(self) -> None:
+        """Nothing to do: disciplines and rules end with their namespace."""
+
     def _apply(self, direction: Direction, verb: str) -> None:
         discipline = (self._netem if self._backend == "netem" else self._tbf)(direction)
         if discipline:

@@ -217,7 +217,7 @@ def test_links_that_come_and_go_leave_nothing_behind() -> None:
     spec = LinkSpec(rate_bps=1e9, rtt_s=0.01, backend="auto")
     open_link(spec, run="warm-up").close()
     before = resources()
-    # The issue asks for 50; `scripts/bench link cycles` does those, a dozen find a leak as well.
+    # `scripts/bench link` does fifty; a dozen find a leak as well.
     for _ in range(12):
         with open_link(spec, run="cycles"):
             pass
