@@ -24,7 +24,9 @@ from repro.serving.channel import die_with_parent
 from repro.transport import TransportSpec, open_receiver, open_sender
 from repro.transport.arena import Arena
 
-PIECES = 32
+REQUEST_BYTES = 128 << 20
+UNDER_WAY = 3
+_answers = sys.stdout
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ def main(argv: list[str]) -> int:
     """`receive JOB` or `send JOB PORT`, JOB as JSON."""
     die_with_parent()
     # Libraries print to stdout now and then, and that must not be read as a result: they get stderr.
-    sys.stdout = os.fdopen(os.dup(1), "w")
+    global _answers
+    _answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     values = json.loads(argv[1])
     job = build(Job, values)
@@ -60,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 def say(result: dict[str, Any]) -> None:
     """One line for the benchmark that started this process."""
-    print(json.dumps(result), flush=True)
+    print(json.dumps(result), file=_answers, flush=True)
 
 
 def cpu_s() -> float:
@@ -103,7 +106,7 @@ def receive_by_sockets(job: Job) -> dict[str, Any]:
     listener = socket.create_server((job.host, 0), backlog=count)
     if job.spec.receive_buffer_bytes:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, job.spec.receive_buffer_bytes)
-    per_connection = max(1, PIECES // count)
+    per_connection = max(1, REQUEST_BYTES // size // count)
     parts = [prefaulted(per_connection * size) for _ in range(count)]
     totals = [0] * count
 
@@ -130,7 +133,8 @@ def receive_by_sockets(job: Job) -> dict[str, Any]:
 def send_by_sockets(job: Job, port: int) -> dict[str, Any]:
     """A thread per connection that does nothing but `sendall`, and one that counts the confirmations."""
     count, size = job.spec.connections, job.piece_bytes
-    source = prefaulted(PIECES * size)
+    pieces = max(count, REQUEST_BYTES // size)
+    source = prefaulted(pieces * size)
     socks = []
     for _ in range(count):
         sock = socket.socket()
@@ -144,7 +148,7 @@ def send_by_sockets(job: Job, port: int) -> dict[str, Any]:
         at = slot
         while not over.is_set():
             socks[slot].sendall(source[at * size : (at + 1) * size])
-            at = (at + count) % PIECES
+            at = (at + count) % pieces
         socks[slot].shutdown(socket.SHUT_WR)
 
     def count_up(slot: int) -> None:
@@ -179,10 +183,10 @@ def receive_by_transport(job: Job) -> dict[str, Any]:
 
 
 def send_by_transport(job: Job, port: int) -> dict[str, Any]:
-    """Two requests under way at any time, from memory that is checksummed once: capture pays for that elsewhere."""
+    """A few requests under way at any time, from memory that is checksummed once: capture pays for that elsewhere."""
     size = job.piece_bytes
-    source = prefaulted(PIECES * size)
-    payloads = [source[i * size : (i + 1) * size] for i in range(PIECES)]
+    source = prefaulted(REQUEST_BYTES)
+    payloads = [source[at : at + size] for at in range(0, REQUEST_BYTES, size)]
     model = [_piece(payload, index) for index, payload in enumerate(payloads)]
     over = threading.Event()
     total = 0
@@ -201,13 +205,13 @@ def send_by_transport(job: Job, port: int) -> dict[str, Any]:
                 for piece in pieces:
                     sender.send(piece)
                 sender.finish(Manifest.of(request, [piece.header for piece in pieces], {"last": last}))
-                if request >= 2:
-                    sender.wait(request - 2)
                 if last:
-                    for waited in range(max(0, request - 1), request + 1):
+                    for waited in range(max(0, request - UNDER_WAY + 1), request + 1):
                         sender.wait(waited)
-                    total = (request + 1) * PIECES * size
+                    total = (request + 1) * REQUEST_BYTES
                     return
+                if request >= UNDER_WAY - 1:
+                    sender.wait(request - UNDER_WAY + 1)
                 request += 1
 
         thread = threading.Thread(target=send_requests)

@@ -23,7 +23,7 @@ from repro.kvcache.frames import Manifest, Piece
 from repro.transport.arena import Arena, Block
 from repro.transport.handshake import Hello, Role, Welcome, encrypt, examine, tls_context, welcome
 from repro.transport.remote_memory import Target, open_target, send_description
-from repro.transport.session import Failure, PieceArrival, Session, Whole
+from repro.transport.session import MAX_JOINED, Claim, Failure, PieceArrival, Session, Whole
 from repro.transport.spec import BACKENDS, TransportSpec
 from repro.transport.wire import (
     ENVELOPE_BYTES,
@@ -41,7 +41,6 @@ from repro.transport.wire import (
 log = logging.getLogger("repro.transport")
 
 _MAX_STRANGERS = 64
-_SLICE_BYTES = 512 << 10  # read and checksummed at a time: fits the cache of one core
 _MAX_FAILURES = 10_000
 
 
@@ -321,17 +320,17 @@ class Receiver:
             del self._failures[:-_MAX_FAILURES]
 
     def _read(self, sock: socket.socket, session: Session) -> None:
-        reserved: dict[tuple[int, int, int], Envelope] = {}
+        reserved: dict[tuple[int, int, int], Claim] = {}
         try:
             if self._target is not None:
                 send_description(sock, self._target)
             self._read_messages(sock, session, reserved)
         finally:
-            for envelope in reserved.values():
-                session.filled(envelope, False)
+            for claim in reserved.values():
+                session.filled(claim, False)
 
     def _read_messages(
-        self, sock: socket.socket, session: Session, reserved: dict[tuple[int, int, int], Envelope]
+        self, sock: socket.socket, session: Session, reserved: dict[tuple[int, int, int], Claim]
     ) -> None:
         """`reserved` is what a remote writer has a place for and has not written yet."""
         head = memoryview(bytearray(HEAD_BYTES))
@@ -346,16 +345,13 @@ class Receiver:
                 if claim is not None:
                     whole = False
                     try:
-                        for start in range(0, envelope.length, _SLICE_BYTES):
-                            end = min(start + _SLICE_BYTES, envelope.length)
-                            if not read_into(sock, claim.view[start:end], deadline):
-                                raise PeerError("closed in the middle of a segment")
-                            claim.came(start, end)
+                        if claim.view.nbytes and not read_into(sock, claim.view, deadline):
+                            raise PeerError("closed in the middle of a segment")
                         whole = True
                     finally:
-                        session.filled(envelope, whole)
+                        session.filled(claim, whole)
                 elif envelope.length:
-                    scratch = scratch or memoryview(bytearray(session.segment_bytes))
+                    scratch = scratch or memoryview(bytearray(MAX_JOINED * session.segment_bytes))
                     read_into(sock, scratch[: envelope.length], deadline)
             elif envelope.kind is Kind.MANIFEST:
                 limit = self._limits.max_manifest_bytes + 4096
@@ -373,8 +369,8 @@ class Receiver:
                 if claim is None:
                     sock.sendall(Envelope(Kind.PLACE).pack())
                 else:
-                    reserved[key] = envelope
-                    place = claim.incoming.block.offset + envelope.offset
+                    reserved[key] = claim
+                    place = claim.piece.block.offset + envelope.offset
                     sock.sendall(Envelope(Kind.PLACE, offset=place, length=1).pack())
             elif envelope.kind is Kind.WRITTEN:
                 written = reserved.pop((envelope.transfer, envelope.piece, envelope.offset), None)

@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from repro.errors import UserError
@@ -26,6 +26,7 @@ from repro.kvcache.frames import Manifest, Piece
 from repro.transport.handshake import Hello, Role, encrypt, introduce, tls_context
 from repro.transport.remote_memory import Origin, open_origin, read_description
 from repro.transport.schedule import Schedule
+from repro.transport.session import MAX_JOINED
 from repro.transport.signals import ConnectionSignal, read_signal
 from repro.transport.spec import BACKENDS, TransportSpec
 from repro.transport.wire import (
@@ -47,6 +48,7 @@ _TCP_NOTSENT_LOWAT = 25
 _SO_MAX_PACING_RATE = 47
 _UNLIMITED = (1 << 64) - 1
 _BATCH = 32
+_QUICK_S = 0.005
 _LAST = 1 << 62  # the manifest's place in the order: after every layer
 _RETRY_S = (0.0, 0.05, 0.1, 0.25, 0.5)
 
@@ -128,6 +130,27 @@ class Segment:
     outgoing: _Outgoing | None
     offset: int
     length: int
+
+
+def joined(batch: list[Segment]) -> list[Segment]:
+    """The batch with neighbouring segments of a piece made one, up to `MAX_JOINED` of them."""
+    out: list[Segment] = []
+    count = 0
+    for segment in batch:
+        last = out[-1] if out else None
+        if (
+            last is not None
+            and segment.outgoing is not None
+            and last.outgoing is segment.outgoing
+            and last.offset + last.length == segment.offset
+            and count < MAX_JOINED
+        ):
+            out[-1] = replace(last, length=last.length + segment.length)
+            count += 1
+        else:
+            out.append(segment)
+            count = 1
+    return out
 
 
 class Sender:
@@ -398,14 +421,14 @@ class Sender:
         self._room.notify_all()
         self._work.notify_all()
 
-    def _take(self, carrier: int) -> list[Segment] | None:
+    def _take(self, carrier: int, quantum_bytes: int) -> list[Segment] | None:
         """What the connection sends next; empty for a heartbeat, None when it should end."""
         batch: list[Segment] = []
         total = 0
         with self._lock:
             until = self._clock() + self._spec.heartbeat_s
             while carrier in self._carriers and not self._closed:
-                while total < self._spec.segment_bytes and len(batch) < _BATCH:
+                while total < quantum_bytes and len(batch) < _BATCH:
                     segment = self._schedule.pop(self._may_take)
                     if segment is None:
                         break
@@ -616,8 +639,15 @@ class Sender:
                     origin = self._open_origin(sock, slot)
                 # Little unsent data in the kernel: what is needed earliest can still overtake.
                 sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, self._spec.segment_bytes)
-                while (batch := self._take(carrier)) is not None:
+                quantum = smallest = self._spec.segment_bytes
+                while (batch := self._take(carrier, quantum)) is not None:
+                    began = time.monotonic()
                     self._write(sock, slot, batch, origin)
+                    # A fast link is served in larger bites, which cost less; on a slow one, what comes must overtake.
+                    took = time.monotonic() - began
+                    quantum = (
+                        min(2 * quantum, MAX_JOINED * smallest) if took < _QUICK_S else max(quantum // 2, smallest)
+                    )
             except (OSError, PeerError, UserError) as error:
                 problem = str(getattr(error, "strerror", None) or error)
             with self._lock:
@@ -678,7 +708,7 @@ class Sender:
         if origin is not None:
             buffers += self._write_remotely(sock, origin, batch)
             total = sum(segment.length for segment in batch)
-        for segment in batch:
+        for segment in joined(batch):
             transfer, out = segment.transfer, segment.outgoing
             if out is not None and origin is None:
                 piece = out.piece

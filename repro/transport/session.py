@@ -14,16 +14,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import xxhash
-
 from repro.kvcache.frames import Assembly, FrameError, FrameHeader, Manifest, Piece
 from repro.transport.arena import Arena, Block
+from repro.transport.arriving import ArrivingPiece
 from repro.transport.spec import ReceiverLimits
 from repro.transport.wire import Envelope, Kind, PeerError
 
 log = logging.getLogger("repro.transport")
 
 _ATTEMPTS = 3
+MAX_JOINED = 4  # segments of a piece that may cross as one message, where the link is fast
 _MAX_FINISHED = 1 << 16
 
 
@@ -58,56 +58,14 @@ class Failure:
     reason: str
 
 
-@dataclass
-class _Incoming:
-    """A piece of which some segments are here.
-
-    The checksum is computed as the bytes come in, while they are in the processor's cache, as far as they come in
-    order; the rest is added at the end. `hashed` is how far it has got.
-    """
-
-    header: FrameHeader
-    raw_header: bytes
-    block: Block
-    view: memoryview
-    segments: int
-    first_byte_s: float
-    got: set[int] = field(default_factory=set)
-    claimed: set[int] = field(default_factory=set)  # ever, since the checksum was begun
-    writers: int = 0
-    hasher: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
-    hashed: int = 0
-    attempts: int = 0
-    sealed: bool = False  # complete: nobody may write any more
-    acknowledged: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrived(Piece):
-    """A piece whose checksum was computed on arrival."""
-
-    computed: bytes
-
-    def verify(self) -> None:
-        """As `Piece.verify`, without reading the payload again."""
-        if self.computed != self.header.checksum:
-            raise FrameError(f"checksum of piece {self.header.piece}: does not match its payload")
-
-
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Where a segment belongs. `first`: no other connection brings the same bytes at this time."""
+    """A segment's place in its piece. Whoever holds it calls `Session.filled`, whatever became of it."""
 
+    transfer: _Transfer
+    piece: ArrivingPiece
+    cells: range
     view: memoryview
-    incoming: _Incoming
-    offset: int
-    first: bool
-
-    def came(self, start: int, end: int) -> None:
-        """Bytes [start, end) of the segment are in place: continue the checksum with them, if it is their turn."""
-        if self.first and self.incoming.hashed == self.offset + start:
-            self.incoming.hasher.update(self.view[start:end])
-            self.incoming.hashed = self.offset + end
 
 
 @dataclass
@@ -116,7 +74,7 @@ class _Transfer:
     began_s: float
     request_id: int | None = None
     assembly: Assembly | None = None
-    pieces: dict[int, _Incoming] = field(default_factory=dict)
+    pieces: dict[int, ArrivingPiece] = field(default_factory=dict)
     arrivals: list[PieceArrival] = field(default_factory=list)
     manifest: Manifest | None = None
     expected_bytes: int = 0
@@ -149,6 +107,7 @@ class Session:
         self.alone_since_s = clock()
         self._arena = arena
         self._limits = limits
+        self._frame_limits = limits.frames
         self._deliver = deliver
         self._report = report
         self._clock = clock
@@ -175,11 +134,11 @@ class Session:
     def claim(self, envelope: Envelope, raw_header: bytes | memoryview) -> Claim | None:
         """Where the segment belongs, or None where it is not wanted (late, repeated or refused).
 
-        Whoever gets a view calls `filled` afterwards, whatever became of it. Raises PeerError where the peer cannot be
-        trusted to keep to the protocol any more.
+        Raises PeerError where the peer cannot be trusted to keep to the protocol any more.
         """
-        if envelope.length > self.segment_bytes:
-            raise PeerError(f"a segment of {envelope.length} bytes, {self.segment_bytes} were agreed")
+        longest = MAX_JOINED * self.segment_bytes
+        if envelope.length > longest:
+            raise PeerError(f"a segment of {envelope.length} bytes, {longest} were agreed")
         with self._lock:
             transfer = self._open(envelope.transfer)
             if transfer is None:
@@ -194,53 +153,47 @@ class Session:
             elif incoming.raw_header != raw_header:
                 self._refuse(transfer, f"piece {envelope.piece} came with two different headers")
                 return None
-            size = incoming.header.payload_bytes
-            if envelope.offset % self.segment_bytes or envelope.length != min(
-                self.segment_bytes, size - envelope.offset
-            ):
-                self._refuse(
-                    transfer,
-                    f"segment of {envelope.length} bytes at {envelope.offset} does not fit piece {envelope.piece} of "
-                    f"{size} bytes",
-                )
+            cells = incoming.cells(envelope.offset, envelope.length)
+            if cells is None:
+                where = f"{envelope.length} bytes at {envelope.offset}"
+                size = incoming.header.payload_bytes
+                self._refuse(transfer, f"segment of {where} does not fit piece {envelope.piece} of {size} bytes")
                 return None
-            if incoming.sealed or envelope.offset // self.segment_bytes in incoming.got:
+            if not incoming.wants(cells):
                 log.info("ignored a repeated segment of piece %d, transfer %d", envelope.piece, transfer.number)
                 if incoming.acknowledged:
                     self._say(Envelope(Kind.ACK, transfer.number, envelope.piece))
                 return None
-            incoming.writers += 1
-            index = envelope.offset // self.segment_bytes
-            first = index not in incoming.claimed
-            incoming.claimed.add(index)
-            view = incoming.view[envelope.offset : envelope.offset + envelope.length]
-            return Claim(view, incoming, envelope.offset, first)
+            return Claim(transfer, incoming, cells, incoming.open(cells))
 
-    def filled(self, envelope: Envelope, whole: bool) -> None:
+    def filled(self, claim: Claim, whole: bool) -> None:
         """A claimed view has been written, wholly or not."""
+        transfer, piece = claim.transfer, claim.piece
         with self._lock:
-            transfer = self._transfers.get(envelope.transfer)
-            if transfer is None:
-                return
-            incoming = transfer.pieces[envelope.piece]
-            incoming.writers -= 1
+            piece.put(claim.cells, whole)
             if transfer.dropped:
                 self._bury(transfer)
                 return
-            if whole:
-                incoming.got.add(envelope.offset // self.segment_bytes)
-            elif envelope.offset < incoming.hashed < envelope.offset + envelope.length:
-                incoming.hasher, incoming.hashed = xxhash.xxh3_128(), 0  # its bytes come again: begin again
-            if incoming.sealed or incoming.writers or len(incoming.got) < incoming.segments:
+            if not piece.begin_checksum():
                 return
-            incoming.sealed = True
-            incoming.writers += 1  # the checksum reads what must not be freed meanwhile
-        self._assemble(transfer, incoming)
+        while True:
+            with self._lock:
+                span = piece.next_span()
+                if span is None:
+                    if transfer.dropped:
+                        self._bury(transfer)
+                        return
+                    if not piece.sealed:
+                        return
+                    piece.users += 1  # until it is in the assembly
+                    break
+            piece.checksum(span)
+        self._assemble(transfer, piece)
 
     def close_with(self, envelope: Envelope, packed: bytearray) -> None:
         """The manifest has come."""
         try:
-            manifest = Manifest.unpack(packed, self._limits.frames)
+            manifest = Manifest.unpack(packed, self._frame_limits)
         except FrameError as error:
             manifest, reason = None, str(error)
         with self._lock:
@@ -297,7 +250,7 @@ class Session:
                 for piece, incoming in transfer.pieces.items():
                     if incoming.acknowledged:
                         self._say(Envelope(Kind.ACK, transfer.number, piece))
-                    elif incoming.attempts and not (incoming.got or incoming.writers):
+                    elif incoming.attempts and incoming.empty:
                         self._say(Envelope(Kind.AGAIN, transfer.number, piece))
 
     def abandon(self, reason: str) -> None:
@@ -325,8 +278,8 @@ class Session:
         transfer = self._transfers[number] = _Transfer(number, self._clock())
         return transfer
 
-    def _admit(self, transfer: _Transfer, envelope: Envelope, raw_header: bytes | memoryview) -> _Incoming:
-        header = FrameHeader.unpack(raw_header, self._limits.frames)
+    def _admit(self, transfer: _Transfer, envelope: Envelope, raw_header: bytes | memoryview) -> ArrivingPiece:
+        header = FrameHeader.unpack(raw_header, self._frame_limits)
         if header.piece != envelope.piece:
             raise FrameError(f"piece: the envelope says {envelope.piece}, the header {header.piece}")
         if transfer.request_id not in (None, header.request_id):
@@ -342,13 +295,9 @@ class Session:
         transfer.request_id = header.request_id
         transfer.expected_bytes += size
         self._held_bytes += size
-        incoming = transfer.pieces[header.piece] = _Incoming(
-            header,
-            bytes(raw_header),
-            block,
-            self._arena.view(block, size),
-            max(1, -(-size // self.segment_bytes)),
-            self._clock(),
+        view = self._arena.view(block, size)
+        incoming = transfer.pieces[header.piece] = ArrivingPiece(
+            header, bytes(raw_header), block, view, self.segment_bytes, self._clock()
         )
         return incoming
 
@@ -365,7 +314,7 @@ class Session:
 
     def _bury(self, transfer: _Transfer) -> None:
         """Give a dropped transfer's memory back once no connection writes into it."""
-        if any(incoming.writers for incoming in transfer.pieces.values()):
+        if any(incoming.users for incoming in transfer.pieces.values()):
             return
         for incoming in transfer.pieces.values():
             self._arena.free(incoming.block)
@@ -386,20 +335,19 @@ class Session:
 
     # Below, it is free: checksums are computed without it.
 
-    def _assemble(self, transfer: _Transfer, incoming: _Incoming) -> None:
+    def _assemble(self, transfer: _Transfer, incoming: ArrivingPiece) -> None:
         header = incoming.header
         problem = None
-        incoming.hasher.update(incoming.view[incoming.hashed :])
-        arrived = _Arrived(header, incoming.view, incoming.hasher.digest())
+        arrived = incoming.arrived()
         with transfer.assembling:
             if transfer.assembly is None:
-                transfer.assembly = Assembly(header.request_id, self._limits.frames)
+                transfer.assembly = Assembly(header.request_id, self._frame_limits)
             try:
                 transfer.assembly.add(arrived)
             except FrameError as error:
                 problem = str(error)
         with self._lock:
-            incoming.writers -= 1
+            incoming.users -= 1
             if transfer.dropped:
                 self._bury(transfer)
                 return
@@ -409,10 +357,7 @@ class Session:
                 if incoming.attempts >= _ATTEMPTS:
                     self._refuse(transfer, problem)
                     return
-                incoming.got.clear()
-                incoming.claimed.clear()
-                incoming.hasher, incoming.hashed = xxhash.xxh3_128(), 0
-                incoming.sealed = False
+                incoming.restart()
                 self._say(Envelope(Kind.AGAIN, transfer.number, header.piece))
                 return
             incoming.acknowledged = True
@@ -429,7 +374,7 @@ class Session:
             if manifest is None:
                 return
             if assembly is None:
-                assembly = transfer.assembly = Assembly(manifest.request_id, self._limits.frames)
+                assembly = transfer.assembly = Assembly(manifest.request_id, self._frame_limits)
             if len(assembly) < manifest.pieces:
                 return
             with self._lock:

@@ -155,10 +155,10 @@ def test_a_request_beyond_the_receivers_limits_is_refused_and_the_next_goes_thro
 def test_a_rate_cap_holds_and_can_be_lifted(spec: TransportSpec) -> None:
     with open_receiver(spec, "127.0.0.1") as receiver, open_sender(spec, ("127.0.0.1", receiver.port)) as sender:
         sender.set_rate_cap(8e6)
-        send_all(sender, *make_request(1, [1_000_000]))
+        send_all(sender, *make_request(1, [2_000_000]))
         with receiver.receive(10) as received:
             capped_s = received.last_byte_s - received.first_byte_s
-        # A megabyte at one megabyte per second; the kernel lets the first bursts through unpaced.
+        # Two megabytes at one per second; the kernel lets the first bursts through unpaced.
         assert capped_s > 0.5
         sender.set_rate_cap(None)
         send_all(sender, *make_request(2, [10_000_000] * 3), deadline_s=20)  # half a minute at the capped rate
