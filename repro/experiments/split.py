@@ -99,11 +99,10 @@ def model_metrics(context: Context, model: ModelRun, lengths: Sequence[int]) -> 
     ]
     for mode in ("bulk", "layerwise"):
         case = f"{model.name}/{mode}"
-        sent = sum(served.total_kv_bytes for served in model.runs[mode].served)
         rows += [
             row(context, case, "tokens_match", [model.tokens_match(mode)], ""),
             row(context, case, "kv_bytes_match", [model.bytes_match(mode)], ""),
-            row(context, case, "wire_overhead", [model.wire_bytes[mode] / sent - 1], ""),
+            row(context, case, "wire_overhead", [model.wire_overhead(mode)], ""),
         ]
     for length in lengths:
         rows += _size_metrics(context, model, length)

@@ -24,12 +24,11 @@ from repro.serving.system import Run, Served, System, joined
 
 @dataclass(frozen=True)
 class ModelRun:
-    """One model's runs by mode, and what they are judged against. `wire_bytes` is what the link itself forwarded."""
+    """One model's runs by mode, and what they are judged against."""
 
     name: str
     layout: StateLayout
     runs: Mapping[str, Run]
-    wire_bytes: Mapping[str, float]
     origin_s: float
     measured: LinkMeasurement
 
@@ -62,6 +61,11 @@ class ModelRun:
         """Whether every request got the tokens of the unsplit run."""
         pairs = zip(self.runs[mode].served, self.runs["unsplit"].served, strict=True)
         return all(split.tokens == unsplit.tokens for split, unsplit in pairs)
+
+    def wire_overhead(self, mode: str) -> float:
+        """TCP payload ÷ S_kv − 1: what frames, manifests and repetitions add."""
+        run = self.runs[mode]
+        return run.wire_bytes / sum(served.total_kv_bytes for served in run.served) - 1
 
     def bytes_match(self, mode: str) -> bool:
         """Whether every request shipped what the layout says, to the byte and for each kind of state."""
@@ -109,7 +113,6 @@ def serve(
     # The longest prompt, so that both workers have touched all the memory that they will need.
     warm_up = [Request(0, max(repeats[0], key=lambda request: len(request.prompt)).prompt, 2)]
     runs: dict[str, list[Run]] = {mode: [] for mode in modes}
-    wire_bytes = dict.fromkeys(modes, 0.0)
     context.progress(f"{name}: starting a prefill and a decode worker")
     with System(
         engine, context.settings.transport, link, context.folder / "logs" / f"{name}-{link.spec.name}"
@@ -120,13 +123,11 @@ def serve(
         link.start()
         for number, requests in enumerate(repeats, start=1):
             for mode in modes:
-                before = link.signals().forward.forwarded_bytes
                 runs[mode].append(system.serve(requests, mode))
-                wire_bytes[mode] += link.signals().forward.forwarded_bytes - before
             context.progress(f"{name}: {', '.join(modes)} served, {number} of {len(repeats)}")
     layout = layout_of(name, engine.model.size)
     whole = {mode: joined(parts) for mode, parts in runs.items()}
-    return ModelRun(name, layout, whole, wire_bytes, origin_s, link.measured["forward"])
+    return ModelRun(name, layout, whole, origin_s, link.measured["forward"])
 
 
 def row(

@@ -28,13 +28,14 @@ class DecodeConfig:
 
     engine: EngineSpec
     transport: TransportSpec
+    transport_process: bool
     host: str
 
 
 def work(channel: Channel, config: Message) -> None:
     """Listen, build the model, then serve until told to stop."""
     spec = configuration.build(DecodeConfig, {key: value for key, value in config.items() if key != "kind"})
-    receiver = open_receiver(spec.transport, spec.host, 0)
+    receiver = open_receiver(spec.transport, spec.host, own_process=spec.transport_process)
     engine = TorchEngine(spec.engine)
     log = SpanLog()
     batch = RunningBatch(engine, log)

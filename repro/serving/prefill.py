@@ -18,7 +18,7 @@ from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
 from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.kvcache.frames import FrameHeader, Manifest, Piece
 from repro.serving.channel import Channel, Message, run_worker
-from repro.transport import Sender, TransferFailed, TransportSpec, open_sender
+from repro.transport import Sender, SenderProcess, TransferFailed, TransportSpec, open_sender
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,14 @@ class PrefillConfig:
 
     engine: EngineSpec
     transport: TransportSpec
+    transport_process: bool
     deadline_s: float
 
 
 class _Outbox:
     """Pieces of one request on their way out: at once, or held until `release`."""
 
-    def __init__(self, sender: Sender, layerwise: bool) -> None:
+    def __init__(self, sender: Sender | SenderProcess, layerwise: bool) -> None:
         self._sender = sender
         self._layerwise = layerwise
         self._held: list[Piece] = []
@@ -65,7 +66,7 @@ def work(channel: Channel, config: Message) -> None:
     address = channel.read()
     if address["kind"] == "stop":
         return
-    sender = open_sender(spec.transport, (address["host"], address["port"]))
+    sender = open_sender(spec.transport, (address["host"], address["port"]), own_process=spec.transport_process)
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     channel.deliver(inbox.put)
     channel.send("ready")
@@ -79,7 +80,7 @@ def _serve(
     request: Request,
     layerwise: bool,
     engine: TorchEngine,
-    sender: Sender,
+    sender: Sender | SenderProcess,
     deadline_s: float,
     channel: Channel,
     log: SpanLog,
@@ -111,7 +112,7 @@ def _serve(
     )
 
 
-def _confirm(request_id: int, sender: Sender, channel: Channel, log: SpanLog) -> None:
+def _confirm(request_id: int, sender: Sender | SenderProcess, channel: Channel, log: SpanLog) -> None:
     """Report the delivery once the decode side has acknowledged it, or that there will be none."""
     try:
         delivery = sender.wait(request_id)
@@ -129,7 +130,13 @@ def _confirm(request_id: int, sender: Sender, channel: Channel, log: SpanLog) ->
                 kv_bytes=piece.payload_bytes,
             )
         )
-    channel.send("sent", request_id=request_id, resent_bytes=delivery.resent_bytes, spans=spans_to_json(log.take()))
+    channel.send(
+        "sent",
+        request_id=request_id,
+        resent_bytes=delivery.resent_bytes,
+        acked_bytes=sum(signal.tcp.bytes_acked for signal in sender.signals()),
+        spans=spans_to_json(log.take()),
+    )
 
 
 if __name__ == "__main__":

@@ -97,11 +97,16 @@ class Served:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run leaves: its requests in the order given, its timeline, and the memory that its workers held after it."""
+    """What a run leaves: its requests in the order given and its timeline.
+
+    `memory_bytes` is what its workers held after it; `wire_bytes` the TCP payload that the decode side's kernel
+    acknowledged: state, frame headers, manifests, heartbeats and whatever was sent twice.
+    """
 
     served: tuple[Served, ...]
     timeline: Timeline
     memory_bytes: int
+    wire_bytes: int
 
 
 def joined(runs: Sequence[Run]) -> Run:
@@ -109,11 +114,14 @@ def joined(runs: Sequence[Run]) -> Run:
     workers = {worker: None for run in runs for worker in run.timeline.spans}
     spans = {worker: tuple(span for run in runs for span in run.timeline.spans[worker]) for worker in workers}
     served = tuple(served for run in runs for served in run.served)
-    return Run(served, Timeline(spans), max(run.memory_bytes for run in runs))
+    return Run(served, Timeline(spans), max(run.memory_bytes for run in runs), sum(run.wire_bytes for run in runs))
 
 
 class System:
     """A prefill and a decode worker on the two sides of a link; a context manager, after which both are gone.
+
+    With `transport_process` each worker's sockets live in a process of their own, so that Python's lock never makes a
+    forward pass wait for them, nor the other way round; it costs memory and a start-up.
 
     Any method may raise WorkerDiedError, within milliseconds of a worker's end, and WorkerSilentError where nothing
     happens for `request_timeout_s`.
@@ -126,12 +134,16 @@ class System:
         link: Link,
         log_directory: Path,
         request_timeout_s: float = 120.0,
+        *,
+        transport_process: bool = False,
     ) -> None:
         self._engine = engine
         self._transport = transport
         self._link = link
         self._request_timeout_s = request_timeout_s
+        self._transport_process = transport_process
         self._supervisor = Supervisor(log_directory)
+        self._acked_bytes = 0
 
     def __enter__(self) -> System:
         try:
@@ -148,8 +160,12 @@ class System:
         """Both workers load at the same time; prefill dials when decode listens and the link leads there."""
         environment = {"OMP_NUM_THREADS": str(self._engine.threads), "TOKENIZERS_PARALLELISM": "false"}
         configs = {
-            "decode": plain(DecodeConfig(self._engine, self._transport, self._link.listen_host("decode"))),
-            "prefill": plain(PrefillConfig(self._engine, self._transport, self._request_timeout_s)),
+            "decode": plain(
+                DecodeConfig(self._engine, self._transport, self._transport_process, self._link.listen_host("decode"))
+            ),
+            "prefill": plain(
+                PrefillConfig(self._engine, self._transport, self._transport_process, self._request_timeout_s)
+            ),
         }
         self._workers: dict[str, Worker] = {}
         for side in SIDES:
@@ -195,7 +211,11 @@ class System:
         )
         spans["router"] = [Span("queue", s.request.request_id, s.arrival_s, s.prefill_start_s) for s in served]
         timeline = Timeline({worker: tuple(found) for worker, found in spans.items()})
-        return Run(served, timeline, self._supervisor.memory_bytes())
+        acked_bytes = max(
+            (heard[number]["sent"]["acked_bytes"] for number in heard if "sent" in heard[number]), default=0
+        )
+        before, self._acked_bytes = self._acked_bytes, max(acked_bytes, self._acked_bytes)
+        return Run(served, timeline, self._supervisor.memory_bytes(), self._acked_bytes - before)
 
 
 def _served(request: Request, mode: str, arrival_s: float, heard: Mapping[str, Message]) -> Served:

@@ -91,16 +91,13 @@ def test_everything_that_an_unsplit_run_needs_stays_in_its_process(system: Syste
     assert all(served.total_kv_bytes == 0 for served in run.served)
 
 
-def test_shipped_bytes_equal_the_layouts_and_the_wire_carries_them(system: System, link: Link) -> None:
-    before = link.signals().forward.forwarded_bytes
-    run = system.serve(requests(), "layerwise")
-    wire_bytes = link.signals().forward.forwarded_bytes - before
+def test_shipped_bytes_equal_the_layouts_and_the_wire_carries_little_more(layerwise: Run) -> None:
     layout = layout_of("kimi_linear", "tiny")
-    for served in run.served:
+    for served in layerwise.served:
         expected = {kind.name.lower(): n for kind, n in layout.by_kind(served.request.state_tokens).items()}
         assert served.kv_bytes == expected
-    shipped = sum(served.total_kv_bytes for served in run.served)
-    assert shipped <= wire_bytes < 1.1 * shipped
+    shipped = sum(served.total_kv_bytes for served in layerwise.served)
+    assert shipped < layerwise.wire_bytes < 1.06 * shipped  # short prompts: frame headers weigh more than in earnest
 
 
 def test_moments_of_a_request_come_in_their_order(layerwise: Run) -> None:
@@ -188,8 +185,8 @@ def kill_in_transfer(link: Link, pid: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in models.names() if name != "kimi_linear"])
-def test_tokens_equal_the_unsplit_runs_for_every_model(name: str, link: Link, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["qwen3_235b", "mimo_v2_flash", "ring_2_5_1t"])
+def test_tokens_equal_the_unsplit_runs_for_every_kind_of_state(name: str, link: Link, tmp_path: Path) -> None:
     with System(engine_spec(name), TRANSPORT, link, tmp_path) as system:
         expected = tokens(system.serve(requests(), "unsplit"))
         assert tokens(system.serve(requests(), "bulk")) == expected
@@ -203,8 +200,18 @@ HARD_LINKS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("connections", [1, 16])
-@pytest.mark.parametrize("kind", HARD_LINKS)
+def test_tokens_equal_the_unsplit_runs_with_the_transport_in_processes_of_its_own(
+    link: Link, unsplit: Run, tmp_path: Path
+) -> None:
+    with System(engine_spec("kimi_linear"), TRANSPORT, link, tmp_path, transport_process=True) as system:
+        assert tokens(system.serve(requests(), "layerwise", in_flight=3)) == tokens(unsplit)
+        children = [child.pid for child in psutil.Process(system.pid("prefill")).children()]
+        assert children
+    assert not [pid for pid in children if psutil.pid_exists(pid)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "connections"), [("lossy", 1), ("lossy", 16), ("loopback", 16)])
 def test_tokens_equal_the_unsplit_runs_over_hard_links(
     kind: str, connections: int, unsplit: Run, tmp_path: Path
 ) -> None:
