@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -69,7 +70,7 @@ def balance(
     tokens.sort()
     each = rate_per_s / n
     # Entry i: the kept[i] shortest requests stay local, the others are offloaded.
-    kept = np.append(np.arange(0, n, -(-n // CANDIDATES)), n)
+    kept = _ranks(n)
     remote = _load(_longest(costs.prfaas_s(tokens), kept), each, capacity.n_prfaas)
     link = _load(_longest(costs.kv_bytes(tokens), kept), 8 * each, capacity.egress_bps)
     local = _load(_shortest(costs.pd_s(tokens), kept), each, capacity.n_p)
@@ -101,10 +102,15 @@ def _loss(wait_s: FloatArray, patience_s: float) -> FloatArray:
     return np.asarray(np.minimum(wait_s, patience_s) + 0.01 * wait_s)
 
 
+@cache
+def _ranks(n: int) -> NDArray[np.int64]:
+    return np.append(np.arange(0, n, -(-n // CANDIDATES)), n)
+
+
 def _shortest(work: FloatArray, kept: NDArray[np.int64]) -> FloatArray:
-    sums: FloatArray = np.zeros(len(work) + 1)
-    np.cumsum(work, out=sums[1:])
-    return np.asarray(sums[kept])
+    sums: FloatArray = work.cumsum()[kept - 1]
+    sums[0] = 0.0
+    return sums
 
 
 def _longest(work: FloatArray, kept: NDArray[np.int64]) -> FloatArray:
