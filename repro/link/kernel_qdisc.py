@@ -71,9 +71,13 @@ class KernelWire:
         if discipline:
             _run("tc", "qdisc", verb, "dev", _EGRESS[direction], "root", *discipline)
 
+    @property
+    def _frame_share(self) -> float:
+        """Ethernet frame ÷ IP packet, for full packets."""
+        return (self._spec.mtu_bytes + ETHERNET_BYTES) / self._spec.mtu_bytes
+
     def _frame_rate(self, condition: Condition) -> int:
-        mtu = self._spec.mtu_bytes
-        return round(max(condition.rate_bps or 0.0, _OUTAGE_BPS) * (mtu + ETHERNET_BYTES) / mtu)
+        return round(max(condition.rate_bps or 0.0, _OUTAGE_BPS) * self._frame_share)
 
     def _tbf(self, direction: Direction) -> list[str]:
         condition = self._now[direction]
@@ -82,7 +86,7 @@ class KernelWire:
         rate = self._frame_rate(condition)
         # A bucket holds a millisecond, but never less than one super-packet.
         burst = max(_SMALLEST_BURST_BYTES, int(rate / 8 * 1e-3))
-        limit = int(self._spec.queue_limit_bytes(direction))
+        limit = int(self._spec.queue_limit_bytes(direction) * self._frame_share)
         return ["tbf", "rate", f"{rate}bit", "burst", str(burst), "limit", str(limit)]
 
     def _netem(self, direction: Direction) -> list[str]:

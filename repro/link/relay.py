@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import socket
 import sys
 import threading
@@ -28,6 +29,7 @@ from repro.link.spec import Condition, Direction, LinkSpec
 
 _LARGEST_CHUNK_BYTES = 256 << 10
 _SMALLEST_CHUNK_BYTES = 1448
+_LAG_S = 0.005  # how late the receiver may be before the reader waits for it
 _PATIENCE_S = 0.2  # how long a sleeping thread may take to notice that its connection is gone
 
 
@@ -82,20 +84,17 @@ class Way:
         while self.rate_bytes and (excess := self.backlog_bytes() - self._spec.queue_limit_bytes(self._direction)) > 0:
             time.sleep(min(max(excess / self.rate_bytes, 0.001), 0.05))
 
-    def limit_bytes(self) -> float:
-        """How much one connection may have under way: the pipe and the queue before it."""
-        if self.rate_bytes is None:
-            return 256 << 20
-        return self.rate_bytes * self._delay_s + self._spec.queue_limit_bytes(self._direction) + 4 * self.chunk_bytes
-
 
 class Pump:
-    """One direction of one connection: a thread that reads, and one that writes when the time has come."""
+    """One direction of one connection: a thread that reads, and one that writes when the time has come.
+
+    A receiver that lags stops the reader, as a closed TCP window would; so what is under way is bounded by delay and queue.
+    """
 
     def __init__(self, source: socket.socket, sink: socket.socket, way: Way) -> None:
         self._source, self._sink, self._way = source, sink, way
         self._line: deque[tuple[float, bytearray, int]] = deque()
-        self._under_way = 0
+        self._oldest_due_s = math.inf
         self._changed = threading.Condition()
         self._over = False
         self._spare: list[bytearray] = []
@@ -106,6 +105,9 @@ class Pump:
         last_s = 0.0
         while not self._over:
             self._way.wait_for_room()
+            with self._changed:
+                while time.monotonic() - self._oldest_due_s > _LAG_S and not self._over:
+                    self._changed.wait(_PATIENCE_S)
             chunk = self._spare.pop() if self._spare else bytearray(self._way.chunk_bytes)
             try:
                 count = self._source.recv_into(chunk)
@@ -113,10 +115,8 @@ class Pump:
                 count = 0
             last_s = max(last_s, self._way.arrival(count))
             with self._changed:
-                while self._under_way > self._way.limit_bytes() and not self._over:
-                    self._changed.wait(_PATIENCE_S)
                 self._line.append((last_s, chunk, count))
-                self._under_way += count
+                self._oldest_due_s = min(self._oldest_due_s, last_s)
                 self._changed.notify_all()
             if count == 0:
                 return
@@ -124,6 +124,8 @@ class Pump:
     def _write(self) -> None:
         while True:
             with self._changed:
+                self._oldest_due_s = self._line[0][0] if self._line else math.inf
+                self._changed.notify_all()
                 while not self._line:
                     self._changed.wait()
                 due_s, chunk, count = self._line.popleft()
@@ -141,9 +143,6 @@ class Pump:
                     self._source.shutdown(socket.SHUT_RDWR)
                 return
             self._spare.append(chunk)
-            with self._changed:
-                self._under_way -= count
-                self._changed.notify_all()
 
 
 class Relay:
