@@ -235,7 +235,7 @@ def main(argv: list[str]) -> int:
         "--congestion-control", default=None, help="cubic, bbr, reno; BBR over a link where none is given"
     )
     parser.add_argument("--segment-bytes", type=int, default=TransportSpec.segment_bytes)
-    parser.add_argument("--piece-bytes", type=int, default=None, help="32 MiB, or 1 MiB over a link")
+    parser.add_argument("--piece-bytes", type=int, default=None, help="32 MiB, or 4 MiB over a link")
     parser.add_argument("--only", default="", help="names or kinds, separated by commas")
     parser.add_argument("--results", type=Path, default=Path("results"))
     arguments = parser.parse_args(argv)
@@ -270,7 +270,7 @@ def main(argv: list[str]) -> int:
             ]
             if not local:
                 link.measure()
-            piece_bytes = arguments.piece_bytes or (32 << 20 if local else 1 << 20)
+            piece_bytes = arguments.piece_bytes or (32 << 20 if local else 4 << 20)
             job = Job("", link.listen_host("decode"), arguments.seconds, warm_s, piece_bytes, base)
             table = rounds(chosen, lambda contender: measure(contender, link, job), arguments.repeats)
             metrics = summarise(table, "execute" if local else "emulate")

@@ -23,7 +23,7 @@ from repro.kvcache.frames import Manifest, Piece
 from repro.transport.arena import Arena, Block
 from repro.transport.handshake import Hello, Role, Welcome, encrypt, examine, tls_context, welcome
 from repro.transport.remote_memory import Target, open_target, send_description
-from repro.transport.session import MAX_JOINED, Claim, Failure, PieceArrival, Session, Whole
+from repro.transport.session import MAX_JOINED, Claim, Failure, Outbox, PieceArrival, Session, Whole
 from repro.transport.spec import BACKENDS, TransportSpec
 from repro.transport.wire import (
     ENVELOPE_BYTES,
@@ -259,9 +259,9 @@ class Receiver:
             stranger = False
             set_timeouts(current, self._limits.segment_timeout_s, self._spec.stall_s * 4)
             if hello.role is Role.CONTROL:
-                session.speak_through(current, hello.oldest)
-                while (words := session.to_say(current, self._spec.heartbeat_s)) is not None:
-                    current.sendall(words)
+                outbox: Outbox = queue.SimpleQueue()
+                session.speak_through(outbox, hello.oldest)
+                self._speak(current, outbox)
             else:
                 self._read(current, session)
         except PeerError as error:
@@ -284,6 +284,19 @@ class Receiver:
                 if session is not None:
                     session.connections -= 1
                     session.alone_since_s = time.monotonic()
+
+    def _speak(self, sock: socket.socket, outbox: Outbox) -> None:
+        """Carry what the session has to say, and a pulse where there is nothing, until another connection does."""
+        while True:
+            try:
+                words = [outbox.get(timeout=self._spec.heartbeat_s)]
+                while not outbox.empty():
+                    words.append(outbox.get_nowait())
+            except queue.Empty:
+                words = [Envelope(Kind.PULSE).pack()]
+            if None in words:
+                return
+            sock.sendall(b"".join(word for word in words if word is not None))
 
     def _enrol(self, hello: Hello, sock: socket.socket) -> Session:
         """The connection's session; a connection that takes another's slot ends that one."""

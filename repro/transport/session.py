@@ -8,11 +8,12 @@ that the receiver can forget the finished ones and still recognise anything late
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from repro.kvcache.frames import Assembly, FrameError, FrameHeader, Manifest, Piece
 from repro.transport.arena import Arena, Block
@@ -25,6 +26,7 @@ log = logging.getLogger("repro.transport")
 _ATTEMPTS = 3
 MAX_JOINED = 4  # segments of a piece that may cross as one message, where the link is fast
 _MAX_FINISHED = 1 << 16
+Outbox: TypeAlias = "queue.SimpleQueue[bytes | None]"  # None: another connection speaks now
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,8 @@ class Session:
     ) -> None:
         self.token = token
         self.segment_bytes = segment_bytes
-        self._outbox: deque[bytes] = deque()
-        self._outbox_filled = threading.Condition()
-        self._speaker: object = None
+        # What the control connection has to say. Without one nothing is kept: a new one says it all again.
+        self._outbox: Outbox | None = None
         self.connections = 0
         self.alone_since_s = clock()
         self._arena = arena
@@ -225,23 +226,12 @@ class Session:
             self._held_bytes -= whole.manifest.payload_bytes
             self._say(Envelope(Kind.RELEASED, whole.transfer), remember=whole.transfer)
 
-    def to_say(self, speaker: object, patience_s: float) -> bytes | None:
-        """What a control connection carries next, a pulse where there is nothing; None once another speaks instead."""
-        with self._outbox_filled:
-            if not self._outbox and self._speaker is speaker:
-                self._outbox_filled.wait(patience_s)
-            if self._speaker is not speaker:
-                return None
-            said = b"".join(self._outbox)
-            self._outbox.clear()
-        return said or Envelope(Kind.PULSE).pack()
-
-    def speak_through(self, speaker: object, oldest: int = 0) -> None:
+    def speak_through(self, outbox: Outbox | None, oldest: int = 0) -> None:
         """A new control connection (None: no more): it says again all that may have been lost with the one before."""
-        with self._outbox_filled:
-            self._speaker = speaker
-            self._outbox.clear()
-            self._outbox_filled.notify_all()
+        with self._lock:
+            previous, self._outbox = self._outbox, outbox
+        if previous is not None:
+            previous.put(None)
         self.heard(oldest)
         with self._lock:
             for said in self._finished.values():
@@ -329,9 +319,9 @@ class Session:
         self._post([packed])
 
     def _post(self, said: list[bytes]) -> None:
-        with self._outbox_filled:
-            self._outbox.extend(said)
-            self._outbox_filled.notify()
+        if self._outbox is not None:
+            for words in said:
+                self._outbox.put(words)
 
     # Below, it is free: checksums are computed without it.
 
