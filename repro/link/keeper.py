@@ -129,6 +129,10 @@ def main() -> None:
         held = namespaces.make()
         wire, facts = _wire(held, spec, backend)
         facts_of_tcp, lost = namespaces.tune_tcp(held, spec)
+        if backend == "packet" and not facts["realtime"]:
+            lost.append(
+                "no right to real-time priority: where other work fills the cores, packets wait for a time slice"
+            )
         if backend == "packet" and facts["forwarder_buffer_bytes"] < 1 << 20:
             kib = facts["forwarder_buffer_bytes"] >> 10
             lost.append(

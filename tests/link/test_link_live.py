@@ -90,7 +90,7 @@ def test_bytes_cross_every_backend_unchanged_and_the_link_says_what_it_gave_up(
     unchanged, _ = send_across(link, 2_000_000)
     assert unchanged
     assert link.backend == backend
-    assert bool(link.given_up) == (backend in ("relay", "none")) or link.facts.get("rootless")
+    assert bool(link.given_up) == (backend in ("relay", "none")) or not link.facts.get("realtime", True)
 
 
 def test_bytes_survive_loss_bursts_and_jitter_because_real_tcp_runs_end_to_end(opened: Callable[..., Link]) -> None:
@@ -302,7 +302,7 @@ def test_an_unprivileged_user_gets_the_best_rootless_backend() -> None:
         """
         from repro.link import LinkSpec, open_link
         with open_link(LinkSpec(rate_bps=50e6, rtt_s=0.02, loss=0.001), run="rootless") as link:
-            link.check()
+            link.check(tolerate=True)  # without priority a busy machine may be off by more than a tenth
             print(link.backend, link.facts.get("rootless"), len(link.given_up))
         """
     )
@@ -316,6 +316,7 @@ def test_an_unprivileged_user_gets_the_best_rootless_backend() -> None:
     else:
         assert rootless == "True"
         assert backend in ("netem", "packet")
+        assert backend == "netem" or int(given_up) >= 1
 
 
 def test_the_tool_runs_a_program_across_a_link() -> None:
