@@ -8,7 +8,7 @@ families of H20's curve. The interval is the range over all of these: what the p
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -34,10 +34,13 @@ def variants(base: Deployment, draws: int, rng: np.random.Generator) -> Iterator
     for index in range(draws + 1):
         inputs = PaperInputs.draw(None if index == 0 else rng)
         for family in FAMILIES:
-            pd = inputs.h20(family)
+            prfaas, pd = inputs.h200(), inputs.h20(family)
             for interpolation in INTERPOLATIONS:
                 # The workload stays the user's own; only the calibration sees the drawn one.
-                yield f"{interpolation}, {family}", replace(base, prfaas=inputs.h200(interpolation), pd=pd)
+                yield (
+                    f"{interpolation}, {family}",
+                    replace(base, prfaas=prfaas.with_interpolation(interpolation), pd=pd),
+                )
 
 
 def quantities(
@@ -70,12 +73,10 @@ def quantities(
             yield "prfaas_pd", metric, 100 * (1 - ours / theirs)
 
 
-def ranges(
-    settings: Settings, base: Deployment, draws: int, rng: np.random.Generator
-) -> dict[tuple[str, str], tuple[float, float, int]]:
-    """(case, metric) → lowest value, highest value and number of variants."""
+def ranges(settings: Settings, deployments: Iterable[Deployment]) -> dict[tuple[str, str], tuple[float, float, int]]:
+    """(case, metric) → lowest value, highest value and number of the deployments, each at its own best point under the settings' policy."""
     found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    for _, variant in variants(base, draws, rng):
+    for variant in deployments:
         points = operating_points(variant, settings)
         ttft = latencies(variant, points, settings.cluster.homogeneous_instances)
         for case, metric, value in quantities(points, ttft):

@@ -93,6 +93,8 @@ def run(context: Context) -> Outcome:
     if settings.tier == "simulate":
         return simulated.run(context, simulated.Effort(context.options.requests, context.options.seeds))
     base, papers = deployment(settings), spread.is_papers(settings)
+    rng = np.random.default_rng(settings.seed)
+    drawn = [variant for _, variant in spread.variants(base, context.options.draws, rng)] if papers else []
     rows: list[Metric] = []
     for lengths in ("representative", "true_mean"):
         policy: PolicySpec = replace(settings.policy, lengths=lengths)
@@ -102,9 +104,7 @@ def run(context: Context) -> Outcome:
         context.progress(
             f"T_prefill as {lengths.replace('_', ' ')}: Λ_max {points['prfaas_pd'].lambda_max:.3f} req/s; now its spread"
         )
-        ranges = (
-            spread.ranges(reading, base, context.options.draws, np.random.default_rng(settings.seed)) if papers else {}
-        )
+        ranges = spread.ranges(reading, drawn)
         calibrated = CALIBRATED | (CALIBRATED_AT_REPRESENTATIVE if lengths == "representative" else set())
         for case, metric, number in spread.quantities(points, ttft):
             low, high, n = ranges.get((case, metric), (math.nan, math.nan, 1))
