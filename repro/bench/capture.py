@@ -1,7 +1,8 @@
 """What layer-wise capture costs of T_prefill: the same prompts with and without it, in turns, as paired ratios.
 
 `hooks` is capture with a consumer that drops what it gets: the price of hooks and of slicing views. `framed` adds what a
-sender does before the link: a copy where memory is not contiguous, and the checksum.
+sender does before the link: a copy where memory is not contiguous, and the checksum. Beside the paired ratios stands the
+time spent inside the hooks themselves, which needs no quiet machine but does not see what capture does to caches.
 
     scripts/bench capture --model kimi_linear --size tiny --tokens 2048 --pairs 15
 """
@@ -85,7 +86,45 @@ def _rows(arguments: argparse.Namespace) -> list[Metric]:
                 mean - half, mean + half, len(overheads),
             )
         )  # fmt: skip
+        share = _share_inside_hooks(model, ids, arguments.chunk, emit, arguments.pairs)
+        print(f"{variant}: {share:.2f} % of T_prefill inside the hooks", file=sys.stderr)
+        rows.append(
+            Metric(
+                "bench_capture", "execute", f"{case}.{variant}", "inside_hooks_pct", share, "%", "measured",
+                n=arguments.pairs,
+            )
+        )  # fmt: skip
     return rows
+
+
+class _TimedCapture(LayerwiseCapture):
+    """Adds up the processor time of its own hooks."""
+
+    spent_s = 0.0
+
+    def _hook(self, index: int) -> Callable[..., None]:
+        inner = super()._hook(index)
+
+        def timed(*arguments: object) -> None:
+            start = time.thread_time()
+            inner(*arguments)
+            self.spent_s += time.thread_time() - start
+
+        return timed
+
+
+def _share_inside_hooks(
+    model: torch.nn.Module, ids: torch.Tensor, chunk: int, emit: Callable[[State], None], repeats: int
+) -> float:
+    """Median share of a prefill's processor time that its hooks take, in percent."""
+    shares = []
+    for _ in range(repeats):
+        cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+        start = time.process_time()
+        with _TimedCapture(model, cache, emit) as capture:
+            chunked_prefill(model, ids, chunk, cache, on_chunk=capture.chunk)
+        shares.append(100 * capture.spent_s / (time.process_time() - start))
+    return float(np.median(shares))
 
 
 def paired(
