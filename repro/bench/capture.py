@@ -121,7 +121,8 @@ def _share_inside_hooks(
     for _ in range(repeats):
         cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
         start = time.process_time()
-        with _TimedCapture(model, cache, emit) as capture:
+        capture = _TimedCapture(model, cache, emit)
+        with capture:
             chunked_prefill(model, ids, chunk, cache, on_chunk=capture.chunk)
         shares.append(100 * capture.spent_s / (time.process_time() - start))
     return float(np.median(shares))
