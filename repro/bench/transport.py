@@ -74,8 +74,9 @@ def contenders(base: TransportSpec, connections: Sequence[int], certificates: st
         if reason := missing(backend):
             print(f"{backend} is left out: {reason}", file=sys.stderr)
         else:
-            # These ask for places first: large batches keep the round trips of that out of their way.
-            spec = replace(middle, backend=backend, segment_bytes=16 << 20)
+            # These ask for places first: large batches keep the round trips of that out of their way. They open
+            # connections and spinning threads of their own, so one of ours does them the least harm.
+            spec = replace(base, connections=min(connections), backend=backend, segment_bytes=16 << 20)
             chosen.append(Contender(f"{backend}_{spec.connections}", "transport", spec))
     return chosen
 
