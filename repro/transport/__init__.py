@@ -14,9 +14,10 @@ What arrives is handed over once per request, whole, and only after every checks
 
 from typing import Literal, overload
 
+from repro.transport.outgoing import Delivery, PieceDelivery, TransferFailed
 from repro.transport.process import ReceiverProcess, SenderProcess
 from repro.transport.receiver import Received, Receiver
-from repro.transport.sender import Delivery, PieceDelivery, Sender, TransferFailed
+from repro.transport.sender import Sender
 from repro.transport.session import Failure, PieceArrival
 from repro.transport.signals import ConnectionSignal
 from repro.transport.spec import ReceiverLimits, TransportSpec

@@ -28,8 +28,9 @@ from repro.errors import UserError
 from repro.kvcache.frames import HEADER_BYTES, FrameHeader, Manifest, Piece
 from repro.link.tcp_info import TcpInfo
 from repro.transport.arena import Arena, Block
+from repro.transport.outgoing import Delivery, PieceDelivery, TransferFailed
 from repro.transport.receiver import Received, Receiver, once, receive_arena
-from repro.transport.sender import Delivery, PieceDelivery, Sender, TransferFailed
+from repro.transport.sender import Sender
 from repro.transport.session import Failure, PieceArrival
 from repro.transport.signals import ConnectionSignal
 from repro.transport.spec import ReceiverLimits, TransportSpec

@@ -18,12 +18,12 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from repro.errors import UserError
 from repro.kvcache.frames import Manifest, Piece
 from repro.transport.handshake import Hello, Role, encrypt, introduce, tls_context
+from repro.transport.outgoing import Delivery, Outgoing, PieceDelivery, Segment, Transfer, TransferFailed, joined
 from repro.transport.remote_memory import Origin, open_origin, read_description
 from repro.transport.schedule import Schedule
 from repro.transport.session import MAX_JOINED
@@ -51,106 +51,6 @@ _BATCH = 32
 _QUICK_S = 0.005
 _LAST = 1 << 62  # the manifest's place in the order: after every layer
 _RETRY_S = (0.0, 0.05, 0.1, 0.25, 0.5)
-
-
-class TransferFailed(UserError):  # noqa: N818 - an outcome that the router acts on, named as such
-    """A request that the decode side will not get. `reason`: deadline, refused, cancelled, lost or closed."""
-
-    def __init__(self, request_id: int, reason: str, detail: str) -> None:
-        self.request_id = request_id
-        self.reason = reason
-        self.detail = detail
-        super().__init__(f"transfer of request {request_id} failed ({reason}): {detail}")
-
-
-@dataclass(frozen=True)
-class PieceDelivery:
-    """When a piece was given to `send`, when its first segment went out, and when it was acknowledged (monotonic s)."""
-
-    piece: int
-    layer: int
-    payload_bytes: int
-    queued_s: float
-    first_byte_s: float
-    acked_s: float
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """A request that the decode side has, whole and checked. Times are seconds of the monotonic clock."""
-
-    request_id: int
-    payload_bytes: int
-    resent_bytes: int
-    begun_s: float
-    first_byte_s: float
-    last_byte_s: float
-    acked_s: float
-    pieces: tuple[PieceDelivery, ...]
-
-
-@dataclass
-class _Outgoing:
-    """A piece on its way. `sent_on` tells which connection each of its segments went out on."""
-
-    piece: Piece
-    raw_header: bytes
-    queued_s: float
-    first_byte_s: float = 0.0
-    acked_s: float = 0.0
-    sent_on: dict[int, int] = field(default_factory=dict)
-    acked: bool = False
-
-
-@dataclass
-class _Transfer:
-    number: int
-    request_id: int
-    priority: int
-    deadline_s: float
-    begun_s: float
-    pieces: dict[int, _Outgoing] = field(default_factory=dict)
-    unacked_bytes: int = 0
-    held_bytes: int = 0  # dispatched, and not yet known to be free at the receiver
-    payload_bytes: int = 0
-    resent_bytes: int = 0
-    first_byte_s: float = 0.0
-    last_byte_s: float = 0.0
-    manifest: bytes | None = None
-    closing_on: int | None = None  # the connection that carried the manifest or the cancellation
-    touched: bool = False  # the receiver may know of it
-    outcome: Delivery | TransferFailed | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """What a connection sends in one go. `outgoing` is None for a manifest or a cancellation."""
-
-    transfer: _Transfer
-    outgoing: _Outgoing | None
-    offset: int
-    length: int
-
-
-def joined(batch: list[Segment]) -> list[Segment]:
-    """The batch with neighbouring segments of a piece made one, up to `MAX_JOINED` of them."""
-    out: list[Segment] = []
-    count = 0
-    for segment in batch:
-        last = out[-1] if out else None
-        if (
-            last is not None
-            and segment.outgoing is not None
-            and last.outgoing is segment.outgoing
-            and last.offset + last.length == segment.offset
-            and count < MAX_JOINED
-        ):
-            out[-1] = replace(last, length=last.length + segment.length)
-            count += 1
-        else:
-            out.append(segment)
-            count = 1
-    return out
 
 
 class Sender:
@@ -185,8 +85,8 @@ class Sender:
         self._room = threading.Condition(self._lock)
         self._done = threading.Condition(self._lock)
         self._schedule: Schedule[Segment] = Schedule(spec.turn_bytes)
-        self._transfers: dict[int, _Transfer] = {}  # in order of age, until the receiver has released them
-        self._by_request: dict[int, _Transfer] = {}
+        self._transfers: dict[int, Transfer] = {}  # in order of age, until the receiver has released them
+        self._by_request: dict[int, Transfer] = {}
         self._next_transfer = 0
         self._unacked_bytes = 0
         self._held_bytes = 0
@@ -215,7 +115,7 @@ class Sender:
                 raise ValueError(f"request {request_id} is under way already")
             now = self._clock()
             patience = self._spec.deadline_s if deadline_s is None else deadline_s
-            transfer = _Transfer(self._next_transfer, request_id, priority, now + patience, now)
+            transfer = Transfer(self._next_transfer, request_id, priority, now + patience, now)
             self._next_transfer += 1
             self._transfers[transfer.number] = transfer
             self._by_request[request_id] = transfer
@@ -237,7 +137,7 @@ class Sender:
             while not self._has_room(transfer, size):
                 self._room.wait()
                 self._raise_if_over(transfer)
-            outgoing = _Outgoing(piece, raw_header, self._clock())
+            outgoing = Outgoing(piece, raw_header, self._clock())
             transfer.pieces[piece.header.piece] = outgoing
             transfer.unacked_bytes += size
             transfer.payload_bytes += size
@@ -348,7 +248,7 @@ class Sender:
         if self._closed:
             raise TransferFailed(request_id, "closed", "the sender was closed")
 
-    def _find(self, request_id: int) -> _Transfer:
+    def _find(self, request_id: int) -> Transfer:
         self._check_open(request_id)
         transfer = self._by_request.get(request_id)
         if transfer is None:
@@ -356,14 +256,14 @@ class Sender:
         self._raise_if_over(transfer)
         return transfer
 
-    def _raise_if_over(self, transfer: _Transfer) -> None:
+    def _raise_if_over(self, transfer: Transfer) -> None:
         if isinstance(transfer.outcome, TransferFailed):
             raise transfer.outcome
 
     def _oldest(self) -> int:
         return next(iter(self._transfers), self._next_transfer)
 
-    def _has_room(self, transfer: _Transfer, size: int) -> bool:
+    def _has_room(self, transfer: Transfer, size: int) -> bool:
         if self._unacked_bytes + size <= self._spec.max_in_flight_bytes:
             return True
         if transfer.number != self._oldest():
@@ -376,7 +276,7 @@ class Sender:
             return True
         return self._held_bytes + outgoing.piece.payload.nbytes <= self._window_bytes
 
-    def _push_piece(self, transfer: _Transfer, outgoing: _Outgoing, only: list[int] | None = None) -> None:
+    def _push_piece(self, transfer: Transfer, outgoing: Outgoing, only: list[int] | None = None) -> None:
         size = outgoing.piece.payload.nbytes
         step = self._spec.segment_bytes
         offsets = range(0, max(size, 1), step) if only is None else only
@@ -387,11 +287,11 @@ class Sender:
             self._schedule.push(transfer.number, order, Segment(transfer, outgoing, offset, length), length)
         self._work.notify(len(offsets))
 
-    def _push_closing(self, transfer: _Transfer) -> None:
+    def _push_closing(self, transfer: Transfer) -> None:
         self._schedule.push(transfer.number, (_LAST,), Segment(transfer, None, 0, 0), 0)
         self._work.notify()
 
-    def _fail(self, transfer: _Transfer, reason: str, detail: str) -> None:
+    def _fail(self, transfer: Transfer, reason: str, detail: str) -> None:
         transfer.outcome = TransferFailed(transfer.request_id, reason, detail)
         transfer.closing_on = None
         log.warning("%s", transfer.outcome)
@@ -407,12 +307,12 @@ class Sender:
         self._done.notify_all()
         self._room.notify_all()
 
-    def _drop_payloads(self, transfer: _Transfer) -> None:
+    def _drop_payloads(self, transfer: Transfer) -> None:
         self._unacked_bytes -= transfer.unacked_bytes
         transfer.unacked_bytes = 0
         transfer.pieces.clear()
 
-    def _forget(self, transfer: _Transfer) -> None:
+    def _forget(self, transfer: Transfer) -> None:
         """The receiver has nothing of it any more."""
         if self._transfers.pop(transfer.number, None) is None:
             return
@@ -496,7 +396,7 @@ class Sender:
             elif kind is Kind.RELEASED:
                 self._forget(transfer)
 
-    def _acked(self, transfer: _Transfer, piece: int) -> None:
+    def _acked(self, transfer: Transfer, piece: int) -> None:
         outgoing = transfer.pieces.get(piece)
         if outgoing is None or outgoing.acked:
             return
@@ -511,7 +411,7 @@ class Sender:
         self._counts["acked_bytes"] += size
         self._room.notify_all()
 
-    def _delivered(self, transfer: _Transfer) -> None:
+    def _delivered(self, transfer: Transfer) -> None:
         now = self._clock()
         transfer.outcome = Delivery(
             transfer.request_id,
