@@ -10,20 +10,18 @@ from __future__ import annotations
 import gc
 import heapq
 import math
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from repro.errors import UserError
 from repro.kvcache.directory import Directory
 from repro.kvcache.pool import HybridPool
 from repro.scheduling import long_term, short_term
 from repro.scheduling.admission import admitted
-from repro.scheduling.load import Costs, FloatArray
+from repro.scheduling.load import Costs, Recent
 from repro.scheduling.long_term import DecodeView
 from repro.scheduling.placement import placement
 from repro.scheduling.policies import splitmix64
@@ -90,11 +88,6 @@ class _Tables:
             self.kv = np.asarray(self._profile.kv_bytes(every), dtype=np.float64)
             self.prefill_s, self.kv_bytes = self.prefill.tolist(), self.kv.tolist()
 
-    @staticmethod
-    def read(table: FloatArray) -> Callable[[NDArray[np.int64]], FloatArray]:
-        """The table as a function of arrays of lengths."""
-        return lambda tokens: table[tokens]
-
 
 class _Site:
     """A PrfaaS cluster at run time."""
@@ -104,7 +97,9 @@ class _Site:
         self.spec = spec
         self.tables = _Tables(spec.profile)
         self.link = SharedLink(spec.link, run.agenda)
-        back = SharedLinkSpec(spec.link.rate_bps, spec.link.rtt_s, spec.link.nic_bps, spec.link.connections, spec.link.connection_bps)
+        back = SharedLinkSpec(
+            spec.link.rate_bps, spec.link.rtt_s, spec.link.nic_bps, spec.link.connections, spec.link.connection_bps
+        )
         self.ingress = SharedLink(back, run.agenda)
         self.half_rtt_s = spec.link.rtt_s / 2
         self.cache = HybridPool(run.spec.cache) if run.spec.cache else None
@@ -115,7 +110,9 @@ class _Site:
         if chunk is None:
             self.prefill = WholePrefill(run.agenda, place, run.remote_ended, run.remote_began, 1 / spec.link.pieces)
         else:
-            self.prefill = ChunkedPrefill(run.agenda, place, run.remote_ended, chunk, _chunk_s(self.tables), run.remote_part)
+            self.prefill = ChunkedPrefill(
+                run.agenda, place, run.remote_ended, chunk, _chunk_s(self.tables), run.remote_part
+            )
         for instance in range(spec.instances):
             self.prefill.open(0.0, instance)
 
@@ -141,7 +138,8 @@ class _Home:
             (self.prefill if instance < spec.n_p else self.decode).open(0.0, instance)
         self.cache = HybridPool(run.spec.cache) if run.spec.cache else None
         self.state = ShortTermState(scheduler.threshold_tokens)
-        self.recent: deque[int] = deque(maxlen=scheduler.short_term.window_requests)
+        self.recent = Recent(scheduler.short_term.window_requests)
+        self.costs = run.costs(self)
         self.converting = 0
         self.arrived = 0
         self.rate_per_s = math.nan
@@ -222,7 +220,9 @@ class Simulation:
                     now, _, handler, argument = pop(heap)
                     handler(now, argument)
                 if arrival_s < now:
-                    raise UserError(f"workload: request {self._counts['arrived']} arrives at {arrival_s} s, before the one before it")
+                    raise UserError(
+                        f"workload: request {self._counts['arrived']} arrives at {arrival_s} s, before the one before it"
+                    )
                 now = arrival_s
                 self._arrive(now, tokens, output, chains[i] if chains else None)
             if len(live) > limit:
@@ -259,7 +259,9 @@ class Simulation:
         for tables in [home.tables for home in self.homes] + [site.tables for site in self.sites]:
             tables.cover(tokens)
 
-    def _arrive(self, now_s: float, tokens: int, output: int, chain: tuple[tuple[int, ...], tuple[int, ...]] | None) -> None:
+    def _arrive(
+        self, now_s: float, tokens: int, output: int, chain: tuple[tuple[int, ...], tuple[int, ...]] | None
+    ) -> None:
         counts = self._counts
         number = counts["arrived"]
         counts["arrived"] = number + 1
@@ -473,11 +475,15 @@ class Simulation:
         cache = self.spec.cache
         if cache is None or not self.sites:
             return None
-        pools = {f"pd{home.index}": home.cache for home in self.homes} | {f"prfaas{site.index}": site.cache for site in self.sites}
+        pools = {f"pd{home.index}": home.cache for home in self.homes} | {
+            f"prfaas{site.index}": site.cache for site in self.sites
+        }
         profile = self.sites[0].spec.profile
         fixed = float(profile.kv_bytes(0))
         growth = float(profile.kv_bytes(cache.block_tokens * 64) - fixed) / 64
-        return Directory({name: pool for name, pool in pools.items() if pool is not None}, lambda blocks: fixed + growth * blocks)
+        return Directory(
+            {name: pool for name, pool in pools.items() if pool is not None}, lambda blocks: fixed + growth * blocks
+        )
 
     def _schedule_controllers(self) -> float:
         scheduler = self.spec.scheduler
@@ -500,9 +506,10 @@ class Simulation:
         scheduler = self.spec.scheduler
         memory_s = scheduler.long_term.memory_s
         home.slow_capacity_bps = _ewma(home.slow_capacity_bps, seen.link.capacity_bps, self._period_s, memory_s)
-        costs = self._costs(home)
-        home.state = short_term.step(scheduler.short_term, home.state, seen, costs)
-        home.situation = Situation(home.state.threshold_tokens, home.state.bandwidth_scarce, seen.pd, seen.prfaas, seen.link)
+        home.state = short_term.step(scheduler.short_term, home.state, seen, home.costs)
+        home.situation = Situation(
+            home.state.threshold_tokens, home.state.bandwidth_scarce, seen.pd, seen.prfaas, seen.link
+        )
         if now_s >= home.sample_at_s:
             home.sample_at_s = now_s + self._sample_every_s
             self._samples.append(
@@ -522,30 +529,41 @@ class Simulation:
         elapsed = now_s - home.measured_s
         if elapsed > 0:
             rate = home.arrived / elapsed
+            home.recent.arrived(home.arrived)
             home.rate_per_s = _ewma(home.rate_per_s, rate, elapsed, 20.0)
             home.slow_rate_per_s = _ewma(home.slow_rate_per_s, rate, elapsed, self.spec.scheduler.long_term.memory_s)
             home.arrived, home.measured_s = 0, now_s
-        capacity = used = backlog = rtt_s = 0.0
+        capacity = used = backlog = rtt_s = waiting = 0.0
+        instances = 0
         for site in self.sites:
             measured = site.link.measure(now_s)
             capacity += measured.capacity_bps
             used += measured.utilisation * measured.capacity_bps
             backlog += measured.backlog_bytes
             rtt_s = max(rtt_s, site.spec.link.rtt_s)
-        instances = sum(site.prefill.serving for site in self.sites)
-        waiting = sum(site.prefill.waiting_s(now_s) * site.prefill.serving for site in self.sites)
+            serving = site.prefill.serving
+            instances += serving
+            waiting += site.prefill.waiting_s(now_s) * serving
         return Observation(
             now_s,
             home.recent,
             home.rate_per_s,
-            ClusterView(max(round(instances * home.share), min(instances, 1)), waiting / instances if instances else 0.0),
+            ClusterView(
+                max(round(instances * home.share), min(instances, 1)), waiting / instances if instances else 0.0
+            ),
             ClusterView(home.prefill.serving, home.prefill.waiting_s(now_s)),
             LinkView(capacity * home.share, used / capacity if capacity > 0 else 1.0, backlog * home.share, 0.0, rtt_s),
         )
 
-    def _costs(self, home: _Home) -> Costs:
-        remote = self.sites[0].tables if self.sites else home.tables
-        return Costs(remote.read(remote.prefill), home.tables.read(home.tables.prefill), remote.read(remote.kv))
+    def costs(self, home: _Home) -> Costs:
+        """What requests of a home cost, read off the tables as they are when asked."""
+        local = home.tables
+        remote = self.sites[0].tables if self.sites else local
+        return Costs(
+            lambda tokens: remote.prefill[tokens],
+            lambda tokens: local.prefill[tokens],
+            lambda tokens: remote.kv[tokens],
+        )
 
     def _slow_tick(self, now_s: float, home: _Home) -> None:
         """The slow loop: one node at a time, and none while one is on its way."""
@@ -556,9 +574,11 @@ class Simulation:
         if home.converting or not home.finished or math.isnan(home.slow_capacity_bps):
             return
         seen = self._observe(now_s, home)
-        usual = seen._replace(rate_per_s=home.slow_rate_per_s, link=seen.link._replace(capacity_bps=home.slow_capacity_bps))
+        usual = seen._replace(
+            rate_per_s=home.slow_rate_per_s, link=seen.link._replace(capacity_bps=home.slow_capacity_bps)
+        )
         decode = DecodeView(home.decode.serving, home.tokens_per_s, home.finished_tokens / home.finished)
-        move = long_term.step(slow, usual, decode, self._costs(home))
+        move = long_term.step(slow, usual, decode, home.costs)
         if not move:
             return
         home.converting = move
@@ -595,9 +615,11 @@ class Simulation:
                 running = not flow.draining or job.prefill_end_s < 0 or job.parts > 1
                 if running or not job.offloaded or not job.home.prefill.serving:
                     continue
-                # An outage is expected to last as long as it has lasted: worse than prefilling anew only if that is done sooner.
-                anew_s = job.home.prefill.predicted_wait_s(now_s) + job.home.tables.prefill_s[job.input_tokens]
-                if anew_s < now_s - site.down_since_s:
+                # An outage is expected to last as long as it has lasted: worse than prefilling anew only if that is done sooner. What
+                # is stalled is late already, so it takes idle instances only; in a queue it would make others late as well.
+                anew_s = job.home.tables.prefill_s[job.input_tokens]
+                idle = job.home.prefill.predicted_wait_s(now_s) <= 0
+                if idle and anew_s < now_s - site.down_since_s:
                     site.link.cancel(now_s, flow)
                     self._again(now_s, job, Route(False))
 
