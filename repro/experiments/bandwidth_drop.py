@@ -1,57 +1,131 @@
-"""The link loses most of its capacity for a minute (100 → 10 Gbps): what each policy makes of it.
+"""The link loses most of its capacity for a minute: at which loads and rates adapting helps, and at which there is nothing to gain.
 
-Offloading needs about 12 Gbps at full load, so a link of 10 Gbps is just too thin, and one of 2 Gbps, the second case, far too thin.
+At Λ_max offloading takes about 12 Gbps of egress, so a drop from 100 to 10 Gbps hardly binds; and near Λ_max the PD cluster is as busy as
+the link is thin, so requests that may not be offloaded have nowhere to go. A moving threshold can help where bandwidth is scarce *and*
+local prefill has slack. The grid shows where that is. Goodput is measured from the drop to its recovery, where it is decided, and over the
+whole run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
 from repro.errors import UserError
 from repro.experiments import simulated
 from repro.experiments.base import Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
+from repro.record.directory import Record
+from repro.record.metrics import Metric
+from repro.report import style
 from repro.simulate.deployments import requests
 from repro.simulate.link import CapacityChange
+from repro.simulate.stability import Estimate
 from repro.workload.arrivals import Poisson
+
+POLICIES = ("static", "short_term", "two_timescale")
 
 
 @dataclass(frozen=True)
 class Options(simulated.Options):
-    """From `at_s` on, for `for_s`, the link carries `dropped_bps`; every value of it is a study of its own."""
+    """From `at_s` on, for `for_s`, the link carries one of `dropped_bps`, at each of `loads`; a drop counts until `recovery_s` after it.
 
-    load: float = 0.85
+    `loads` takes the place of `load`.
+    """
+
     duration_s: float = 600.0
+    seeds: int = 20
     at_s: float = 240.0
     for_s: float = 60.0
-    dropped_bps: tuple[float, ...] = (10e9, 2e9)
+    recovery_s: float = 60.0
+    loads: tuple[float, ...] = (0.5, 0.65, 0.8)
+    dropped_bps: tuple[float, ...] = (10e9, 4e9, 2e9)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.at_s < self.at_s + self.for_s <= self.duration_s:
-            raise UserError(f"options.at_s, for_s: {self.at_s} and {self.for_s} must lie within options.duration_s ({self.duration_s})")
-        if not self.dropped_bps:
-            raise UserError("options.dropped_bps: empty; accepted: one rate or more")
+        if not 0 <= self.at_s < self.at_s + self.for_s + self.recovery_s <= self.duration_s:
+            raise UserError(
+                f"options.at_s, for_s, recovery_s: {self.at_s}, {self.for_s} and {self.recovery_s} must lie within "
+                f"options.duration_s ({self.duration_s})"
+            )
+        if not self.dropped_bps or min(self.dropped_bps) < 0:
+            raise UserError(f"options.dropped_bps: {self.dropped_bps}; accepted: one rate or more, none negative")
+        if not self.loads or not min(self.loads) > 0:
+            raise UserError(f"options.loads: {self.loads}; accepted: one positive load or more")
 
 
 def run(context: Context) -> Outcome:
-    """All policies through the same drop, measured from the drop to a minute after it."""
+    """Every cell of the grid; its table has the gain in goodput over static t, in per cent, paired over seeds."""
     options: Options = context.options
     setting = simulated.Setting.of(context)
-    arrivals = Poisson(setting.rate(options.load))
-    count = round(setting.rate(options.load) * options.duration_s)
-    window = (options.at_s, min(options.at_s + options.for_s + 60.0, options.duration_s))
-    outcomes = []
-    for dropped in options.dropped_bps:
-        back = CapacityChange(options.at_s + options.for_s, setting.link.rate_bps)
-        link = replace(setting.link, changes=(CapacityChange(options.at_s, dropped), back))
-        outcomes.append(
-            simulated.compare(
-                context, setting.policies(options, link), lambda seed: requests(setting.base, arrivals, count, seed),
-                window, setting.slo, options.seeds, prefix=f"{dropped / 1e9:g}_gbps." if len(options.dropped_bps) > 1 else "",
-            )
-        )  # fmt: skip
-    return simulated.merge(outcomes)
+    end_s = options.at_s + options.for_s
+    windows = {"drop": (options.at_s, end_s + options.recovery_s), "run": (options.warmup_s, options.duration_s)}
+    rows: list[Metric] = []
+    cells: list[dict[str, object]] = []
+    for load in options.loads:
+        rate = setting.rate(load)
+        for dropped in options.dropped_bps:
+            changes = (CapacityChange(options.at_s, dropped), CapacityChange(end_s, setting.link.rate_bps))
+            specs = setting.policies(options, replace(setting.link, changes=changes))
+            goodput: dict[tuple[str, str], list[float]] = {
+                (case, window): [] for case in POLICIES for window in windows
+            }
+            for seed in range(context.settings.seed, context.settings.seed + options.seeds):
+                for case in POLICIES:
+                    stream = requests(setting.base, Poisson(rate), round(rate * options.duration_s), seed)
+                    played, _ = simulated.play(specs[case], stream)
+                    for name, window in windows.items():
+                        goodput[case, name].append(simulated.measure(played, window, setting.slo)["goodput"])
+            cell = f"load_{load:g}.{dropped / 1e9:g}_gbps"
+            for (case, name), values in goodput.items():
+                rows.append(_row(context, f"{cell}.{case}", f"goodput_{name}", "req/s", Estimate.of(values)))
+                if case == "static":
+                    continue
+                base = goodput["static", name]
+                scale = 100 / max(float(np.mean(base)), 1e-9)
+                gain = Estimate.of([scale * (value - other) for value, other in zip(values, base, strict=True)])
+                rows.append(_row(context, f"{cell}.{case}", f"gain_{name}", "%", gain))
+                cell_of = {
+                    "load": load,
+                    "dropped_bps": dropped,
+                    "case": case,
+                    "window": name,
+                    "static": float(np.mean(base)),
+                }
+                cells.append(cell_of | {"gain": gain.value, "low": gain.low, "high": gain.high})
+            context.progress(f"{cell} done")
+    return Outcome(rows, {"cells": pd.DataFrame(cells)})
 
 
-EXPERIMENT = Experiment("bandwidth_drop", ("simulate",), run, simulated.FIGURES, Options, profile_files)
+def _row(context: Context, case: str, metric: str, unit: str, found: Estimate) -> Metric:
+    return context.metric(case, metric, found.value, unit, "simulated", interval=(found.low, found.high), n=found.n)
+
+
+def draw(record: Record) -> Figure:
+    """Gain in goodput of both timescales over static t by load and rate, during the drop and over the whole run."""
+    cells = record.table("cells")
+    cells = cells[cells["case"] == "two_timescale"]
+    loads, rates = sorted(cells["load"].unique()), sorted(cells["dropped_bps"].unique(), reverse=True)
+    most = max(float(cells["gain"].abs().max()), 1.0)
+    figure, axes = style.panels(2, height_in=3.4)
+    titles = {"drop": "From the drop to its recovery", "run": "Whole run"}
+    for axis, (window, title) in zip(axes, titles.items(), strict=True):
+        own = cells[cells["window"] == window].set_index(["load", "dropped_bps"])
+        values = np.array([[own.loc[(load, rate), "gain"] for rate in rates] for load in loads], dtype=float)
+        axis.imshow(values, cmap="RdBu", vmin=-1.6 * most, vmax=1.6 * most, aspect="auto", origin="lower")
+        for row, load in enumerate(loads):
+            for column, rate in enumerate(rates):
+                low, high = (float(own.loc[(load, rate), key]) for key in ("low", "high"))
+                verdict = "no difference" if low <= 0 <= high else f"{low:+.1f} to {high:+.1f}"
+                axis.text(column, row, f"{values[row, column]:+.1f} %\n{verdict}", ha="center", va="center", fontsize=7)
+        axis.set_xticks(range(len(rates)), [f"{rate / 1e9:g}" for rate in rates])
+        axis.set_yticks(range(len(loads)), [f"{load:g}" for load in loads])
+        axis.set(xlabel="link during the drop (Gbps)", ylabel="load (λ / Λ_max)", title=title)
+        axis.grid(visible=False)
+    return figure
+
+
+EXPERIMENT = Experiment("bandwidth_drop", ("simulate",), run, {"gain": draw}, Options, profile_files)
