@@ -20,6 +20,9 @@ from repro.settings import PRESENTATION, Settings
 
 Progress = Callable[[str], None]
 
+#: Tiers on which times are taken, so that nothing may run beside the experiment.
+MEASURED_TIERS = ("emulate", "execute")
+
 
 def to_stderr(line: str) -> None:
     """Progress belongs on stderr: the last line of stdout is the run directory."""
@@ -63,21 +66,26 @@ def run(settings: Settings, command: list[str], progress: Progress = to_stderr) 
             directory.begin(plain(settings), command, {"seed": settings.seed})
         except OSError as error:
             raise UserError(f"results: {settings.results} cannot be written ({error.strerror})") from error
-        options: Any = build(experiment.options, settings.options, "options")
-        context = base.Context(
-            settings, options, directory.path, lambda line: progress(f"{settings.name}: {line}"), tuple(command[1:])
-        )
-        outcome = experiment.run(context)
-        directory.write_metrics(outcome.metrics)
-        for name, table in outcome.tables.items():
-            directory.write_table(name, table)
-        if outcome.requests is not None:
-            directory.write_requests(outcome.requests)
-        directory.add_provenance({**outcome.provenance, "elapsed_s": round(time.monotonic() - started, 3)})
-        record = Record(directory.path)
-        figures = draw(experiment, record)
-        document.write(directory.path, settings.name, base.names()[settings.name], [record, *experiment.parts(record)])
-        tracking.mirror(record, plain(settings), figures, settings.tracking)
+        with tracking.Mirror(settings.tracking, directory.path) as mirror:
+            if settings.tier not in MEASURED_TIERS:
+                mirror.load()
+            options: Any = build(experiment.options, settings.options, "options")
+            context = base.Context(
+                settings, options, directory.path, lambda line: progress(f"{settings.name}: {line}"), tuple(command[1:])
+            )
+            outcome = experiment.run(context)
+            directory.write_metrics(outcome.metrics)
+            for name, table in outcome.tables.items():
+                directory.write_table(name, table)
+            if outcome.requests is not None:
+                directory.write_requests(outcome.requests)
+            directory.add_provenance({**outcome.provenance, "elapsed_s": round(time.monotonic() - started, 3)})
+            record = Record(directory.path)
+            figures = draw(experiment, record)
+            document.write(
+                directory.path, settings.name, base.names()[settings.name], [record, *experiment.parts(record)]
+            )
+            mirror.log(record, plain(settings), figures)
         directory.complete()
     except BaseException as error:
         directory.fail(error)

@@ -1,96 +1,110 @@
 """Weights & Biases: a mirror of the record, never a part of it.
 
-Everything W&B writes stays under the run directory, offline by default. Nothing here may fail a run: whatever goes wrong with the tracker
-is one line on stderr, because the record is complete without it.
+Everything W&B writes stays under the run directory, offline by default. It runs in a process of its own, which loads while the experiment
+runs and gets a bounded time at the end: whatever goes wrong with the tracker, a hang or a crash included, is one line on stderr,
+because the record is complete without it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
+from repro.errors import UserError
 from repro.record.directory import Record
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrackingSpec:
-    """Whether and where a run is mirrored: `offline` writes files that `wandb sync` can upload later."""
+    """Whether and where a run is mirrored: `offline` writes files that `wandb sync` can upload later.
+
+    `init_timeout_s` bounds the wait for the service, `timeout_s` the whole mirroring at the end of a run.
+    """
 
     mode: Literal["offline", "online", "disabled"] = "offline"
     project: str = "prfaas-repro"
     entity: str | None = None
     init_timeout_s: float = 20.0
+    timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for key in ("init_timeout_s", "timeout_s"):
+            if not getattr(self, key) > 0:
+                raise UserError(f"tracking.{key}: {getattr(self, key)} is not positive")
 
 
-@contextlib.contextmanager
-def _environment(folder: Path) -> Iterator[None]:
-    """W&B takes its folders from the environment only; without these, artifacts are staged in the user's home."""
-    wanted = {
-        "WANDB_DATA_DIR": str(folder), "WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_CONFIG_DIR": str(folder / "config"),
-        "WANDB_SILENT": "true", "WANDB_CONSOLE": "off",
-    }  # fmt: skip
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+class Mirror:
+    """The tracker's process, from the start of a run to its end; use it as a context, and `log` once.
 
+    It ends with the pipe to it, so nothing is left of it when the run is killed.
+    """
 
-def mirror(record: Record, configuration: Mapping[str, Any], figures: Sequence[Path], spec: TrackingSpec) -> None:
-    """Log a finished run's configuration, metrics, tables and figures; `online` becomes `offline` when the service is out of reach."""
-    if spec.mode == "disabled":
-        return
-    modes: list[Literal["online", "offline"]] = ["online", "offline"] if spec.mode == "online" else ["offline"]
-    for mode in modes:
-        try:
-            _log_run(record, configuration, figures, spec, mode)
+    def __init__(self, spec: TrackingSpec, folder: Path) -> None:
+        self._spec = spec
+        self._folder = folder
+        self._process: subprocess.Popen[str] | None = None
+
+    def load(self) -> None:
+        """Start loading W&B beside the run. Not where times are measured: there it waits until `log`."""
+        if self._process is not None or self._spec.mode == "disabled":
             return
-        except Exception as error:  # a tracker's failure of any kind must not fail the run
-            _log.warning("tracking=%s: %s; the record is complete without it", mode, " ".join(str(error).split()))
-
-
-def _log_run(
-    record: Record,
-    configuration: Mapping[str, Any],
-    figures: Sequence[Path],
-    spec: TrackingSpec,
-    mode: Literal["online", "offline"],
-) -> None:
-    folder = record.path / "wandb"
-    folder.mkdir(exist_ok=True)
-    with _environment(folder):
-        import wandb
-
-        settings = wandb.Settings(
-            console="off", disable_git=True, disable_code=True, x_disable_stats=True, x_disable_meta=True,
-            init_timeout=spec.init_timeout_s, silent=True,
+        data = (self._folder / "wandb").resolve()
+        # W&B takes its folders from the environment only; without these, artifacts are staged in the user's home.
+        places = {"WANDB_DATA_DIR": data, "WANDB_CACHE_DIR": data / "cache", "WANDB_CONFIG_DIR": data / "config"}
+        environment = {
+            **os.environ,
+            **{name: str(path) for name, path in places.items()},
+            "WANDB_SILENT": "true",
+            "WANDB_CONSOLE": "off",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "repro.record.mirroring"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
+            start_new_session=True,
         )  # fmt: skip
-        run = wandb.init(
-            project=spec.project, entity=spec.entity, mode=mode, dir=str(record.path), config=dict(configuration),
-            name=f"{record.path.parent.name}/{record.path.name}", group=record.path.parent.name, settings=settings,
-        )  # fmt: skip
+
+    def log(self, record: Record, configuration: dict[str, Any], figures: Sequence[Path]) -> None:
+        """Hand over a finished run and wait until it is mirrored, or until that takes too long."""
+        self.load()
+        if self._process is None:
+            return
+        job = {
+            "record": str(record.path),
+            "configuration": configuration,
+            "figures": [str(path) for path in figures],
+            "spec": asdict(self._spec),
+        }
         try:
-            table = record.metrics
-            known = table.dropna(subset=["value"])
-            names = known["tier"] + "/" + known["case"] + "/" + known["metric"]
-            run.summary.update(dict(zip(names, known["value"], strict=True)))
-            logged: dict[str, Any] = {"metrics": wandb.Table(dataframe=table)}
-            for path in sorted((record.path / "tables").glob("*.csv")):
-                logged[f"tables/{path.stem}"] = wandb.Table(dataframe=record.table(path.stem))
-            for path in figures:
-                logged[f"figures/{path.stem}"] = wandb.Image(str(path))
-            run.log(logged)
-        finally:
-            run.finish()
+            self._process.communicate(json.dumps(job), timeout=self._spec.timeout_s)
+        except (subprocess.TimeoutExpired, OSError) as error:
+            _complain(
+                self._spec.mode,
+                f"gave up after {self._spec.timeout_s:g} s"
+                if isinstance(error, subprocess.TimeoutExpired)
+                else str(error),
+            )
+        else:
+            if self._process.returncode != 0:
+                _complain(self._spec.mode, f"the tracker ended with code {self._process.returncode}")
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+
+
+def _complain(mode: str, reason: str) -> None:
+    print(f"tracking={mode}: {reason}; the record is complete without it", file=sys.stderr)
