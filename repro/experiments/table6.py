@@ -64,7 +64,7 @@ class Options:
     `simulate` runs `requests` per simulation and `seeds` simulations per value.
     """
 
-    draws: int = 20
+    draws: int = 8
     requests: int = 30_000
     seeds: int = 4
 

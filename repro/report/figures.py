@@ -22,14 +22,14 @@ def records(folder: Path) -> list[Record]:
     return [Record(done.parent) for done in sorted(folder.rglob("DONE"))]
 
 
-def redraw(record: Record, folder: Path, prefix: str = "") -> list[Path]:
-    """All figures of one record into `folder`; returns the PNGs."""
+def redraw(record: Record, folder: Path, *, for_print: bool = False) -> list[Path]:
+    """All figures of one record into `folder`, as PNG and for print as PDF too; returns the PNGs."""
     experiment = base.load(record.configuration["name"])
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with style.applied():
         for name, figure in experiment.figures_for(record.configuration["tier"]).items():
-            written.append(style.save(figure(record), folder / f"{prefix}{name}"))
+            written.append(style.save(figure(record), folder / name, for_print=for_print))
     return written
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{source}: holds no finished run; accepted: a folder below which runs have a DONE file")
         for record in found:
             target = FIGURES if not argv else record.path / "figures"
-            for path in redraw(record, target):
+            for path in redraw(record, target, for_print=True):
                 print(path, file=sys.stderr)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -76,9 +76,10 @@ def panels(
     return figure, [axis for row in axes for axis in row]
 
 
-def save(figure: Figure, stem: Path) -> Path:
-    """PNG and PDF without dates, so that the same record gives the same bytes; returns the PNG's path."""
-    figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
+def save(figure: Figure, stem: Path, *, for_print: bool) -> Path:
+    """PNG, and PDF where it is for print, without dates, so that the same record gives the same bytes; returns the PNG's path."""
+    if for_print:
+        figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
     png = stem.with_suffix(".png")
     figure.savefig(png, metadata={"Software": None})
     return png

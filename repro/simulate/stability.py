@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 from repro.simulate.records import COLUMNS, Row
 from repro.simulate.simulation import Simulation
@@ -42,7 +42,7 @@ class Estimate:
         n, mean = len(data), float(np.mean(data))
         if n < 2:
             return Estimate(mean, math.nan, math.nan, n)
-        half = float(stats.t.ppf(0.975, n - 1) * data.std(ddof=1) / math.sqrt(n))
+        half = float(stdtrit(n - 1, 0.975) * data.std(ddof=1) / math.sqrt(n))
         return Estimate(mean, mean - half, mean + half, n)
 
 
