@@ -54,7 +54,9 @@ def measure(count: int, load: float, controllers: bool) -> dict[str, float]:
 
 def main(argv: list[str]) -> int:
     """A table of sizes; the last line is the same as JSON."""
-    parser = argparse.ArgumentParser(prog="scripts/bench simulate", description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench simulate", description=__doc__.split("\n\n")[0] if __doc__ else None
+    )
     parser.add_argument("--requests", type=int, nargs="+", default=[100_000, 300_000])
     parser.add_argument("--load", type=float, default=0.9, help="share of Λ_max at which requests arrive (default 0.9)")
     parser.add_argument("--static", action="store_true", help="leave both control loops off")
@@ -64,9 +66,21 @@ def main(argv: list[str]) -> int:
         print(json.dumps(measure(options.requests[0], options.load, not options.static)))
         return 0
     rows = []
-    print(f"{'requests':>10} {'req/s':>10} {'req/CPU s':>10} {'peak MB':>8} {'TTFT mean':>10} {'P99':>7}", file=sys.stderr)
+    print(
+        f"{'requests':>10} {'req/s':>10} {'req/CPU s':>10} {'peak MB':>8} {'TTFT mean':>10} {'P99':>7}", file=sys.stderr
+    )
     for count in options.requests:
-        command = [sys.executable, "-m", "repro.bench", "simulate", "--here", "--requests", str(count), "--load", str(options.load)]
+        command = [
+            sys.executable,
+            "-m",
+            "repro.bench",
+            "simulate",
+            "--here",
+            "--requests",
+            str(count),
+            "--load",
+            str(options.load),
+        ]
         done = subprocess.run(command + ["--static"] * options.static, capture_output=True, text=True, check=False)
         if done.returncode:
             print(done.stderr, file=sys.stderr)

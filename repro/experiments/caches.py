@@ -22,7 +22,9 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         if self.capacity_gb is not None and not self.capacity_gb > 0:
-            raise UserError(f"options.cache.capacity_gb: {self.capacity_gb} is not positive; accepted: gigabytes, or null for no limit")
+            raise UserError(
+                f"options.cache.capacity_gb: {self.capacity_gb} is not positive; accepted: gigabytes, or null for no limit"
+            )
 
     def spec(self, profile: Profile) -> CacheSpec:
         """S_kv(0) is what a checkpoint weighs, the slope of S_kv what a token of full attention does."""

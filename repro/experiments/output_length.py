@@ -28,7 +28,11 @@ def run(context: Context) -> Outcome:
     setting = simulated.Setting.of(context)
     rate = setting.rate(options.load)
     count = round(rate * options.duration_s)
-    chosen = {name: spec for name, spec in setting.policies(options).items() if name in ("static", "short_term", "two_timescale")}
+    chosen = {
+        name: spec
+        for name, spec in setting.policies(options).items()
+        if name in ("static", "short_term", "two_timescale")
+    }
     outcomes = []
     for mean in options.means:
         laws: dict[str, OutputLengths] = {"fixed": FixedOutput(mean), "log_normal": LogNormalOutput(mean, options.cv)}
@@ -42,4 +46,6 @@ def run(context: Context) -> Outcome:
     return simulated.merge(outcomes)
 
 
-EXPERIMENT = Experiment("output_length", ("simulate",), run, {"goodput": simulated.draw_goodput}, Options, profile_files)
+EXPERIMENT = Experiment(
+    "output_length", ("simulate",), run, {"goodput": simulated.draw_goodput}, Options, profile_files
+)

@@ -38,7 +38,9 @@ def hit_rates(chunk: Chunk, cache: CacheSpec) -> dict[str, float]:
     A prompt's last key names a block that it does not fill. Attention-only rates count it, as those published for the traces do; a
     checkpoint is taken at the end of the last full block, since nobody else's prompt ends where this one does.
     """
-    attention = replace(cache, groups=tuple(group for group in cache.groups if group.kind == "block"), capacity_bytes=float("inf"))
+    attention = replace(
+        cache, groups=tuple(group for group in cache.groups if group.kind == "block"), capacity_bytes=float("inf")
+    )
     pools = {"attention_only": HybridPool(attention), "hybrid": HybridPool(replace(cache, capacity_bytes=float("inf")))}
     hits, blocks = dict.fromkeys(pools, 0), 0
     for tokens, (keys, _) in zip(chunk.input_tokens.tolist(), chunk.chains or [], strict=False):
@@ -69,10 +71,18 @@ def run(context: Context) -> Outcome:
     cases = {name: replace(spec, cache=cache if chunk.chains else None) for name, spec in policies.items()}
     end = float(chunk.arrival_s[-1]) + 1e-6
     outcome = simulated.compare(
-        context, cases, lambda _: recorded, (min(options.warmup_s, end / 2), end), setting.slo, options.seeds, bin_s=60.0
+        context,
+        cases,
+        lambda _: recorded,
+        (min(options.warmup_s, end / 2), end),
+        setting.slo,
+        options.seeds,
+        bin_s=60.0,
     )
     source = options.trace or "generated sessions (no trace given)"
-    return replace(outcome, metrics=[*rows, *outcome.metrics], provenance={"trace": source, "requests": len(chunk.arrival_s)})
+    return replace(
+        outcome, metrics=[*rows, *outcome.metrics], provenance={"trace": source, "requests": len(chunk.arrival_s)}
+    )
 
 
 def files(settings: Settings) -> Sequence[Path]:

@@ -1,10 +1,10 @@
 """The hybrid prefix cache pool (§3.2, Figure 4): block-level and request-level state in one shared pool of pages.
 
 A prefix is a chain of keys, one per full block of tokens, each naming all tokens up to its end. Block-level groups (full attention)
-keep an entry per block and match any prefix of a chain. Request-level groups (recurrent states, windows) keep a checkpoint of fixed size that serves
-exactly the length at which it was taken. **A hit is only what every group can serve**: the longest run of
-blocks that ends at a checkpoint. Prefix-cache entries are reusable and evicted; transfer-cache leases hold the tail of a prefill until
-it has been sent. Entries may carry real state (the live system) or nothing (the simulator counts bytes).
+keep an entry per block and match any prefix of a chain. Request-level groups (recurrent states, windows) keep a checkpoint of fixed
+size that serves exactly the length at which it was taken. **A hit is only what every group can serve**: the longest run of blocks
+that ends at a checkpoint. Prefix-cache entries are reusable and evicted; transfer-cache leases hold the tail of a prefill until it has
+been sent. Entries may carry real state (the live system) or nothing (the simulator counts bytes).
 """
 
 from __future__ import annotations

@@ -66,7 +66,11 @@ class Claim:
         return "reproduced" if self.tolerance.holds(value, self.paper) else "deviates"
 
 
-_CASE_NAMES = {"prfaas_pd": "PrfaaS-PD", "homogeneous_pd": "homogeneous PD", "naive_heterogeneous_pd": "naive heterogeneous PD"}
+_CASE_NAMES = {
+    "prfaas_pd": "PrfaaS-PD",
+    "homogeneous_pd": "homogeneous PD",
+    "naive_heterogeneous_pd": "naive heterogeneous PD",
+}
 _TABLE_6 = {
     "lambda_max": ("sustains {value:g} req/s", Tolerance(relative=0.02)),
     "ratio": ("sustains {value:g} times the baseline", Tolerance(absolute=0.03)),
@@ -86,7 +90,11 @@ def _table_6() -> list[Claim]:
     for case in tables.CASES:
         for metric, (words, tolerance) in _TABLE_6.items():
             quantity = tables.TABLE_6[case].get(metric)
-            if quantity is None or (case == "homogeneous_pd" and metric == "ratio") or (case == "naive_heterogeneous_pd" and metric == "n_d"):
+            if (
+                quantity is None
+                or (case == "homogeneous_pd" and metric == "ratio")
+                or (case == "naive_heterogeneous_pd" and metric == "n_d")
+            ):
                 continue
             found.append(
                 Claim(
@@ -98,10 +106,27 @@ def _table_6() -> list[Claim]:
 
 
 def _in_text(
-    name: str, statement: str, quantity: Quantity, experiment: str, case: str, metric: str, tolerance: Tolerance, scale: float = 1, unit: str = ""
+    name: str,
+    statement: str,
+    quantity: Quantity,
+    experiment: str,
+    case: str,
+    metric: str,
+    tolerance: Tolerance,
+    scale: float = 1,
+    unit: str = "",
 ) -> Claim:
     return Claim(
-        name, statement, quantity.where, experiment, "model", case, metric, quantity.value * scale, unit or quantity.unit, tolerance
+        name,
+        statement,
+        quantity.where,
+        experiment,
+        "model",
+        case,
+        metric,
+        quantity.value * scale,
+        unit or quantity.unit,
+        tolerance,
     )
 
 

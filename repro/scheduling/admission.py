@@ -20,7 +20,9 @@ class AdmissionSpec:
 
     def __post_init__(self) -> None:
         if self.ttft_limit_s is not None and not self.ttft_limit_s > 0:
-            raise UserError(f"policy.admission.ttft_limit_s: {self.ttft_limit_s} is not positive; accepted: seconds, or null")
+            raise UserError(
+                f"policy.admission.ttft_limit_s: {self.ttft_limit_s} is not positive; accepted: seconds, or null"
+            )
 
     @property
     def limit_s(self) -> float:

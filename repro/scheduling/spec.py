@@ -22,6 +22,8 @@ class PolicySpec:
         if self.threshold_step_tokens < 1:
             raise UserError(f"policy.threshold_step_tokens: {self.threshold_step_tokens} is below 1 token")
         if self.threshold_tokens is not None and not self.threshold_tokens >= 0:
-            raise UserError(f"policy.threshold_tokens: {self.threshold_tokens} is negative; accepted: 0 or more tokens, or null")
+            raise UserError(
+                f"policy.threshold_tokens: {self.threshold_tokens} is negative; accepted: 0 or more tokens, or null"
+            )
         if self.n_p is not None and self.n_p < 0:
             raise UserError(f"policy.n_p: {self.n_p} is negative; accepted: 0 or more instances, or null")

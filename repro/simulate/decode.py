@@ -22,7 +22,9 @@ class StepTimes:
     def __init__(self, decode_step_s: Callable[[int, float], float], batch_max: int) -> None:
         probe = 1e6
         self.step_s = [0.0] + [float(decode_step_s(b, 0.0)) for b in range(1, batch_max + 1)]
-        self.slope_s = [0.0] + [(float(decode_step_s(b, probe)) - self.step_s[b]) / probe for b in range(1, batch_max + 1)]
+        self.slope_s = [0.0] + [
+            (float(decode_step_s(b, probe)) - self.step_s[b]) / probe for b in range(1, batch_max + 1)
+        ]
         self.grows = any(slope > 0 for slope in self.slope_s)
 
 

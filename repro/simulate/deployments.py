@@ -27,7 +27,9 @@ def shared_link(link: LinkSpec) -> SharedLinkSpec:
     return SharedLinkSpec(rate_bps=rate, rtt_s=2 * first.delay_s, nic_bps=max(400e9, rate), changes=changes)
 
 
-def simulated(base: Deployment, point: OperatingPoint, link: SharedLinkSpec, router: Router | None = None) -> SimulationSpec:
+def simulated(
+    base: Deployment, point: OperatingPoint, link: SharedLinkSpec, router: Router | None = None
+) -> SimulationSpec:
     """A deployment at an operating point; without a `router`, the one that the model assumes: t, all, or nothing offloaded."""
     if router is None:
         router = Homogeneous() if point.n_prfaas == 0 else Naive() if point.n_p == 0 else Threshold()

@@ -72,9 +72,22 @@ class Measurement(NamedTuple):
 class Flow:
     """One transfer: `supply` is the rate at which its prefill makes bytes, `rate` its present share, both in bytes/s."""
 
-    __slots__ = ("began_s", "done", "draining", "end_clock", "payload", "rate", "sender", "sent", "size_bytes", "supply")
+    __slots__ = (
+        "began_s",
+        "done",
+        "draining",
+        "end_clock",
+        "payload",
+        "rate",
+        "sender",
+        "sent",
+        "size_bytes",
+        "supply",
+    )
 
-    def __init__(self, sender: Sender, size_bytes: float, supply: float, began_s: float, done: Done, payload: Any) -> None:
+    def __init__(
+        self, sender: Sender, size_bytes: float, supply: float, began_s: float, done: Done, payload: Any
+    ) -> None:
         self.sender = sender
         self.size_bytes = size_bytes
         self.supply = supply
@@ -342,7 +355,10 @@ class SharedLink:
             if behind:
                 greedy[flow.sender] += 1
         levels = fill(
-            self.capacity, self._nic, self._flow_cap, {s: ([f.rate for f in asking[s] if f.rate >= 0], greedy[s]) for s in asking}
+            self.capacity,
+            self._nic,
+            self._flow_cap,
+            {s: ([f.rate for f in asking[s] if f.rate >= 0], greedy[s]) for s in asking},
         )
         total = 0.0
         self._calm = True
@@ -357,9 +373,7 @@ class SharedLink:
         self._total_rate = total
 
 
-def fill(
-    capacity: float, nic: float, flow_cap: float, senders: dict[Any, tuple[list[float], int]]
-) -> dict[Any, float]:
+def fill(capacity: float, nic: float, flow_cap: float, senders: dict[Any, tuple[list[float], int]]) -> dict[Any, float]:
     """The level up to which each sender's flows are filled: flows that ask for less get what they ask, the others the level.
 
     `senders` maps a sender to the rates that its modest flows ask for and the number of its greedy flows. Rounds fix flows that ask

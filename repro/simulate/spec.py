@@ -55,7 +55,9 @@ class PdCluster:
 
     def __post_init__(self) -> None:
         if self.n_p < 0 or self.n_d < 1:
-            raise UserError(f"cluster.pd: n_p {self.n_p} and n_d {self.n_d}; accepted: 0 or more to prefill, 1 or more to decode")
+            raise UserError(
+                f"cluster.pd: n_p {self.n_p} and n_d {self.n_d}; accepted: 0 or more to prefill, 1 or more to decode"
+            )
         if not self.share > 0:
             raise UserError(f"cluster.pd.share: {self.share} is not positive")
 
@@ -131,8 +133,12 @@ class SimulationSpec:
         if isinstance(router, Naive) and not self.prfaas:
             raise UserError("policy.router: naive sends every prefill to PrfaaS, but there is no PrfaaS cluster")
         if any(not home.n_p for home in self.pd) and (not self.prfaas or isinstance(router, Homogeneous)):
-            raise UserError("policy.n_p: 0 leaves nobody to prefill what stays local; accepted: 1 or more, or a router that offloads")
+            raise UserError(
+                "policy.n_p: 0 leaves nobody to prefill what stays local; accepted: 1 or more, or a router that offloads"
+            )
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise UserError(f"simulate.chunk_tokens: {self.chunk_tokens} is below 1; accepted: tokens, or null for whole prefill")
+            raise UserError(
+                f"simulate.chunk_tokens: {self.chunk_tokens} is below 1; accepted: tokens, or null for whole prefill"
+            )
         if not (self.limit_requests >= 1 and 0 <= self.drain_s < math.inf):
             raise UserError("simulate.limit_requests and simulate.drain_s: must be positive and finite")

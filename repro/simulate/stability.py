@@ -79,9 +79,14 @@ def growth(spec: SimulationSpec, requests: Independent) -> float:
 
 
 def lambda_max(
-    spec: SimulationSpec, requests: Callable[[float, int], Independent], guess_per_s: float, seeds: Sequence[int], width: float = 0.005
+    spec: SimulationSpec,
+    requests: Callable[[float, int], Independent],
+    guess_per_s: float,
+    seeds: Sequence[int],
+    width: float = 0.005,
 ) -> Estimate:
     """Highest stable rate in req/s over seeds; `requests(rate, seed)` makes the stream. The guess only says where to look first."""
+
     def of_seed(seed: int) -> float:
         return _bisect(lambda rate: growth(spec, requests(rate, seed)) <= TOLERANCE, guess_per_s, width)
 

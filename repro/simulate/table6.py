@@ -54,7 +54,9 @@ def run(context: Context, effort: Effort) -> Outcome:
     base = deployment(settings)
     link = shared_link(settings.link)
     points = operating_points(base, replace(settings, policy=replace(settings.policy, lengths="true_mean")))
-    representative = operating_points(base, replace(settings, policy=replace(settings.policy, lengths="representative")))
+    representative = operating_points(
+        base, replace(settings, policy=replace(settings.policy, lengths="representative"))
+    )
     seeds = [settings.seed + i for i in range(effort.seeds)]
     rows: list[Metric] = []
     best: dict[str, Estimate] = {}
@@ -83,7 +85,9 @@ def run(context: Context, effort: Effort) -> Outcome:
     homogeneous = best["homogeneous_pd"]
     for case, found in best.items():
         paper = tables.TABLE_6[case]["ratio"].value
-        rows.append(context.metric(case, "ratio", found.value / homogeneous.value, "", "simulated", n=found.n, paper=paper))
+        rows.append(
+            context.metric(case, "ratio", found.value / homogeneous.value, "", "simulated", n=found.n, paper=paper)
+        )
     return Outcome(rows, {"loads": pd.DataFrame(loads)})
 
 
@@ -94,7 +98,14 @@ def _throughput_rows(
     model, flattering = point.lambda_max, representative.lambda_max
     return [
         context.metric(
-            case, "lambda_max", found.value, "req/s", "simulated", interval=(found.low, found.high), n=found.n, paper=paper
+            case,
+            "lambda_max",
+            found.value,
+            "req/s",
+            "simulated",
+            interval=(found.low, found.high),
+            n=found.n,
+            paper=paper,
         ),
         context.metric(f"{case}.model_true_mean", "lambda_max", model, "req/s", "computed"),
         context.metric(f"{case}.model_representative", "lambda_max", flattering, "req/s", "computed", paper=paper),
@@ -129,9 +140,15 @@ def draw_loads(record: Record) -> Figure:
         for metric, dash, label in (("ttft_mean_s", "-", "mean"), ("ttft_p90_s", "--", "P90")):
             rows = table[(table["case"] == case) & (table["metric"] == metric)]
             if len(rows):
-                axis.plot(100 * rows["load"], rows["value"], dash, color=colour, label=f"{style.CASE_NAMES[case]}, {label}")
+                axis.plot(
+                    100 * rows["load"], rows["value"], dash, color=colour, label=f"{style.CASE_NAMES[case]}, {label}"
+                )
                 axis.fill_between(100 * rows["load"], rows["low"], rows["high"], color=colour, alpha=0.2, lw=0)
-    axis.set(xlabel="load (% of each deployment's own Λ_max)", ylabel="TTFT (s)", title="What the paper's queue-free TTFT leaves out")
+    axis.set(
+        xlabel="load (% of each deployment's own Λ_max)",
+        ylabel="TTFT (s)",
+        title="What the paper's queue-free TTFT leaves out",
+    )
     axis.set_ylim(bottom=0)
     axis.legend(ncols=1)
     return figure

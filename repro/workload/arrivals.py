@@ -99,7 +99,9 @@ class Piecewise:
 
     def __post_init__(self) -> None:
         if len(self.rates_per_s) != len(self.durations_s) or not self.rates_per_s:
-            raise UserError("workload.arrivals.rates_per_s, durations_s: need as many rates as durations, and one at least")
+            raise UserError(
+                "workload.arrivals.rates_per_s, durations_s: need as many rates as durations, and one at least"
+            )
         for duration in self.durations_s:
             _positive("durations_s", duration)
         if min(self.rates_per_s) < 0 or not max(self.rates_per_s) > 0:
@@ -146,7 +148,9 @@ class MarkovModulated:
 
     def __post_init__(self) -> None:
         if len(self.rates_per_s) != len(self.mean_hold_s) or not self.rates_per_s:
-            raise UserError("workload.arrivals.rates_per_s, mean_hold_s: need as many rates as holding times, and one at least")
+            raise UserError(
+                "workload.arrivals.rates_per_s, mean_hold_s: need as many rates as holding times, and one at least"
+            )
         for hold in self.mean_hold_s:
             _positive("mean_hold_s", hold)
         if min(self.rates_per_s) < 0 or not max(self.rates_per_s) > 0:

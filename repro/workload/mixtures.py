@@ -51,7 +51,9 @@ class Mixture:
 
     def fraction_above(self, threshold_tokens: ArrayLike) -> FloatArray:
         """P(L > t)."""
-        return np.asarray(sum(s * part.fraction_above(threshold_tokens) for s, part in zip(self._shares, self.parts, strict=True)))
+        return np.asarray(
+            sum(s * part.fraction_above(threshold_tokens) for s, part in zip(self._shares, self.parts, strict=True))
+        )
 
     def _weighted(
         self, mass: Callable[[LengthDistribution], FloatArray], mean: Callable[[LengthDistribution], FloatArray]
@@ -69,7 +71,9 @@ class Mixture:
 
     def mean_below(self, threshold_tokens: ArrayLike) -> FloatArray:
         """E[L | L ≤ t]."""
-        return self._weighted(lambda p: 1 - p.fraction_above(threshold_tokens), lambda p: p.mean_below(threshold_tokens))
+        return self._weighted(
+            lambda p: 1 - p.fraction_above(threshold_tokens), lambda p: p.mean_below(threshold_tokens)
+        )
 
     def expectation_above(self, function: CurveFunction, threshold_tokens: ArrayLike) -> FloatArray:
         """E[f(L) | L > t]."""

@@ -45,7 +45,9 @@ class LogNormalOutput:
 
     def __post_init__(self) -> None:
         if not (self.mean_tokens >= 1 and self.cv > 0 and self.maximum_tokens >= self.mean_tokens):
-            raise UserError("workload.outputs: mean_tokens must be 1 or more, cv positive, maximum_tokens not below the mean")
+            raise UserError(
+                "workload.outputs: mean_tokens must be 1 or more, cv positive, maximum_tokens not below the mean"
+            )
 
     def sample(self, rng: np.random.Generator, n: int) -> NDArray[np.int64]:
         """Rounded up to whole tokens."""

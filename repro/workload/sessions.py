@@ -39,7 +39,9 @@ class SessionSpec:
         if self.mean_turns < 1:
             raise UserError(f"workload.sessions.mean_turns: {self.mean_turns} is below 1")
         if not 0 <= self.system_tokens < self.maximum_tokens:
-            raise UserError(f"workload.sessions.system_tokens: {self.system_tokens} must lie below maximum_tokens ({self.maximum_tokens})")
+            raise UserError(
+                f"workload.sessions.system_tokens: {self.system_tokens} must lie below maximum_tokens ({self.maximum_tokens})"
+            )
 
 
 def draw_sessions(spec: SessionSpec, duration_s: float, seed: int) -> Recorded:
@@ -60,7 +62,9 @@ def draw_sessions(spec: SessionSpec, duration_s: float, seed: int) -> Recorded:
     return Recorded(Chunk(np.array(times), np.array(inputs, np.int64), np.array(outputs, np.int64), list(chains)))
 
 
-def _turns(spec: SessionSpec, session: int, start_s: float, end_s: float, rng: np.random.Generator) -> list[tuple[float, int, int, Chains]]:
+def _turns(
+    spec: SessionSpec, session: int, start_s: float, end_s: float, rng: np.random.Generator
+) -> list[tuple[float, int, int, Chains]]:
     family = int(rng.integers(spec.families))
     shared = spec.system_tokens // spec.block_tokens
     turns = int(rng.geometric(1 / spec.mean_turns))

@@ -93,6 +93,8 @@ def replay(requests: pd.DataFrame) -> Recorded:
     table = requests.sort_values("id")
     return Recorded(
         Chunk(
-            table["arrival_s"].to_numpy(np.float64), table["input_tokens"].to_numpy(np.int64), table["output_tokens"].to_numpy(np.int64)
+            table["arrival_s"].to_numpy(np.float64),
+            table["input_tokens"].to_numpy(np.int64),
+            table["output_tokens"].to_numpy(np.int64),
         )
     )

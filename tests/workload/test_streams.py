@@ -64,7 +64,9 @@ def test_a_mixture_weighs_its_parts_exactly() -> None:
     for threshold in (1_000.0, 20_000.0):
         assert float(both.fraction_above(threshold)) == pytest.approx((drawn > threshold).mean(), abs=0.003)
         assert float(both.mean_above(threshold)) == pytest.approx(drawn[drawn > threshold].mean(), rel=0.01)
-        assert float(both.expectation_below(np.sqrt, threshold)) == pytest.approx(np.sqrt(drawn[drawn <= threshold]).mean(), rel=0.01)
+        assert float(both.expectation_below(np.sqrt, threshold)) == pytest.approx(
+            np.sqrt(drawn[drawn <= threshold]).mean(), rel=0.01
+        )
     assert float(both.quantile(0.5)) == pytest.approx(np.median(drawn), rel=0.02)
 
 
@@ -99,7 +101,9 @@ def test_a_trace_survives_writing_and_reading(tmp_path: Path) -> None:
 
 def test_an_azure_trace_is_read_in_seconds_from_its_first_request(tmp_path: Path) -> None:
     path = tmp_path / "azure.csv"
-    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.5000000,4808,10\n2023-11-16 18:18:04.2500000,31,0\n")
+    path.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.5000000,4808,10\n2023-11-16 18:18:04.2500000,31,0\n"
+    )
     chunk = read_trace(path).chunk
     assert chunk.arrival_s.tolist() == [0.0, 60.75]
     assert chunk.output_tokens.tolist() == [10, 1]
@@ -143,4 +147,6 @@ def test_an_unlimited_attention_cache_hits_what_the_traces_are_known_for(name: s
         attention.insert(keys)
         hybrid.insert(full)
     assert hits / blocks == pytest.approx(rate, abs=0.0005)
-    assert 0.5 * hits < hybrid_hits < hits  # a checkpoint at each prompt's end serves the next turn, not a shared beginning
+    assert (
+        0.5 * hits < hybrid_hits < hits
+    )  # a checkpoint at each prompt's end serves the next turn, not a shared beginning
