@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -42,9 +43,10 @@ class Capacity(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Recent requests by rank of length. Row k of the first five: the `stay[k]` shortest share is local, mean work per request is …
+    """Recent requests by rank of length. Row k: the `stay[k]` shortest share is local, mean work per request is …
 
-    The last three describe the slices between one row and the next: their share of requests and the mean prefill time of one.
+    The last two describe the slices between one row and the next: their share of requests, and (row, slice) the mean prefill time of a
+    request where that row sends it.
     """
 
     threshold_tokens: FloatArray
@@ -53,8 +55,7 @@ class Curve(NamedTuple):
     remote_bytes: FloatArray
     local_s: FloatArray
     slice_share: FloatArray
-    slice_prfaas_s: FloatArray
-    slice_pd_s: FloatArray
+    slice_s: FloatArray
 
 
 class Balance(NamedTuple):
@@ -116,16 +117,14 @@ def curve(lengths: Collection[float], costs: Costs) -> Curve:
     thresholds = tokens[kept - 1].astype(np.float64)
     thresholds[0] = 0.0
     share = counts / n
-    return Curve(
-        thresholds,
-        kept / n,
-        remote[-1] - remote,
-        size[-1] - size,
-        local,
-        share,
-        np.diff(remote) / share,
-        np.diff(local) / share,
-    )
+    each_s = np.where(_local(len(share)), np.diff(local) / share, np.diff(remote) / share)
+    return Curve(thresholds, kept / n, remote[-1] - remote, size[-1] - size, local, share, each_s)
+
+
+@cache
+def _local(slices: int) -> NDArray[np.bool_]:
+    """Whether a row (first axis, one more than slices) keeps a slice local."""
+    return np.tri(slices + 1, slices, -1, dtype=np.bool_)
 
 
 def balance(
@@ -156,12 +155,9 @@ def balance(
         on_link_s = 8 * capacity.backlog_bytes / capacity.egress_bps if capacity.egress_bps > 0 else 0.0
         away_s = np.maximum(_wait(remote, capacity.waiting_prfaas_s, horizon_s), _wait(link, on_link_s, horizon_s))
         home_s = _wait(local, capacity.waiting_pd_s, horizon_s)
-        rows = np.arange(len(at.stay))[:, None]
-        here = rows > np.arange(len(at.slice_share))[None, :]
         # A slice waits where its row sends it; waits are taken as exponential.
-        slack_s = patience_s - np.where(here, at.slice_pd_s, at.slice_prfaas_s)
-        wait_s = np.where(here, home_s[:, None], away_s[:, None])
-        in_time = 1 - np.exp(-np.maximum(slack_s, 0.0) / np.maximum(wait_s, 1e-9))
+        wait_s = np.where(_local(len(at.slice_share)), home_s[:, None], away_s[:, None])
+        in_time = 1 - np.exp(np.minimum(at.slice_s - patience_s, 0.0) / np.maximum(wait_s, 1e-9))
         worth = in_time @ at.slice_share
     best = len(worth) - 1 - int(worth[::-1].argmax())
     held = int(at.threshold_tokens.searchsorted(held_tokens, "right")) - 1
