@@ -46,7 +46,12 @@ def multiplied(spec: SimulationSpec, factor: int) -> SimulationSpec:
     home = replace(spec.pd[0], n_p=spec.pd[0].n_p * factor, n_d=spec.pd[0].n_d * factor)
     site = spec.prfaas[0]
     link = replace(site.link, rate_bps=site.link.rate_bps * factor)
-    return replace(spec, pd=(home,), prfaas=(replace(site, instances=site.instances * factor, link=link),), limit_requests=2_000_000)
+    return replace(
+        spec,
+        pd=(home,),
+        prfaas=(replace(site, instances=site.instances * factor, link=link),),
+        limit_requests=2_000_000,
+    )
 
 
 def run(context: Context) -> Outcome:
@@ -75,9 +80,14 @@ def run(context: Context) -> Outcome:
                 "ttft_p99_s": (totals.ttft_p99_s, "s"),
                 "egress_bps": (totals.egress_bps, "bit/s"),
             }
-            rows += [context.metric(name, metric, value, unit, "simulated", n=totals.requests) for metric, (value, unit) in values.items()]
+            rows += [
+                context.metric(name, metric, value, unit, "simulated", n=totals.requests)
+                for metric, (value, unit) in values.items()
+            ]
             rows.append(context.metric(name, "simulated_requests_per_s", speed, "req/s", "measured", n=count))
-            sizes.append({"gpus": gpus * factor, "case": case} | {metric: value for metric, (value, _) in values.items()})
+            sizes.append(
+                {"gpus": gpus * factor, "case": case} | {metric: value for metric, (value, _) in values.items()}
+            )
             context.progress(f"{name}: {count} requests, {speed:,.0f} per second of wall time")
     return Outcome(rows, {"sizes": pd.DataFrame(sizes)})
 

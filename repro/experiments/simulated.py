@@ -68,7 +68,9 @@ class Options:
         if self.seeds < 2:
             raise UserError(f"options.seeds: {self.seeds} is below 2, which an interval needs")
         if not 0 <= self.warmup_s < self.duration_s:
-            raise UserError(f"options.warmup_s: {self.warmup_s} must lie between 0 and options.duration_s ({self.duration_s})")
+            raise UserError(
+                f"options.warmup_s: {self.warmup_s} must lie between 0 and options.duration_s ({self.duration_s})"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ class Setting:
         settings = context.settings
         base = deployment(settings)
         if not base.n_prfaas:
-            raise UserError(f"cluster.prfaas.instances: 0; experiment={settings.name} compares ways to offload and needs one or more")
+            raise UserError(
+                f"cluster.prfaas.instances: 0; experiment={settings.name} compares ways to offload and needs one or more"
+            )
         true = replace(settings, policy=replace(settings.policy, lengths="true_mean"))
         return Setting(base, operating_points(base, true), shared_link(settings.link), settings.workload.slo)
 
@@ -186,12 +190,20 @@ def compare(
     return Outcome(rows, tables, requests=kept)
 
 
-def _rows(context: Context, found: Mapping[str, Sequence[Mapping[str, float]]], baseline: str, prefix: str) -> Iterable[Metric]:
+def _rows(
+    context: Context, found: Mapping[str, Sequence[Mapping[str, float]]], baseline: str, prefix: str
+) -> Iterable[Metric]:
     for case, values in found.items():
         for metric, unit in _UNITS.items():
             estimate = Estimate.of([value[metric] for value in values])
             yield context.metric(
-                prefix + case, metric, estimate.value, unit, "simulated", interval=(estimate.low, estimate.high), n=estimate.n
+                prefix + case,
+                metric,
+                estimate.value,
+                unit,
+                "simulated",
+                interval=(estimate.low, estimate.high),
+                n=estimate.n,
             )
             if case != baseline and metric in _SAMPLES and baseline in found:
                 pairs = [value[metric] - other[metric] for value, other in zip(values, found[baseline], strict=True)]
@@ -213,7 +225,10 @@ def _over_time(requests: pd.DataFrame, bin_s: float, slo: ServiceLevel) -> pd.Da
 def merge(outcomes: Sequence[Outcome]) -> Outcome:
     """Several comparisons as one outcome."""
     names = {name for outcome in outcomes for name in outcome.tables}
-    tables = {name: pd.concat([outcome.tables[name] for outcome in outcomes if name in outcome.tables]) for name in sorted(names)}
+    tables = {
+        name: pd.concat([outcome.tables[name] for outcome in outcomes if name in outcome.tables])
+        for name in sorted(names)
+    }
     kept = next((outcome.requests for outcome in outcomes if outcome.requests is not None), None)
     return Outcome([row for outcome in outcomes for row in outcome.metrics], tables, requests=kept)
 

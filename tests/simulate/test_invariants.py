@@ -28,7 +28,9 @@ from repro.workload.sessions import SessionSpec, draw_sessions
 from repro.workload.stream import Independent, replay
 
 PROFILE = TinyProfile(s_per_token=1e-4, per_sequence_s=1e-4, per_context_s=1e-9, batch_max=8)
-LINK = SharedLinkSpec(1e9, 0.02, 2e9, 4, 4e8, 12, (CapacityChange(200.0, 2e7), CapacityChange(300.0, 0.0), CapacityChange(330.0, 1e9)))
+LINK = SharedLinkSpec(
+    1e9, 0.02, 2e9, 4, 4e8, 12, (CapacityChange(200.0, 2e7), CapacityChange(300.0, 0.0), CapacityChange(330.0, 1e9))
+)
 EVERYTHING = SchedulerSpec(
     Prfaas(), 8_000.0, short_term=ShortTermSpec(enabled=True), long_term=LongTermSpec(enabled=True), fallback_s=5.0
 )
@@ -60,7 +62,9 @@ def check(table: pd.DataFrame, n: int) -> None:
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 1024])
-def test_requests_are_conserved_and_nothing_comes_before_its_cause_under_faults_and_controllers(chunk_tokens: int | None) -> None:
+def test_requests_are_conserved_and_nothing_comes_before_its_cause_under_faults_and_controllers(
+    chunk_tokens: int | None,
+) -> None:
     table, summary = play(everything(chunk_tokens=chunk_tokens), busy())
     assert summary.arrived == 2500 == summary.completed + summary.refused + summary.unfinished
     assert summary.unfinished == 0
@@ -72,7 +76,9 @@ def test_requests_are_conserved_and_nothing_comes_before_its_cause_under_faults_
 
 @pytest.mark.parametrize("router", ROUTERS, ids=lambda router: type(router).__name__)
 @pytest.mark.parametrize("chunk_tokens", [None, 2048])
-def test_every_router_conserves_requests_with_whole_and_with_chunked_prefill(router: Router, chunk_tokens: int | None) -> None:
+def test_every_router_conserves_requests_with_whole_and_with_chunked_prefill(
+    router: Router, chunk_tokens: int | None
+) -> None:
     scheduler = SchedulerSpec(router, 8_000.0)
     table, summary = play(split(PROFILE, scheduler, LINK, 3, 3, chunk_tokens=chunk_tokens), busy(n=800))
     assert summary.completed == 800
@@ -93,7 +99,9 @@ def test_bytes_that_crossed_the_link_are_those_of_the_offloaded_requests() -> No
     assert summary.egress_bytes == pytest.approx(remote["kv_bytes"].sum(), rel=1e-9)
 
 
-@pytest.mark.parametrize("spec", [everything(), split(PROFILE, EVERYTHING, LINK, chunk_tokens=1024)], ids=["whole", "chunked"])
+@pytest.mark.parametrize(
+    "spec", [everything(), split(PROFILE, EVERYTHING, LINK, chunk_tokens=1024)], ids=["whole", "chunked"]
+)
 def test_the_same_seed_gives_the_same_bytes(spec: SimulationSpec) -> None:
     first, second = (play(spec, busy())[0] for _ in range(2))
     numbers = [name for name in first.columns if name not in ("route", "outcome")]
@@ -143,7 +151,9 @@ def test_several_clusters_share_the_load_by_their_shares_and_free_sites() -> Non
 
 
 def test_a_prefix_that_was_prefilled_is_not_prefilled_again() -> None:
-    stream = draw_sessions(SessionSpec(0.05, block_tokens=64, system_tokens=640, first_tokens=2000, turn_tokens=500), 2000.0, 3)
+    stream = draw_sessions(
+        SessionSpec(0.05, block_tokens=64, system_tokens=640, first_tokens=2000, turn_tokens=500), 2000.0, 3
+    )
     groups = (GroupSpec("full", "block", 1e3), GroupSpec("state", "request", 1e6))
     cold = split(PROFILE, replace(EVERYTHING, threshold_tokens=3000.0), replace(LINK, changes=()))
     warm = replace(cold, cache=CacheSpec(groups, block_tokens=64, page_bytes=4096))
@@ -161,7 +171,9 @@ def decode_alone(profile: TinyProfile, jobs: list[tuple[float, int, int]]) -> li
     import heapq
 
     agenda, done = Agenda(), []
-    stage = DecodeStage(agenda, StepTimes(profile.decode_step_s, profile.batch_max), profile.batch_max, lambda _, job: done.append(job))
+    stage = DecodeStage(
+        agenda, StepTimes(profile.decode_step_s, profile.batch_max), profile.batch_max, lambda _, job: done.append(job)
+    )
     stage.open(0.0, 0)
     made = [Job(i, at, tokens, output, None) for i, (at, tokens, output) in enumerate(jobs)]
     for job in made:
@@ -173,7 +185,9 @@ def decode_alone(profile: TinyProfile, jobs: list[tuple[float, int, int]]) -> li
     return made
 
 
-def decode_token_by_token(profile: TinyProfile, jobs: list[tuple[float, int, int]]) -> tuple[dict[int, float], dict[int, float]]:
+def decode_token_by_token(
+    profile: TinyProfile, jobs: list[tuple[float, int, int]]
+) -> tuple[dict[int, float], dict[int, float]]:
     """The same, one event per token: first and last token times."""
     waiting = sorted(range(len(jobs)), key=lambda i: jobs[i][0])
     running: dict[int, list[int]] = {}
@@ -201,7 +215,10 @@ def decode_token_by_token(profile: TinyProfile, jobs: list[tuple[float, int, int
 def test_one_event_for_many_decode_steps_gives_the_times_of_one_event_per_token(growing: float) -> None:
     profile = TinyProfile(step_s=0.01, per_sequence_s=0.001, per_context_s=growing, batch_max=4)
     rng = np.random.default_rng(0)
-    jobs = [(float(at), int(rng.integers(100, 900)), int(rng.integers(1, 80))) for at in np.cumsum(rng.exponential(0.2, 300))]
+    jobs = [
+        (float(at), int(rng.integers(100, 900)), int(rng.integers(1, 80)))
+        for at in np.cumsum(rng.exponential(0.2, 300))
+    ]
     made = decode_alone(profile, jobs)
     first, last = decode_token_by_token(profile, jobs)
     for i, job in enumerate(made):
@@ -229,7 +246,9 @@ def test_another_instance_and_more_bandwidth_never_lower_lambda_max() -> None:
 
 
 def test_more_cache_never_lowers_the_hit_rate() -> None:
-    stream = draw_sessions(SessionSpec(0.2, block_tokens=64, system_tokens=640, first_tokens=2000, turn_tokens=500), 1500.0, 3)
+    stream = draw_sessions(
+        SessionSpec(0.2, block_tokens=64, system_tokens=640, first_tokens=2000, turn_tokens=500), 1500.0, 3
+    )
     groups = (GroupSpec("full", "block", 1e3), GroupSpec("state", "request", 1e6))
     spec = split(PROFILE, SchedulerSpec(Threshold(), 3000.0), replace(LINK, changes=()))
     cached = []

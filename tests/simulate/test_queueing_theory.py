@@ -18,7 +18,9 @@ N = 400_000
 FINE = TinyProfile(s_per_token=1e-4)
 
 
-def mean_wait(inputs: object, rate: float, servers: int = 1, n: int = N, seed: int = 11, outputs: OutputLengths | None = None) -> float:
+def mean_wait(
+    inputs: object, rate: float, servers: int = 1, n: int = N, seed: int = 11, outputs: OutputLengths | None = None
+) -> float:
     requests = Independent(Poisson(rate), inputs, outputs or FixedOutput(1), n, seed)  # type: ignore[arg-type]
     table, summary = play(local(FINE, servers), requests)
     assert summary.completed == n

@@ -74,7 +74,9 @@ def test_nic_and_connection_caps_bound_a_transfer_on_an_empty_link() -> None:
 
 
 def test_what_a_full_nic_leaves_over_goes_to_other_senders() -> None:
-    ends, _ = times([(0.0, "send", 0, 1e9, 0), (0.0, "send", 0, 1e9, 0), (0.0, "send", 1, 0.75e9, 0)], rate_bps=8e9, nic_bps=6e9)
+    ends, _ = times(
+        [(0.0, "send", 0, 1e9, 0), (0.0, "send", 0, 1e9, 0), (0.0, "send", 1, 0.75e9, 0)], rate_bps=8e9, nic_bps=6e9
+    )
     # Fair third each while the NIC of sender 0 allows 6/8: not binding; then each level follows from what is left.
     assert ends[2] == pytest.approx(2.25)
     assert ends[0] == ends[1] == pytest.approx(2.25 + 2 * 0.25e9 / 0.75e9)
@@ -114,7 +116,9 @@ def test_completion_times_agree_with_a_fluid_integration_in_small_steps(nic_bps:
     assert max(abs(ends[i] - reference[i]) for i in ends) < 0.02
 
 
-def integrate(actions: list[tuple[float, str, int, float, float]], capacity: float, nic: float, step: float) -> dict[int, float]:
+def integrate(
+    actions: list[tuple[float, str, int, float, float]], capacity: float, nic: float, step: float
+) -> dict[int, float]:
     sent, ends, now = [0.0] * len(actions), dict[int, float](), 0.0
     while len(ends) < len(actions):
         asks: dict[int, float] = {}

@@ -61,10 +61,18 @@ def local(profile: TinyProfile, n_p: int = 1, n_d: int = 100, **kwargs: Any) -> 
 
 
 def split(
-    profile: TinyProfile, scheduler: SchedulerSpec, link: SharedLinkSpec, n_prfaas: int = 2, n_p: int = 2, n_d: int = 4, **kwargs: Any
+    profile: TinyProfile,
+    scheduler: SchedulerSpec,
+    link: SharedLinkSpec,
+    n_prfaas: int = 2,
+    n_p: int = 2,
+    n_d: int = 4,
+    **kwargs: Any,
 ) -> SimulationSpec:
     """A PrfaaS cluster, a link and a PD cluster."""
-    return SimulationSpec((PdCluster(profile, n_p, n_d),), (PrfaasCluster(profile, n_prfaas, link),), scheduler, **kwargs)
+    return SimulationSpec(
+        (PdCluster(profile, n_p, n_d),), (PrfaasCluster(profile, n_prfaas, link),), scheduler, **kwargs
+    )
 
 
 def play(spec: SimulationSpec, stream: Any) -> tuple[pd.DataFrame, Summary]:
