@@ -68,6 +68,7 @@ def _help() -> str:
     lines = [
         "usage: python -m repro [experiment=<name>] [<group>=<choice> …] [<key>=<value> …]     one experiment (default: the case study)",
         "       python -m repro -m experiment=<a>,<b> [<key>=<value>,<value> …]                 a sweep",
+        "       python -m repro +sweep=<name> [overrides]                                       a sweep from conf/sweep",
         "       python -m repro --cfg job [overrides]                                           print the composed configuration",
         "       python -m repro <verb> …                                                        a tool",
         "",
@@ -75,6 +76,8 @@ def _help() -> str:
     ]
     width = max(map(len, names())) + 2
     lines += [f"  {name:<{width}}{line}" for name, line in names().items()]
+    lines += ["", "sweeps:"]
+    lines += [f"  {name:<{width}}{line}" for name, line in names("sweep").items()]
     lines += ["", "groups:"]
     for group in groups:
         choices = ", ".join(sorted(path.stem for path in (CONFIGURATION / group).glob("*.yaml")))

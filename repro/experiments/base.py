@@ -110,10 +110,10 @@ class Experiment:
 CONFIGURATION = Path(__file__).resolve().parents[2] / "conf"
 
 
-def names() -> dict[str, str]:
-    """Every experiment's name and its one line, from conf/experiment."""
+def names(group: str = "experiment") -> dict[str, str]:
+    """Every experiment's (or sweep's) name and its one line, from the comments of its file in conf."""
     found = {}
-    for path in sorted((CONFIGURATION / "experiment").glob("*.yaml")):
+    for path in sorted((CONFIGURATION / group).glob("*.yaml")):
         comments = [line[1:].strip() for line in path.read_text().splitlines()[:4] if line.startswith("#")]
         found[path.stem] = next((line for line in comments if not line.startswith("@package")), "")
     return found
