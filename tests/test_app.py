@@ -39,7 +39,14 @@ def call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callabl
 
 def start(results: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "repro", *arguments, f"results={results}"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def as_in_a_terminal() -> None:
+        # A shell starts background jobs with SIGINT ignored, and a child would inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
+    )
 
 
 @pytest.mark.parametrize(

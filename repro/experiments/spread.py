@@ -18,8 +18,11 @@ from repro.profiles.base import INTERPOLATIONS
 from repro.profiles.calibration import FAMILIES
 from repro.profiles.presets import PaperInputs
 from repro.scheduling.latency import PrefillLatency
-from repro.scheduling.throughput import Deployment, OperatingPoint
+from repro.scheduling.throughput import Deployment, Lengths, OperatingPoint
 from repro.settings import Settings
+
+#: (case, metric) → lowest value, highest value, number of values.
+Ranges = Mapping[tuple[str, str], tuple[float, float, int]]
 
 PAPER_PROFILES = ("paper_1t_h200", "paper_1t_h20")
 
@@ -73,12 +76,18 @@ def quantities(
             yield "prfaas_pd", metric, 100 * (1 - ours / theirs)
 
 
-def ranges(settings: Settings, deployments: Iterable[Deployment]) -> dict[tuple[str, str], tuple[float, float, int]]:
-    """(case, metric) → lowest value, highest value and number of the deployments, each at its own best point under the settings' policy."""
-    found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+def ranges(readings: Mapping[Lengths, Settings], deployments: Iterable[Deployment]) -> dict[Lengths, Ranges]:
+    """Under each reading of T_prefill's mean, how far the deployments' values reach, each deployment at its own best point."""
+    found: dict[Lengths, defaultdict[tuple[str, str], list[float]]] = {
+        reading: defaultdict(list) for reading in readings
+    }
     for variant in deployments:
-        points = operating_points(variant, settings)
-        ttft = latencies(variant, points, settings.cluster.homogeneous_instances)
-        for case, metric, value in quantities(points, ttft):
-            found[case, metric].append(value)
-    return {key: (min(values), max(values), len(values)) for key, values in found.items()}
+        for reading, settings in readings.items():
+            points = operating_points(variant, settings)
+            ttft = latencies(variant, points, settings.cluster.homogeneous_instances)
+            for case, metric, value in quantities(points, ttft):
+                found[reading][case, metric].append(value)
+    return {
+        reading: {key: (min(values), max(values), len(values)) for key, values in table.items()}
+        for reading, table in found.items()
+    }

@@ -25,7 +25,8 @@ from repro.profiles.presets import PaperInputs
 from repro.record.directory import Record
 from repro.record.metrics import Metric, value
 from repro.report import style
-from repro.scheduling.spec import PolicySpec
+from repro.scheduling.throughput import Lengths
+from repro.settings import Settings
 from repro.simulate import table6 as simulated
 
 #: Printed values that the calibration of H20 used: ours for these are no prediction. The first three only when read as the calibration
@@ -39,6 +40,8 @@ CALIBRATED = {
     ("homogeneous_pd", "ttft_mean_s"), ("homogeneous_pd", "ttft_p90_s"),
     ("prfaas_pd", "theta_pd_d"), ("homogeneous_pd", "theta_pd_d"), ("naive_heterogeneous_pd", "theta_pd_d"),
 }  # fmt: skip
+
+READINGS: tuple[Lengths, ...] = ("representative", "true_mean")
 
 UNITS = {
     "lambda_max": "req/s", "theta_prfaas": "req/s", "theta_pd_p": "req/s", "theta_pd_d": "req/s", "threshold_tokens": "tokens",
@@ -93,21 +96,25 @@ def run(context: Context) -> Outcome:
     if settings.tier == "simulate":
         return simulated.run(context, simulated.Effort(context.options.requests, context.options.seeds))
     base, papers = deployment(settings), spread.is_papers(settings)
-    rng = np.random.default_rng(settings.seed)
-    drawn = [variant for _, variant in spread.variants(base, context.options.draws, rng)] if papers else []
-    rows: list[Metric] = []
-    for lengths in ("representative", "true_mean"):
-        policy: PolicySpec = replace(settings.policy, lengths=lengths)
-        reading = replace(settings, policy=policy)
+    readings: dict[Lengths, Settings] = {
+        lengths: replace(settings, policy=replace(settings.policy, lengths=lengths)) for lengths in READINGS
+    }
+    values = {}
+    for lengths, reading in readings.items():
         points = operating_points(base, reading)
         ttft = latencies(base, points, settings.cluster.homogeneous_instances)
-        context.progress(
-            f"T_prefill as {lengths.replace('_', ' ')}: Λ_max {points['prfaas_pd'].lambda_max:.3f} req/s; now its spread"
-        )
-        ranges = spread.ranges(reading, drawn)
+        values[lengths] = list(spread.quantities(points, ttft))
+        context.progress(f"T_prefill as {lengths.replace('_', ' ')}: Λ_max {points['prfaas_pd'].lambda_max:.3f} req/s")
+    ranges: dict[Lengths, spread.Ranges] = {lengths: {} for lengths in readings}
+    if papers:
+        context.progress("now the spread over rounding and interpolation")
+        variants = spread.variants(base, context.options.draws, np.random.default_rng(settings.seed))
+        ranges = spread.ranges(readings, (variant for _, variant in variants))
+    rows: list[Metric] = []
+    for lengths in readings:
         calibrated = CALIBRATED | (CALIBRATED_AT_REPRESENTATIVE if lengths == "representative" else set())
-        for case, metric, number in spread.quantities(points, ttft):
-            low, high, n = ranges.get((case, metric), (math.nan, math.nan, 1))
+        for case, metric, number in values[lengths]:
+            low, high, n = ranges[lengths].get((case, metric), (math.nan, math.nan, 1))
             rows.append(
                 context.metric(
                     case if lengths == settings.policy.lengths else f"{case}.{lengths}",

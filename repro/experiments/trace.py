@@ -5,6 +5,7 @@ The kit carries no trace: `options.trace` names a file. Without one, sessions ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,10 +80,14 @@ def run(context: Context) -> Outcome:
         options.seeds,
         bin_s=60.0,
     )
-    source = options.trace or "generated sessions (no trace given)"
-    return replace(
-        outcome, metrics=[*rows, *outcome.metrics], provenance={"trace": source, "requests": len(chunk.arrival_s)}
-    )
+    source = Path(options.trace).name if options.trace else "generated sessions (no trace given)"
+    metrics = [*rows, *map(_without_repeats, outcome.metrics)]
+    return replace(outcome, metrics=metrics, provenance={"trace": source, "requests": len(chunk.arrival_s)})
+
+
+def _without_repeats(metric: Metric) -> Metric:
+    """A policy that draws nothing gives the same value for every seed of one trace: that is one sample, and no interval."""
+    return replace(metric, ci_low=math.nan, ci_high=math.nan, n=1) if metric.ci_low == metric.ci_high else metric
 
 
 def files(settings: Settings) -> Sequence[Path]:

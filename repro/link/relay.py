@@ -15,10 +15,12 @@ import contextlib
 import json
 import math
 import socket
+import struct
 import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from repro.configuration import build
@@ -85,21 +87,52 @@ class Way:
             time.sleep(min(max(excess / self.rate_bytes, 0.001), 0.05))
 
 
+class Pair:
+    """The two sockets of one relayed connection, closed when the last of the threads that use them is done."""
+
+    def __init__(self, near: socket.socket, far: socket.socket, users: int) -> None:
+        self._ends = (near, far)
+        self._users = users
+        self._lock = threading.Lock()
+
+    def left(self) -> None:
+        """One of the threads is done."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                for end in self._ends:
+                    end.close()
+
+    def reset(self) -> None:
+        """One side is gone: wake every thread, and let the close reset the other side, which may be waiting to send."""
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
 class Pump:
     """One direction of one connection: a thread that reads, and one that writes when the time has come.
 
     A receiver that lags stops the reader, as a closed TCP window would; so what is under way is bounded by delay and queue.
     """
 
-    def __init__(self, source: socket.socket, sink: socket.socket, way: Way) -> None:
-        self._source, self._sink, self._way = source, sink, way
+    def __init__(self, source: socket.socket, sink: socket.socket, pair: Pair, way: Way) -> None:
+        self._source, self._sink, self._pair, self._way = source, sink, pair, way
         self._line: deque[tuple[float, bytearray, int]] = deque()
         self._oldest_due_s = math.inf
         self._changed = threading.Condition()
         self._over = False
         self._spare: list[bytearray] = []
         for work in (self._read, self._write):
-            threading.Thread(target=work, daemon=True).start()
+            threading.Thread(target=self._until_done, args=(work,), daemon=True).start()
+
+    def _until_done(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        finally:
+            self._pair.left()
 
     def _read(self) -> None:
         last_s = 0.0
@@ -137,10 +170,8 @@ class Pump:
                     return
                 self._sink.sendall(memoryview(chunk)[:count])
             except OSError:
-                # The far side is gone: say so to the near one at once, as a reset would.
                 self._over = True
-                with contextlib.suppress(OSError):
-                    self._source.shutdown(socket.SHUT_RDWR)
+                self._pair.reset()
                 return
             self._spare.append(chunk)
 
@@ -192,8 +223,9 @@ class Relay:
                 continue
             for end in (near, far):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            Pump(near, far, self._ways[direction])
-            Pump(far, near, self._ways[back])
+            pair = Pair(near, far, users=4)
+            Pump(near, far, pair, self._ways[direction])
+            Pump(far, near, pair, self._ways[back])
 
 
 def main() -> None:
