@@ -33,6 +33,12 @@ def redraw(record: Record, folder: Path, *, for_print: bool = False) -> list[Pat
     return written
 
 
+def _folder(record: Record) -> str:
+    """Where a reference record's figures go: one folder per experiment and label, or all would write `goodput.png`."""
+    name, label = record.configuration["name"], record.configuration["label"] or record.configuration["tier"]
+    return f"{name}-{label}"
+
+
 def main(argv: list[str]) -> int:
     """Redraw; the last line of stdout is the folder of the figures."""
     source = Path(argv[0]) if argv else REFERENCE
@@ -41,8 +47,8 @@ def main(argv: list[str]) -> int:
         if not found:
             raise UserError(f"{source}: holds no finished run; accepted: a folder below which runs have a DONE file")
         for record in found:
-            target = FIGURES if not argv else record.path / "figures"
-            for path in redraw(record, target, for_print=True):
+            own = record.path / "figures" if argv else FIGURES / _folder(record)
+            for path in redraw(record, own, for_print=True):
                 print(path, file=sys.stderr)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

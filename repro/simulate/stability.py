@@ -83,7 +83,7 @@ def lambda_max(
     requests: Callable[[float, int], Independent],
     guess_per_s: float,
     seeds: Sequence[int],
-    width: float = 0.005,
+    width: float = 0.001,
 ) -> Estimate:
     """Highest stable rate in req/s over seeds; `requests(rate, seed)` makes the stream. The guess only says where to look first."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 from repro.errors import UserError
+from repro.experiments.base import load
 from repro.record.directory import Record
 from repro.report.figures import REFERENCE
 
@@ -46,4 +48,7 @@ def keep(source: Path, reference: Path = REFERENCE) -> Path:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
+    if parts := load(record.configuration["name"]).parts(record):
+        kept = [os.path.relpath(keep(part.path, reference), target) for part in parts]
+        record.table("parts").assign(path=kept).to_csv(target / "tables" / "parts.csv", index=False)
     return target
