@@ -46,8 +46,8 @@ class Options:
 
     backends: tuple[str, ...] = ("netem", "packet", "tbf", "relay")
     rates_bps: tuple[float, ...] = (10e6, 100e6, 1e9, 5e9, 10e9)
-    rtts_s: tuple[float, ...] = (0.002, 0.02, 0.2)
-    losses: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2)
+    rtts_s: tuple[float, ...] = (0.0, 0.002, 0.02, 0.2)
+    losses: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2, 2e-2)
     connections: tuple[int, ...] = (1, 4, 16)
     congestion_controls: tuple[str, ...] = ("cubic", "bbr")
     whole_grid: bool = False
