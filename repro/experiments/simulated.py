@@ -269,7 +269,8 @@ def draw_goodput(record: Record) -> Figure:
     if len(paired):
         _bars(right, paired)
         right.axvline(0, color="black", lw=0.8)
-        right.set(xlabel="paired difference (req/s)", title=f"Against {POLICY_NAMES.get('static', 'static')}")
+        baseline = paired["metric"].iloc[0].removeprefix("goodput_minus_")
+        right.set(xlabel="paired difference (req/s)", title=f"Against {POLICY_NAMES.get(baseline, baseline)}")
     return figure
 
 

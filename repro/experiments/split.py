@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from repro.engine.spans import CLOCK_NOTE
 from repro.errors import UserError
@@ -180,9 +181,13 @@ def draw(record: Record) -> Figure:
     left.set(xscale="log", yscale="log", xlabel="input length (tokens)", ylabel="Φ_kv (Mbps)")
     lengths = sorted(throughput["input_tokens"].unique())
     left.set_xticks(lengths, [str(length) for length in lengths])
+    megabits = [*(throughput["phi_kv_bps"] / 1e6), link_bps / 1e6]
+    left.set_ylim(min(megabits) / 1.5, max(megabits) * 4)  # room for the legend above the lines
+    left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    left.yaxis.set_major_formatter(ScalarFormatter())
     left.minorticks_off()
     left.set_title("What prefill emits, and what the link takes")
-    left.legend()
+    left.legend(loc="upper left")
 
     longest = modes[modes["input_tokens"] == modes["input_tokens"].max()]
     at, left_edge = np.arange(len(longest))[::-1], np.zeros(len(longest))
