@@ -181,8 +181,8 @@ def draw(record: Record) -> Figure:
     left.set(xscale="log", yscale="log", xlabel="input length (tokens)", ylabel="Φ_kv (Mbps)")
     lengths = sorted(throughput["input_tokens"].unique())
     left.set_xticks(lengths, [str(length) for length in lengths])
-    megabits = [*(throughput["phi_kv_bps"] / 1e6), link_bps / 1e6]
-    left.set_ylim(min(megabits) / 1.5, max(megabits) * 4)  # room for the legend above the lines
+    drawn = [*(throughput["phi_kv_bps"] / 1e6), link_bps / 1e6]
+    left.set_ylim(min(drawn) / 1.5, max(drawn) * 4)  # room for the legend above the lines
     left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     left.yaxis.set_major_formatter(ScalarFormatter())
     left.minorticks_off()
