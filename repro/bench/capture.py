@@ -21,12 +21,12 @@ import torch
 from scipy.stats import t as student
 from transformers import DynamicCache
 
+from repro.bench._record import recorded
 from repro.kvcache.capture import LayerwiseCapture
 from repro.kvcache.state import State, seal
 from repro.models import spec
 from repro.models.build import build
 from repro.models.prefill import chunked_prefill
-from repro.record.directory import RunDirectory
 from repro.record.metrics import Metric
 
 TARGET_PCT = 3.0
@@ -44,17 +44,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"))
     arguments = parser.parse_args(argv)
     name = f"{arguments.model}_{arguments.size}_{torch.device(arguments.device).type}_{arguments.tokens}"
-    directory = RunDirectory(arguments.results / "bench_capture" / name)
-    directory.begin({**vars(arguments), "results": str(arguments.results)}, ["bench", "capture", *argv], {"prompt": 0})
-    try:
-        rows = _rows(arguments)
-    except BaseException as error:
-        directory.fail(error)
-        raise
-    directory.write_metrics(rows)
-    directory.add_provenance({"threads": torch.get_num_threads()})
-    directory.complete()
-    print(directory.path)
+    with recorded("capture", name, arguments, argv, {"prompt": 0}) as directory:
+        directory.write_metrics(_rows(arguments))
+        directory.add_provenance({"threads": torch.get_num_threads()})
     return 0
 
 

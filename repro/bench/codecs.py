@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from repro.bench._record import recorded
 from repro.kvcache.codecs import CODECS, CodecSpec
 from repro.kvcache.quality import through
 from repro.kvcache.state import State, extract
@@ -23,7 +24,6 @@ from repro.models.build import build
 from repro.models.prefill import chunked_prefill
 from repro.models.spec import ModelSpec
 from repro.models.train import Corpus
-from repro.record.directory import RunDirectory
 from repro.record.metrics import Metric
 
 
@@ -36,16 +36,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"))
     arguments = parser.parse_args(argv)
     name = "trained" if arguments.pretrained else "synthetic"
-    directory = RunDirectory(arguments.results / "bench_codecs" / f"{name}_{arguments.tokens}")
-    directory.begin({**vars(arguments), "results": str(arguments.results)}, ["bench", "codecs", *argv], {"prompt": 0})
-    try:
-        rows = _rows(arguments, "" if arguments.pretrained else "synthetic, ")
-    except BaseException as error:
-        directory.fail(error)
-        raise
-    directory.write_metrics(rows)
-    directory.complete()
-    print(directory.path)
+    with recorded("codecs", f"{name}_{arguments.tokens}", arguments, argv, {"prompt": 0}) as directory:
+        directory.write_metrics(_rows(arguments, "" if arguments.pretrained else "synthetic, "))
     return 0
 
 

@@ -17,10 +17,10 @@ from typing import Any, get_args
 import numpy as np
 from scipy.stats import quantile_test
 
+from repro.bench._record import recorded
 from repro.errors import UserError
 from repro.paper import text
 from repro.profiles.presets import PaperInputs
-from repro.record.directory import RunDirectory
 from repro.record.metrics import Metric
 from repro.scheduling.search import grid_search, threshold_grid
 from repro.scheduling.throughput import Deployment, Lengths
@@ -35,16 +35,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.repeats < 10:
         raise UserError(f"--repeats: {arguments.repeats}; accepted: 10 or more, for an interval of the median")
-    directory = RunDirectory(arguments.results / "bench_search" / f"step_{arguments.step_tokens}")
-    directory.begin({**vars(arguments), "results": str(arguments.results)}, ["bench", "search", *argv], {})
-    try:
-        rows = [row for lengths in get_args(Lengths) for row in _rows(lengths, arguments)]
-    except BaseException as error:
-        directory.fail(error)
-        raise
-    directory.write_metrics(rows)
-    directory.complete()
-    print(directory.path)
+    with recorded("search", f"step_{arguments.step_tokens}", arguments, argv, {}) as directory:
+        directory.write_metrics([row for lengths in get_args(Lengths) for row in _rows(lengths, arguments)])
     return 0
 
 

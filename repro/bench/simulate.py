@@ -13,8 +13,12 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+from repro.bench._record import recorded
+from repro.errors import UserError
 from repro.profiles.presets import load_profile
+from repro.record.metrics import Metric
 from repro.scheduling.long_term import LongTermSpec
 from repro.scheduling.policies import Prfaas
 from repro.scheduling.search import search
@@ -28,6 +32,14 @@ from repro.simulate.simulation import Simulation
 from repro.workload.arrivals import Poisson
 from repro.workload.lengths import TruncatedLogNormal
 from repro.workload.spec import ServiceLevel
+
+UNITS = {
+    "requests": "", "completed": "", "requests_per_s": "req/s", "requests_per_cpu_s": "req/s", "peak_memory_mb": "MB", "ttft_mean_s": "s",
+    "ttft_p99_s": "s", "goodput": "req/s",
+}  # fmt: skip
+#: What depends on the machine; the others are the simulation's own.
+MEASURED = ("requests_per_s", "requests_per_cpu_s", "peak_memory_mb")
+SOURCES = ("simulated", "measured")
 
 
 def measure(count: int, load: float, controllers: bool) -> dict[str, float]:
@@ -53,7 +65,7 @@ def measure(count: int, load: float, controllers: bool) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int:
-    """A table of sizes; the last line is the same as JSON."""
+    """A table of sizes on stderr, and a record; its path is the last line."""
     parser = argparse.ArgumentParser(
         prog="scripts/bench simulate", description=__doc__.split("\n\n")[0] if __doc__ else None
     )
@@ -61,36 +73,41 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--load", type=float, default=0.9, help="share of Λ_max at which requests arrive (default 0.9)")
     parser.add_argument("--static", action="store_true", help="leave both control loops off")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args(argv)
     if options.here:
         print(json.dumps(measure(options.requests[0], options.load, not options.static)))
         return 0
-    rows = []
-    print(
-        f"{'requests':>10} {'req/s':>10} {'req/CPU s':>10} {'peak MB':>8} {'TTFT mean':>10} {'P99':>7}", file=sys.stderr
-    )
-    for count in options.requests:
-        command = [
-            sys.executable,
-            "-m",
-            "repro.bench",
-            "simulate",
-            "--here",
-            "--requests",
-            str(count),
-            "--load",
-            str(options.load),
-        ]
-        done = subprocess.run(command + ["--static"] * options.static, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(done.stderr, file=sys.stderr)
-            return done.returncode
-        row = json.loads(done.stdout.splitlines()[-1])
-        rows.append(row)
-        print(
-            f"{row['requests']:>10,} {row['requests_per_s']:>10,.0f} {row['requests_per_cpu_s']:>10,.0f} {row['peak_memory_mb']:>8.0f} "
-            f"{row['ttft_mean_s']:>10.3f} {row['ttft_p99_s']:>7.2f}",
-            file=sys.stderr,
-        )
-    print(json.dumps(rows))
+    name = ("static" if options.static else "two_timescale") + f"_{max(options.requests)}"
+    with recorded("simulate", name, options, argv, {"requests": 0}) as directory:
+        rows = [row for count in options.requests for row in _rows(count, options)]
+        directory.write_metrics(rows)
     return 0
+
+
+def _rows(count: int, options: argparse.Namespace) -> list[Metric]:
+    command = [
+        sys.executable,
+        "-m",
+        "repro.bench",
+        "simulate",
+        "--here",
+        "--requests",
+        str(count),
+        "--load",
+        str(options.load),
+    ]
+    done = subprocess.run(command + ["--static"] * options.static, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{count:,} requests: {' '.join(done.stderr.split()[-40:])}")
+    values: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"{count:>10,} requests: {values['requests_per_s']:,.0f} req/s, {values['requests_per_cpu_s']:,.0f} per CPU second, "
+        f"peak {values['peak_memory_mb']:.0f} MB",
+        file=sys.stderr,
+    )
+    case = f"{count} requests"
+    return [
+        Metric("bench_simulate", "simulate", case, metric, value, UNITS[metric], SOURCES[metric in MEASURED])
+        for metric, value in values.items()
+    ]
