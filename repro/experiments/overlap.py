@@ -15,7 +15,7 @@ The default is the hybrid whose PyTorch fallback is the quickest on a CPU: its �
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from repro.engine.spans import CLOCK_NOTE
 from repro.errors import UserError
 from repro.experiments.base import Context, Experiment, Outcome
-from repro.experiments.split_model import ModelRun, engine_of, prompts, row, serve
+from repro.experiments.split_model import ModelRun, codec_metrics, engine_of, prompts, row, serve
+from repro.kvcache.codecs import CodecSpec
 from repro.link import LinkSpec, open_link
 from repro.record.directory import Record
 from repro.record.metrics import Metric
@@ -36,7 +37,10 @@ from repro.serving.timeline import Timeline, merged, write_trace
 
 @dataclass(frozen=True)
 class OverlapOptions:
-    """One model of conf/model and one length; `link_to_phi` are the links' goodputs as multiples of the measured Φ_kv."""
+    """One model of conf/model and one length; `link_to_phi` are the links' goodputs as multiples of the measured Φ_kv.
+
+    `codec` encodes what crosses the link; the bound and the links are those of the raw S_kv all the same.
+    """
 
     model: str = "qwen3_5_397b"
     input_tokens: int = 4097
@@ -46,6 +50,7 @@ class OverlapOptions:
     chunk_tokens: int = 256
     threads: int = 1
     device: str = "cpu"
+    codec: CodecSpec = field(default_factory=CodecSpec)
 
     def __post_init__(self) -> None:
         if not self.link_to_phi or min(self.link_to_phi) <= 0:
@@ -69,7 +74,7 @@ def run(context: Context) -> Outcome:
     )
     with open_link(LinkSpec(name="none", backend="none"), run="overlap") as link:
         link.check(tolerate=True)
-        alone = serve(context, engine, repeats, ("unsplit",), link)
+        alone = serve(context, engine, repeats, ("unsplit",), link, options.codec)
     size = alone.layout.kv_bytes(options.input_tokens - 1)
     phi_bps = 8 * size / alone.prefill_s(options.input_tokens)
     metrics = [
@@ -82,7 +87,7 @@ def run(context: Context) -> Outcome:
         spec = replace(spec, name=f"phi-x{multiple:g}", rate_bps=multiple * phi_bps / spec.tcp_goodput_share)
         with open_link(spec, run="overlap") as link:
             link.check(tolerate=True)
-            model = serve(context, engine, repeats, MODES, link)
+            model = serve(context, engine, repeats, MODES, link, options.codec)
             facts[spec.name] = link.record()
         metrics += link_metrics(context, model, spec.name, options.input_tokens)
         rows += overlap_rows(model, multiple, options.input_tokens)
@@ -102,6 +107,7 @@ def link_metrics(context: Context, model: ModelRun, link: str, length: int) -> l
         rows += [
             row(context, case, "tokens_match", [model.tokens_match(mode)], ""),
             row(context, case, "wire_overhead", [model.wire_overhead(mode)], ""),
+            *codec_metrics(context, model, case, mode),
             row(context, case, "ttft_mean_s", [served.ttft_s for served in found], "s"),
             row(context, case, "transfer_exposed_s", [served.transfer_exposed_s for served in found], "s"),
             row(context, case, "ttft_bound_ratio", [served.ttft_s / model.bound_s(served) for served in found], ""),

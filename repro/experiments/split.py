@@ -13,7 +13,7 @@ served one at a time: TTFT has no queueing. A first request of each model warms 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -25,12 +25,14 @@ from repro.errors import UserError
 from repro.experiments.base import Context, Experiment, Outcome
 from repro.experiments.split_model import (
     ModelRun,
+    codec_metrics,
     engine_of,
     expected_bytes,
     prompts,
     row,
     serve,
 )
+from repro.kvcache.codecs import CodecSpec
 from repro.link import open_link
 from repro.record.directory import Record
 from repro.record.metrics import Metric
@@ -45,7 +47,7 @@ class SplitOptions:
     """What is served: a hybrid and a dense model of conf/model, at the size that the configuration asks for.
 
     `repeats` prompts of each length go through every mode. `chunk_tokens` is the grain of prefill; `threads` per
-    worker.
+    worker. `codec` encodes what crosses the link.
     """
 
     hybrid: str = "kimi_linear"
@@ -56,6 +58,7 @@ class SplitOptions:
     chunk_tokens: int = 256
     threads: int = 1
     device: str = "cpu"
+    codec: CodecSpec = field(default_factory=CodecSpec)
 
     def __post_init__(self) -> None:
         if not self.input_tokens or min(self.input_tokens) < 2:
@@ -79,7 +82,7 @@ def run(context: Context) -> Outcome:
         )
         with open_link(context.settings.link, run=f"split-{name}") as link:
             link.check(tolerate=True)
-            model = serve(context, engine, repeats, MODES, link)
+            model = serve(context, engine, repeats, MODES, link, options.codec)
             facts[name] = link.record()
         metrics += model_metrics(context, model, options.input_tokens)
         throughputs += throughput_rows(model, options.input_tokens)
@@ -104,6 +107,7 @@ def model_metrics(context: Context, model: ModelRun, lengths: Sequence[int]) -> 
             row(context, case, "tokens_match", [model.tokens_match(mode)], ""),
             row(context, case, "kv_bytes_match", [model.bytes_match(mode)], ""),
             row(context, case, "wire_overhead", [model.wire_overhead(mode)], ""),
+            *codec_metrics(context, model, case, mode),
         ]
     for length in lengths:
         rows += _size_metrics(context, model, length)

@@ -13,6 +13,7 @@ from repro.engine.base import Request
 from repro.engine.spans import now_s
 from repro.engine.torch_engine import EngineSpec
 from repro.experiments.base import Context
+from repro.kvcache.codecs import CodecSpec
 from repro.link import Link, LinkMeasurement
 from repro.models import spec as models
 from repro.models.architectures import layout_of
@@ -24,13 +25,14 @@ from repro.serving.system import Run, Served, System, joined
 
 @dataclass(frozen=True)
 class ModelRun:
-    """One model's runs by mode, and what they are judged against."""
+    """One model's runs by mode, the codec of its split modes, and what they are judged against."""
 
     name: str
     layout: StateLayout
     runs: Mapping[str, Run]
     origin_s: float
     measured: LinkMeasurement
+    codec: CodecSpec
 
     def served(self, mode: str, input_tokens: int) -> list[Served]:
         """The repeats of one length in one mode."""
@@ -63,9 +65,14 @@ class ModelRun:
         return all(split.tokens == unsplit.tokens for split, unsplit in pairs)
 
     def wire_overhead(self, mode: str) -> float:
-        """TCP payload ÷ S_kv − 1: what frames, manifests and repetitions add."""
+        """TCP payload ÷ S_kv − 1: what frames, manifests and repetitions add, and below 0 where a codec saves more."""
         run = self.runs[mode]
         return run.wire_bytes / sum(served.total_kv_bytes for served in run.served) - 1
+
+    def codec_ratio(self, mode: str) -> float:
+        """S_kv ÷ what the codec left of it."""
+        served = self.runs[mode].served
+        return sum(one.total_kv_bytes for one in served) / sum(one.encoded_bytes for one in served)
 
     def bytes_match(self, mode: str) -> bool:
         """Whether every request shipped what the layout says, to the byte and for each kind of state."""
@@ -102,7 +109,12 @@ def engine_of(name: str, size: str, chunk_tokens: int, threads: int, device: str
 
 
 def serve(
-    context: Context, engine: EngineSpec, repeats: Sequence[Sequence[Request]], modes: Sequence[str], link: Link
+    context: Context,
+    engine: EngineSpec,
+    repeats: Sequence[Sequence[Request]],
+    modes: Sequence[str],
+    link: Link,
+    codec: CodecSpec,
 ) -> ModelRun:
     """Serve the same requests in every mode on one pair of workers, after a warm-up that is not recorded.
 
@@ -114,9 +126,10 @@ def serve(
     warm_up = [Request(0, max(repeats[0], key=lambda request: len(request.prompt)).prompt, 2)]
     runs: dict[str, list[Run]] = {mode: [] for mode in modes}
     context.progress(f"{name}: starting a prefill and a decode worker")
-    with System(
-        engine, context.settings.transport, link, context.folder / "logs" / f"{name}-{link.spec.name}"
-    ) as system:
+    if not codec.lossless:
+        context.progress(f"{name}: codec {', '.join(codec.names)} is lossy, tokens may differ from the unsplit run's")
+    logs = context.folder / "logs" / f"{name}-{link.spec.name}"
+    with System(engine, context.settings.transport, link, logs, codec=codec) as system:
         for mode in ("unsplit", "layerwise"):
             system.serve(warm_up, mode)
         origin_s = now_s()
@@ -127,7 +140,17 @@ def serve(
             context.progress(f"{name}: {', '.join(modes)} served, {number} of {len(repeats)}")
     layout = layout_of(name, engine.model.size)
     whole = {mode: joined(parts) for mode, parts in runs.items()}
-    return ModelRun(name, layout, whole, origin_s, link.measured["forward"])
+    return ModelRun(name, layout, whole, origin_s, link.measured["forward"], codec)
+
+
+def codec_metrics(context: Context, model: ModelRun, case: str, mode: str) -> list[Metric]:
+    """What the codec of a split mode did, and whether its tokens had to match; nothing where bytes went as they were."""
+    if model.codec.names == ("none",):
+        return []
+    return [
+        row(context, case, "codec_ratio", [model.codec_ratio(mode)], ""),
+        row(context, case, "codec_lossless", [model.codec.lossless], ""),
+    ]
 
 
 def row(

@@ -185,6 +185,16 @@ class CodecSpec:
         """The codec for a kind of state."""
         return CODECS[self.by_kind.get(kind.name.lower(), self.default)]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that may be used, each once."""
+        return tuple(dict.fromkeys((self.default, *self.by_kind.values())))
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every bit of every kind of state comes back."""
+        return all(CODECS[name].lossless for name in self.names)
+
 
 def encode(piece: Piece, codec: Codec) -> Piece:
     """The piece encoded, or the very same piece where that would not be smaller."""

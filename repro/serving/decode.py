@@ -5,18 +5,26 @@ when its manifest is complete, never on part of its state. A request that comes 
 prefilled
 here: the unsplit run, with the same engine, chunks and order of operations as the split one, but its state never leaves
 the process. Prefill goes before decode steps, as in a server without chunked mixing.
+
+A request that arrives whole may still be none: state of another model, a codec's output that does not decode, a
+hand-over that is no hand-over. It is refused by name, and the batch goes on.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from repro import configuration
 from repro.engine.base import Handover, Request
 from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
 from repro.engine.torch_engine import EngineSpec, TorchEngine
+from repro.errors import UserError
+from repro.kvcache import codecs
+from repro.kvcache.frames import CodecId, Piece
 from repro.serving.channel import Channel, Message, run_worker
 from repro.serving.decoding import RunningBatch
 from repro.transport import Received, TransportSpec, open_receiver
@@ -57,7 +65,11 @@ def work(channel: Channel, config: Message) -> None:
             if isinstance(item, Exception):
                 raise item
             if isinstance(item, Received):
-                _join(item, engine, batch, channel, log)
+                try:
+                    _join(item, engine, batch, channel, log)
+                except Exception as error:  # whatever is wrong with one request must not end the others
+                    traceback.print_exc()
+                    channel.send("refused", request_id=item.request_id, error=f"{type(error).__name__}: {error}")
             elif item["kind"] == "stop":
                 receiver.close()
                 return
@@ -86,6 +98,8 @@ def _join(received: Received, engine: TorchEngine, batch: RunningBatch, channel:
     request_id, complete_s = received.request_id, received.completed_s
     with received:
         handover = Handover.from_meta(received.manifest.meta)
+        if handover.request_id != request_id or request_id in batch:
+            raise UserError(f"manifest meta: hands request {handover.request_id} over as {request_id}, or once more")
         for arrival in received.arrivals:
             log.add(
                 Span(
@@ -98,10 +112,19 @@ def _join(received: Received, engine: TorchEngine, batch: RunningBatch, channel:
                 )
             )
         log.add(Span("decode_queue", request_id, complete_s, now_s()))
-        with log.span("restore", request_id, kv_bytes=received.manifest.payload_bytes):
-            engine.join(handover, received.pieces)
+        pieces = _expanded(received, log)
+        with log.span("restore", request_id, kv_bytes=sum(piece.payload.nbytes for piece in pieces)):
+            engine.join(handover, pieces)
     batch.admit(handover)
     channel.send("joined", request_id=request_id, complete_s=complete_s, joined_s=now_s())
+
+
+def _expanded(received: Received, log: SpanLog) -> Sequence[Piece]:
+    """The pieces as they were before the codec, whichever the sender chose: each frame says it."""
+    if all(piece.header.codec is CodecId.NONE for piece in received.pieces):
+        return received.pieces
+    with log.span("expand", received.request_id, kv_bytes=received.manifest.payload_bytes):
+        return [codecs.decode(piece) for piece in received.pieces]
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ class RunningBatch:
     def __bool__(self) -> bool:
         return bool(self._running)
 
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._running
+
     def admit(self, handover: Handover) -> None:
         """Count in a request that the engine has just taken."""
         self._running[handover.request_id] = Generation(handover, now_s())

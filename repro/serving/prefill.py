@@ -10,13 +10,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from repro import configuration
 from repro.engine.base import Handover, Request
 from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
 from repro.engine.torch_engine import EngineSpec, TorchEngine
-from repro.kvcache.frames import FrameHeader, Manifest, Piece
+from repro.kvcache.codecs import CodecSpec, encode
+from repro.kvcache.frames import CodecId, FrameHeader, Manifest, Piece
 from repro.serving.channel import Channel, Message, run_worker
 from repro.transport import Sender, SenderProcess, TransferFailed, TransportSpec, open_sender
 
@@ -29,20 +30,27 @@ class PrefillConfig:
     transport: TransportSpec
     transport_process: bool
     deadline_s: float
+    codec: CodecSpec = field(default_factory=CodecSpec)
 
 
 class _Outbox:
-    """Pieces of one request on their way out: at once, or held until `release`."""
+    """Pieces of one request on their way out: encoded, and then sent at once, or held until `release`."""
 
-    def __init__(self, sender: Sender | SenderProcess, layerwise: bool) -> None:
+    def __init__(self, sender: Sender | SenderProcess, layerwise: bool, codec: CodecSpec, log: SpanLog) -> None:
         self._sender = sender
         self._layerwise = layerwise
+        self._codec = codec
+        self._log = log
         self._held: list[Piece] = []
         self.headers: list[FrameHeader] = []
         self.first_piece_s = 0.0
 
     def emit(self, piece: Piece) -> None:
         """Take a piece from the engine. Waits where the link is so far behind that memory must be bounded."""
+        header = piece.header
+        if (codec := self._codec.of(header.kind)).id is not CodecId.NONE:
+            with self._log.span("encode", header.request_id, layer=header.layer, kv_bytes=header.raw_bytes):
+                piece = encode(piece, codec)
         if not self.headers:
             self.first_piece_s = now_s()
         self.headers.append(piece.header)
@@ -72,7 +80,7 @@ def work(channel: Channel, config: Message) -> None:
     channel.send("ready")
     while (message := inbox.get())["kind"] != "stop":
         request = Request.from_json(message["request"])
-        _serve(request, message["mode"] == "layerwise", engine, sender, spec.deadline_s, channel, log)
+        _serve(request, message["mode"] == "layerwise", engine, sender, spec, channel, log)
     sender.close()
 
 
@@ -81,13 +89,13 @@ def _serve(
     layerwise: bool,
     engine: TorchEngine,
     sender: Sender | SenderProcess,
-    deadline_s: float,
+    spec: PrefillConfig,
     channel: Channel,
     log: SpanLog,
 ) -> None:
     request_id = request.request_id
-    outbox = _Outbox(sender, layerwise)
-    sender.begin(request_id, deadline_s=deadline_s)
+    outbox = _Outbox(sender, layerwise, spec.codec, log)
+    sender.begin(request_id, deadline_s=spec.deadline_s)
     start_s = now_s()
     engine.prefill(request, outbox.emit, log)
     end_s = now_s()
@@ -100,7 +108,7 @@ def _serve(
     ).start()
     kv_bytes: Counter[str] = Counter()
     for header in outbox.headers:
-        kv_bytes[header.kind.name.lower()] += header.payload_bytes
+        kv_bytes[header.kind.name.lower()] += header.raw_bytes
     channel.send(
         "prefilled",
         request_id=request_id,
@@ -109,6 +117,7 @@ def _serve(
         first_piece_s=outbox.first_piece_s,
         pieces=len(outbox.headers),
         kv_bytes=+kv_bytes,  # without kinds that are there and empty, as Lightning attention's convolution
+        encoded_bytes=sum(header.payload_bytes for header in outbox.headers),
     )
 
 

@@ -32,6 +32,7 @@ def _row(served: Served, origin_s: float) -> dict[str, Any]:
         "transfer_s": served.transfer_s,
         "transfer_exposed_s": served.transfer_exposed_s,
         "kv_bytes": served.total_kv_bytes,
+        "encoded_bytes": served.encoded_bytes,
         "resent_bytes": served.resent_bytes,
         "pieces": served.pieces,
         "decode_queue_s": served.joined_s - served.complete_s,

@@ -6,6 +6,7 @@ and turns that into one `Served` per request. It sees control messages only; sta
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from repro.engine.base import Request
 from repro.engine.spans import Span, now_s, spans_from_json
 from repro.engine.torch_engine import EngineSpec
 from repro.errors import UserError
+from repro.kvcache.codecs import CodecSpec
 from repro.link import Link, Side
 from repro.serving.channel import Message
 from repro.serving.decode import DecodeConfig
@@ -25,9 +27,19 @@ from repro.serving.supervision import Supervisor, Worker
 from repro.serving.timeline import Timeline
 from repro.transport import TransportSpec
 
+log = logging.getLogger("repro.serving")
+
 SIDES: tuple[Side, ...] = ("prefill", "decode")
 MODES = ("unsplit", "bulk", "layerwise")
 _START_TIMEOUT_S = 120.0
+
+
+class RequestRefusedError(UserError):
+    """A request that arrived whole and that the decode side could not take. The message names it and says why."""
+
+    def __init__(self, request_id: int, why: str) -> None:
+        self.request_id = request_id
+        super().__init__(f"request {request_id}: the decode side refused its state: {why}")
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,8 @@ class Served:
 
     `first_piece_s` is when prefill had the first piece of state ready, in bulk mode as well; `complete_s` when the manifest
     was complete at the decode side. In an unsplit run both are the end of prefill.
-    `kv_bytes` holds what was framed, by kind of state; `pieces` how many.
+    `kv_bytes` holds the state that was shipped, by kind and before any codec, `encoded_bytes` what the codec left of it;
+    `pieces` counts the frames.
     """
 
     request: Request
@@ -51,11 +64,12 @@ class Served:
     token_times_s: tuple[float, ...]
     resent_bytes: int
     kv_bytes: dict[str, int]
+    encoded_bytes: int
     pieces: int
 
     @property
     def total_kv_bytes(self) -> int:
-        """State that was framed and sent; 0 when unsplit."""
+        """S_kv: the state that was shipped, before any codec; 0 when unsplit."""
         return sum(self.kv_bytes.values())
 
     @property
@@ -120,11 +134,12 @@ def joined(runs: Sequence[Run]) -> Run:
 class System:
     """A prefill and a decode worker on the two sides of a link; a context manager, after which both are gone.
 
-    With `transport_process` each worker's sockets live in a process of their own, so that Python's lock never makes a
-    forward pass wait for them, nor the other way round; it costs memory and a start-up.
+    Pieces of state cross the link encoded by `codec`, which takes its time on prefill's own thread. With
+    `transport_process` each worker's sockets live in a process of their own, so that Python's lock never makes a forward
+    pass wait for them, nor the other way round; it costs memory and a start-up.
 
     Any method may raise WorkerDiedError, within milliseconds of a worker's end, and WorkerSilentError where nothing
-    happens for `request_timeout_s`.
+    happens for `request_timeout_s`; `serve` RequestRefusedError.
     """
 
     def __init__(
@@ -135,12 +150,14 @@ class System:
         log_directory: Path,
         request_timeout_s: float = 120.0,
         *,
+        codec: CodecSpec | None = None,
         transport_process: bool = False,
     ) -> None:
         self._engine = engine
         self._transport = transport
         self._link = link
         self._request_timeout_s = request_timeout_s
+        self._codec = codec or CodecSpec()
         self._transport_process = transport_process
         self._supervisor = Supervisor(log_directory)
         self._acked_bytes = 0
@@ -164,7 +181,9 @@ class System:
                 DecodeConfig(self._engine, self._transport, self._transport_process, self._link.listen_host("decode"))
             ),
             "prefill": plain(
-                PrefillConfig(self._engine, self._transport, self._transport_process, self._request_timeout_s)
+                PrefillConfig(
+                    self._engine, self._transport, self._transport_process, self._request_timeout_s, self._codec
+                )
             ),
         }
         self._workers: dict[str, Worker] = {}
@@ -202,7 +221,13 @@ class System:
                 arrivals[request.request_id], heard[request.request_id] = now_s(), {}
                 entry.send("request", request=request.as_json(), mode=mode)
             event = self._supervisor.next_event(self._request_timeout_s)
-            of_request = heard[event.message["request_id"]]
+            of_request = heard.get(event.message["request_id"])
+            if of_request is None:
+                # Somebody else who knows the secret sends to our decode side: none of ours waits for it.
+                log.warning("ignored the %s of a request that was not asked for", event.message["kind"])
+                continue
+            if event.message["kind"] == "refused":
+                raise RequestRefusedError(event.message["request_id"], event.message["error"])
             of_request[event.message["kind"]] = event.message
             spans[event.worker].extend(spans_from_json(event.message.pop("spans", ())))
             complete += needed <= of_request.keys()
@@ -235,5 +260,6 @@ def _served(request: Request, mode: str, arrival_s: float, heard: Mapping[str, M
         token_times_s=tuple(finished["times_s"]),
         resent_bytes=heard.get("sent", {}).get("resent_bytes", 0),
         kv_bytes=dict(prefilled.get("kv_bytes", {})),
+        encoded_bytes=prefilled.get("encoded_bytes", 0),
         pieces=prefilled.get("pieces", 0),
     )
