@@ -8,7 +8,7 @@ once, and the spread between seeds gives the confidence interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 from repro.simulate.records import COLUMNS, Row
 from repro.simulate.simulation import Simulation
 from repro.simulate.spec import SimulationSpec
-from repro.workload.stream import Independent
+from repro.workload.stream import Chunk
 
 _ARRIVAL, _FINISH = COLUMNS.index("arrival_s"), COLUMNS.index("finish_s")
 
@@ -69,23 +69,28 @@ class _Times:
         return (level(0.75, 1.0) - level(0.25, 0.5)) / max(float(between), 1.0)
 
 
-def growth(spec: SimulationSpec, requests: Independent) -> float:
+def growth(spec: SimulationSpec, requests: Iterable[Chunk]) -> float:
     """Growth of the number in the system per arrival; infinite for a run that was cut as overloaded."""
     times = _Times()
+    chunks = list(requests)
     # A stable system's number stays far below a tenth of all its requests.
-    limit = max(2000, requests.requests // 10)
-    summary = Simulation(replace(spec, drain_s=0.0, limit_requests=limit), times).run(requests)
+    limit = max(2000, sum(len(chunk.arrival_s) for chunk in chunks) // 10)
+    summary = Simulation(replace(spec, drain_s=0.0, limit_requests=limit), times).run(chunks)
     return math.inf if summary.overloaded else times.growth()
 
 
 def lambda_max(
     spec: SimulationSpec,
-    requests: Callable[[float, int], Independent],
+    requests: Callable[[float, int], Iterable[Chunk]],
     guess_per_s: float,
     seeds: Sequence[int],
     width: float = 0.001,
 ) -> Estimate:
-    """Highest stable rate in req/s over seeds; `requests(rate, seed)` makes the stream. The guess only says where to look first."""
+    """Highest stable rate over seeds, in the unit of `requests(rate, seed)`, which makes the stream: requests or sessions per second.
+
+    A seed's streams at two rates must differ in their spacing only. The guess only says where to look first; the answer is
+    within half of `width` of where the seed's runs stop being stable.
+    """
 
     def of_seed(seed: int) -> float:
         return _bisect(lambda rate: growth(spec, requests(rate, seed)) <= TOLERANCE, guess_per_s, width)

@@ -3,6 +3,7 @@
 A session begins with one of a few system prompts and a first question; every turn's prompt is the whole conversation so far and
 something new. Block keys name (session, block), or (system prompt, block) where the block is shared by all sessions of a family. Turns
 come at drawn times, not when the answer is out: so the same arrivals meet every policy, at the price that a slow system is not spared.
+When sessions begin and what they say are two random streams of one seed, so that another rate moves the same sessions closer together.
 """
 
 from __future__ import annotations
@@ -50,11 +51,12 @@ def draw_sessions(spec: SessionSpec, duration_s: float, seed: int) -> Recorded:
     Raises:
         UserError: when no session begins in that time.
     """
-    rng = np.random.default_rng(seed)
-    starts = np.cumsum(rng.exponential(1 / spec.sessions_per_s, round(1.5 * duration_s * spec.sessions_per_s) + 50))
+    when, what = (np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(2))
+    expected = duration_s * spec.sessions_per_s
+    starts = np.cumsum(when.exponential(size=round(1.5 * expected) + 50)) / spec.sessions_per_s
     rows: list[tuple[float, int, int, Chains]] = []
     for session, start in enumerate(starts[starts < duration_s].tolist()):
-        rows += _turns(spec, session, start, duration_s, rng)
+        rows += _turns(spec, session, start, duration_s, what)
     if not rows:
         raise UserError(f"workload.sessions: none begins within {duration_s} s at {spec.sessions_per_s} per second")
     rows.sort(key=lambda row: row[0])

@@ -1,5 +1,7 @@
 """Named invariants of every run, on a deployment with everything switched on."""
 
+import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +27,7 @@ from repro.simulate.stability import lambda_max
 from repro.workload.arrivals import Gamma, Poisson
 from repro.workload.outputs import FixedOutput, LogNormalOutput
 from repro.workload.sessions import SessionSpec, draw_sessions
-from repro.workload.stream import Independent, replay
+from repro.workload.stream import Independent, Recorded, replay
 
 PROFILE = TinyProfile(s_per_token=1e-4, per_sequence_s=1e-4, per_context_s=1e-9, batch_max=8)
 LINK = SharedLinkSpec(
@@ -154,9 +156,8 @@ def test_a_prefix_that_was_prefilled_is_not_prefilled_again() -> None:
     stream = draw_sessions(
         SessionSpec(0.05, block_tokens=64, system_tokens=640, first_tokens=2000, turn_tokens=500), 2000.0, 3
     )
-    groups = (GroupSpec("full", "block", 1e3), GroupSpec("state", "request", 1e6))
     cold = split(PROFILE, replace(EVERYTHING, threshold_tokens=3000.0), replace(LINK, changes=()))
-    warm = replace(cold, cache=CacheSpec(groups, block_tokens=64, page_bytes=4096))
+    warm = replace(cold, cache=CacheSpec(GROUPS, block_tokens=64, page_bytes=4096))
     before, _ = play(cold, stream)
     after, _ = play(warm, stream)
     assert before["cached_tokens"].sum() == 0
@@ -245,15 +246,44 @@ def test_another_instance_and_more_bandwidth_never_lower_lambda_max() -> None:
     assert best(n_prfaas=2, n_p=2, gbps=0.2) > 1.3 * base
 
 
+#: Fewer, larger blocks than a real pool's, so that a bisection takes a second.
+SESSIONS = SessionSpec(
+    1.0, 5.0, 4, system_tokens=1024, first_tokens=2000.0, turn_tokens=500.0, output_tokens=60.0, mean_gap_s=20.0, block_tokens=256
+)  # fmt: skip
+GROUPS = (GroupSpec("full", "block", 1e3), GroupSpec("state", "request", 1e6))
+
+
+def sessions(rate: float, seed: int) -> Recorded:
+    return draw_sessions(replace(SESSIONS, sessions_per_s=rate), 300 / rate, seed)
+
+
+def test_another_rate_moves_the_same_sessions_closer_together() -> None:
+    slow, fast = (sessions(rate, 3).chunk for rate in (0.05, 0.1))
+    assert fast.arrival_s[0] == pytest.approx(slow.arrival_s[0] / 2)
+    prompts = [set(zip(c.input_tokens.tolist(), c.chains or [], strict=True)) for c in (slow, fast)]
+    # Turns that come after the last session has begun are cut, of which the faster stream has more.
+    assert prompts[1] < prompts[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", [Homogeneous(), Prfaas()], ids=lambda router: type(router).__name__)
+def test_more_cache_never_lowers_lambda_max(router: Router) -> None:
+    profile, width = TinyProfile(s_per_token=1e-4, batch_max=8), 0.01
+    spec = split(profile, SchedulerSpec(router, 3_000.0), replace(LINK, changes=()))
+    caches = [None, *(CacheSpec(GROUPS, capacity, 256, 4096) for capacity in (3e7, 1e8, math.inf))]
+    best = [lambda_max(replace(spec, cache=cache), sessions, 1.0, [0], width).value for cache in caches]
+    # Each is within half a width of its own boundary.
+    assert all(more >= less * (1 - width) for less, more in itertools.pairwise(best))
+    assert best[2] > 1.1 * best[0]
+    assert best[-1] > 3 * best[0]
+
+
 def test_more_cache_never_lowers_the_hit_rate() -> None:
-    stream = draw_sessions(
-        SessionSpec(0.2, block_tokens=64, system_tokens=640, first_tokens=2000, turn_tokens=500), 1500.0, 3
-    )
-    groups = (GroupSpec("full", "block", 1e3), GroupSpec("state", "request", 1e6))
+    stream = sessions(0.5, 3)
     spec = split(PROFILE, SchedulerSpec(Threshold(), 3000.0), replace(LINK, changes=()))
     cached = []
     for capacity in (2e7, 1e8, 1e9, 1e12):
-        table, _ = play(replace(spec, cache=CacheSpec(groups, capacity, 64, 4096)), stream)
+        table, _ = play(replace(spec, cache=CacheSpec(GROUPS, capacity, 256, 4096)), stream)
         cached.append(int(table["cached_tokens"].sum()))
     assert cached == sorted(cached)
     assert cached[0] < cached[-1]
