@@ -20,11 +20,12 @@ Emit = Callable[[Piece], None]
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of token ids, and how many tokens to answer it with."""
+    """A prompt of token ids, and how many tokens to answer it with. Prefixes are shared among equal `cache_salt` only."""
 
     request_id: int
     prompt: tuple[int, ...]
     output_tokens: int
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if len(self.prompt) < 2:
@@ -39,7 +40,7 @@ class Request:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Request:
         """The inverse of `as_json`."""
-        return Request(values["request_id"], tuple(values["prompt"]), values["output_tokens"])
+        return Request(**{**values, "prompt": tuple(values["prompt"])})
 
     @property
     def state_tokens(self) -> int:
@@ -74,11 +75,24 @@ class Handover:
             raise UserError(f"manifest meta: {meta!r} is not a hand-over ({error})") from error
 
 
+@dataclass(frozen=True)
+class Prefilled:
+    """A prefill that is over: computed at `end_s` (CLOCK_MONOTONIC), but for the first `cached_tokens` tokens.
+
+    `keep` puts its state into the prefix cache, when nothing waits for it; `release` is called once the decode side has it.
+    """
+
+    end_s: float
+    cached_tokens: int
+    keep: Callable[[], None]
+    release: Callable[[], None]
+
+
 class PrefillEngine(Protocol):
     """Turns prompts into state, one at a time."""
 
-    def prefill(self, request: Request, emit: Emit, log: SpanLog) -> None:
-        """Compute the state of the first l − 1 tokens; `emit` gets every piece as soon as it is final."""
+    def prefill(self, request: Request, emit: Emit, log: SpanLog) -> Prefilled:
+        """Compute the state of the first l − 1 tokens; `emit` gets every piece as soon as it is final, in any one thread."""
 
 
 class DecodeEngine(Protocol):

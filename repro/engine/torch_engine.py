@@ -8,20 +8,25 @@ one.
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from repro.engine.base import Emit, Handover, Request
+from repro.engine.base import Emit, Handover, Prefilled, Request
 from repro.engine.spans import Span, SpanLog, now_s
+from repro.engine.staging import Staging, copies_of
 from repro.errors import UserError
 from repro.kvcache.capture import LayerwiseCapture, decoder_layers
 from repro.kvcache.frames import Piece
-from repro.kvcache.state import State, restore, seal
+from repro.kvcache.prefix import Prefix, PrefixCache, PrefixCacheSpec, grows
+from repro.kvcache.state import Cache, State, layout, restore, seal
 from repro.kvcache.tensors import tensor_of
 from repro.models.build import build
 from repro.models.prefill import chunked_prefill
@@ -33,17 +38,25 @@ class EngineSpec:
     """Which model, where, and how it prefills. Both sides build the model from this, so their weights are equal.
 
     `chunk_tokens` bounds prefill's memory and is the grain in which attention state leaves; `threads` is per worker.
+    `staging_bytes` of host memory, page-locked where there is a GPU, hold what is on its way to the link.
     """
 
     model: ModelSpec
     chunk_tokens: int = 256
     threads: int = 1
     device: str = "cpu"
+    staging_bytes: int = 256 << 20
+    prefix_cache: PrefixCacheSpec = field(default_factory=PrefixCacheSpec)
 
     def __post_init__(self) -> None:
-        for name in ("chunk_tokens", "threads"):
+        for name in ("chunk_tokens", "threads", "staging_bytes"):
             if getattr(self, name) < 1:
                 raise UserError(f"engine.{name}: {getattr(self, name)}; a whole number of at least 1 is accepted")
+        if self.prefix_cache.capacity_bytes and self.prefix_cache.block_tokens % self.chunk_tokens:
+            raise UserError(
+                f"prefix_cache.block_tokens: {self.prefix_cache.block_tokens}; accepted: multiples of "
+                f"chunk_tokens {self.chunk_tokens}, so that a block ends where a chunk of prefill ends"
+            )
 
 
 @dataclass
@@ -62,40 +75,87 @@ class TorchEngine:
         self._spec = spec
         self._model = build(spec.model, spec.device)
         self._config = cast(PreTrainedConfig, self._model.config)
+        self._copies = copies_of(spec.device)
         self._batch: dict[int, _Decoding] = {}
 
-    def prefill(self, request: Request, emit: Emit, log: SpanLog) -> None:
-        """Compute the state of the first l − 1 tokens; `emit` gets each layer's pieces as soon as they are final."""
-        pieces = 0
+    @cached_property
+    def _staging(self) -> Staging:
+        return Staging(self._copies, self._spec.staging_bytes)
 
-        def ship(state: State) -> None:
-            nonlocal pieces
-            with log.span("copy", request.request_id, layer=state.layer, kv_bytes=state.nbytes):
-                piece = seal(_own(state), request.request_id, pieces)
-            pieces += 1
-            emit(piece)
+    @cached_property
+    def prefixes(self) -> PrefixCache | None:
+        """The prefix cache of this engine's prefills, where it has one."""
+        spec = self._spec.prefix_cache
+        if not spec.capacity_bytes:
+            return None
+        identity = json.dumps([asdict(self._spec.model), self._spec.chunk_tokens], sort_keys=True)
+        return PrefixCache(spec, layout(self._model), self._config, identity)
 
-        cache = DynamicCache(config=self._config)
-        # The clock's hooks come first, so that a layer's time is over before its state is emitted.
-        with _LayerClock(self._model, request, log) as clock, LayerwiseCapture(self._model, cache, ship) as capture:
+    def prefill(self, request: Request, emit: Emit, log: SpanLog) -> Prefilled:
+        """Compute the state of the first l − 1 tokens, as far as no earlier prompt left it; `emit` gets each layer's pieces.
 
-            @contextmanager
-            def chunk(start: int, end: int, is_last: bool) -> Iterator[None]:
-                with clock.chunk(), capture.chunk(start, end, is_last):
-                    yield
+        What was cached leaves before anything is computed. `emit` is called from a thread of its own, and may wait: the
+        computation goes on until the staging memory is full. What it raises ends the prefill.
+        """
+        tokens = request.prompt[: request.state_tokens]
+        prefix = self.prefixes.open(tokens, request.cache_salt) if self.prefixes else Prefix()
+        try:
+            cache, end_s = self._prefill(request, prefix, emit, log)
+        except BaseException:
+            prefix.close()
+            raise
+        return Prefilled(end_s, prefix.cached_tokens, lambda: prefix.keep(cache), prefix.close)
 
-            chunked_prefill(self._model, self._ids(request), self._spec.chunk_tokens, cache, on_chunk=chunk)
+    def _prefill(self, request: Request, prefix: Prefix, emit: Emit, log: SpanLog) -> tuple[Cache, float]:
+        request_id, tokens, cached = request.request_id, request.state_tokens, prefix.cached_tokens
+        pieces = itertools.count()
+
+        def deliver(state: State, put_s: float, copied_s: float) -> None:
+            log.add(Span("copy", request_id, put_s, copied_s, layer=state.layer, kv_bytes=state.nbytes))
+            emit(seal(state, request_id, next(pieces)))
+
+        with self._staging.lane(deliver) as lane:
+            for state in prefix.states:
+                if grows(state.kind) or cached == tokens:
+                    lane.put(state, settled=True)
+
+            def take(state: State) -> None:
+                if grows(state.kind) or state.end == tokens:
+                    lane.put(state)
+                if not grows(state.kind) and state.end in prefix.checkpoints:
+                    prefix.note(state)
+
+            cache = None
+            if cached < tokens:
+                cache = restore(prefix.states, self._config, cached, self._spec.device)
+                # The clock's hooks come first, so that a layer's time is over before its state is put.
+                with (
+                    _LayerClock(self._model, request, self._spec.chunk_tokens, log) as clock,
+                    LayerwiseCapture(self._model, cache, take, prefix.checkpoints) as capture,
+                ):
+
+                    @contextmanager
+                    def chunk(start: int, end: int, is_last: bool) -> Iterator[None]:
+                        with clock.chunk(start), capture.chunk(start, end, is_last):
+                            yield
+
+                    ids = self._ids(request)
+                    chunked_prefill(self._model, ids, self._spec.chunk_tokens, cache, cached, on_chunk=chunk)
+            self._copies.computed()
+            end_s = now_s()
+        return cache, end_s
 
     def prefill_and_join(self, request: Request, log: SpanLog) -> None:
         """Prefill a request into this process's own batch: the unsplit run."""
         cache = DynamicCache(config=self._config)
-        with _LayerClock(self._model, request, log) as clock:
+        with _LayerClock(self._model, request, self._spec.chunk_tokens, log) as clock:
             ids, chunk_tokens = self._ids(request), self._spec.chunk_tokens
-            chunked_prefill(self._model, ids, chunk_tokens, cache, on_chunk=lambda *_: clock.chunk())
+            chunked_prefill(self._model, ids, chunk_tokens, cache, on_chunk=lambda start, *_: clock.chunk(start))
         self._batch[request.request_id] = _Decoding(cache, request.prompt[-1])
 
     def join(self, handover: Handover, pieces: Sequence[Piece]) -> None:
         """Put a request's cache together and take it into the batch. The pieces' memory is free afterwards."""
+        tensors = self._copies.to_device([tensor_of(piece) for piece in pieces])
         states = [
             State(
                 layer=piece.header.layer,
@@ -103,9 +163,9 @@ class TorchEngine:
                 slot=piece.header.slot,
                 start=piece.header.token_start,
                 end=piece.header.token_end,
-                tensor=tensor_of(piece).to(self._spec.device, copy=True),
+                tensor=tensor,
             )
-            for piece in pieces
+            for piece, tensor in zip(pieces, tensors, strict=True)
         ]
         cache = restore(states, self._config, handover.input_tokens - 1, self._spec.device)
         self._batch[handover.request_id] = _Decoding(cache, handover.last_token)
@@ -129,14 +189,6 @@ class TorchEngine:
         return torch.tensor([request.prompt[:-1]], device=self._spec.device)
 
 
-def _own(state: State) -> State:
-    """The state in memory of its own. A view would keep the whole cache of its chunk alive until it is acknowledged."""
-    if state.tensor.untyped_storage().nbytes() == state.nbytes:
-        return state
-    tensor = state.tensor.clone(memory_format=torch.contiguous_format)
-    return State(state.layer, state.kind, state.slot, state.start, state.end, tensor)
-
-
 class _LayerClock:
     """Records a `compute` span per decoder layer and chunk.
 
@@ -144,11 +196,12 @@ class _LayerClock:
     whole prefill's span is a measurement.
     """
 
-    def __init__(self, model: torch.nn.Module, request: Request, log: SpanLog) -> None:
+    def __init__(self, model: torch.nn.Module, request: Request, chunk_tokens: int, log: SpanLog) -> None:
         self._layers = decoder_layers(model)
         self._request_id = request.request_id
+        self._chunk_tokens = chunk_tokens
         self._log = log
-        self._chunk = -1
+        self._chunk = 0
         self._began_s = 0.0
         self._handles: list[Any] = []
 
@@ -163,9 +216,9 @@ class _LayerClock:
             handle.remove()
 
     @contextmanager
-    def chunk(self) -> Iterator[None]:
-        """The forward pass inside computes the next chunk."""
-        self._chunk += 1
+    def chunk(self, start: int) -> Iterator[None]:
+        """The forward pass inside computes the chunk that begins at token `start`."""
+        self._chunk = start // self._chunk_tokens
         yield
 
     def _begin(self, *_: object) -> None:

@@ -2,12 +2,13 @@
 
 Hooks on the decoder layers do it, the model's code is untouched. After a layer has run on a chunk, what the chunk added
 to its per-token states is final and is emitted at once; recurrent and convolution states and sliding windows change
-with every chunk, so they follow with the last one. The order is that of the chunks, then of the layers.
+with every chunk, so they follow with the last one, and at checkpoints that a prefix cache asks for (§3.2). The order is
+that of the chunks, then of the layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,12 +23,13 @@ Emit = Callable[[State], None]
 class LayerwiseCapture:
     """Emits the states of one prefill. Use as a context manager, and give `chunk` to `chunked_prefill` as `on_chunk`.
 
-    `emit` runs inside the forward pass and gets views: whoever needs a state after the next chunk copies it.
+    `emit` runs inside the forward pass and gets views: whoever needs a state after the next chunk copies it. States that
+    change with every chunk are emitted at the end, and where a chunk ends at one of `checkpoints` (token counts).
     """
 
-    def __init__(self, model: torch.nn.Module, cache: Cache, emit: Emit) -> None:
+    def __init__(self, model: torch.nn.Module, cache: Cache, emit: Emit, checkpoints: Container[int] = ()) -> None:
         check_cache(cache)
-        self._cache, self._emit = cache, emit
+        self._cache, self._emit, self._checkpoints = cache, emit, checkpoints
         self._config = config_values(model.config)  # type: ignore[arg-type]
         self._layers = decoder_layers(model)
         self._chunk: tuple[int, int, bool] | None = None
@@ -57,7 +59,8 @@ class LayerwiseCapture:
             if self._chunk is None:
                 raise UserError("capture: a forward pass outside `chunk`; its token range is not known")
             start, end, is_last = self._chunk
-            for state in extract_layer(self._cache, self._config, index, end, start, closing=is_last):
+            closing = is_last or end in self._checkpoints
+            for state in extract_layer(self._cache, self._config, index, end, start, closing):
                 self._emit(state)
 
         return emit_layer

@@ -69,7 +69,7 @@ def work(channel: Channel, config: Message) -> None:
                     _join(item, engine, batch, channel, log)
                 except Exception as error:  # whatever is wrong with one request must not end the others
                     traceback.print_exc()
-                    channel.send("refused", request_id=item.request_id, error=f"{type(error).__name__}: {error}")
+                    channel.send("refused", request_id=item.request_id, error=f"the decode side refused it: {error}")
             elif item["kind"] == "stop":
                 receiver.close()
                 return

@@ -3,6 +3,8 @@
 It prefills one request after another and gives every piece of state to the transport. Layer-wise, a piece goes the
 moment it is final, so the link carries it while later layers and chunks are computed (§3.3); in bulk, all pieces wait
 for the end of prefill. That is the only difference between the two modes, which makes them comparable.
+
+With a prefix cache (§3.2) only what no earlier prompt left is computed; all of the state is sent, as decode has none of it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from repro import configuration
-from repro.engine.base import Handover, Request
+from repro.engine.base import Handover, Prefilled, Request
 from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
 from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.kvcache.codecs import CodecSpec, encode
@@ -57,7 +59,8 @@ class _Outbox:
         if self._layerwise:
             self._sender.send(piece)
         else:
-            self._held.append(piece)
+            # The engine's memory is for what is on its way: what waits here would end the prefill's own progress.
+            self._held.append(Piece(piece.header, memoryview(bytes(piece.payload))))
 
     def release(self) -> None:
         """Send what was held."""
@@ -80,7 +83,10 @@ def work(channel: Channel, config: Message) -> None:
     channel.send("ready")
     while (message := inbox.get())["kind"] != "stop":
         request = Request.from_json(message["request"])
-        _serve(request, message["mode"] == "layerwise", engine, sender, spec, channel, log)
+        try:
+            _serve(request, message["mode"] == "layerwise", engine, sender, spec, channel, log)
+        except TransferFailed as error:  # in the middle of prefill: the rest of it would be computed for nobody
+            channel.send("undelivered", request_id=error.request_id, error=str(error))
     sender.close()
 
 
@@ -97,14 +103,17 @@ def _serve(
     outbox = _Outbox(sender, layerwise, spec.codec, log)
     sender.begin(request_id, deadline_s=spec.deadline_s)
     start_s = now_s()
-    engine.prefill(request, outbox.emit, log)
-    end_s = now_s()
-    log.add(Span("prefill", request_id, start_s, end_s))
-    outbox.release()
-    sender.finish(Manifest.of(request_id, outbox.headers, Handover.of(request).as_meta()))
+    prefilled = engine.prefill(request, outbox.emit, log)
+    log.add(Span("prefill", request_id, start_s, prefilled.end_s))
+    try:
+        outbox.release()
+        sender.finish(Manifest.of(request_id, outbox.headers, Handover.of(request).as_meta()))
+    except TransferFailed:
+        prefilled.release()
+        raise
     # The next request's prefill does not wait for this one's last acknowledgement.
     threading.Thread(
-        target=_confirm, args=(request_id, sender, channel, log), name=f"confirm {request_id}", daemon=True
+        target=_confirm, args=(request_id, prefilled, sender, channel, log), name=f"confirm {request_id}", daemon=True
     ).start()
     kv_bytes: Counter[str] = Counter()
     for header in outbox.headers:
@@ -113,21 +122,28 @@ def _serve(
         "prefilled",
         request_id=request_id,
         start_s=start_s,
-        end_s=end_s,
+        end_s=prefilled.end_s,
+        cached_tokens=prefilled.cached_tokens,
         first_piece_s=outbox.first_piece_s,
         pieces=len(outbox.headers),
         kv_bytes=+kv_bytes,  # without kinds that are there and empty, as Lightning attention's convolution
         encoded_bytes=sum(header.payload_bytes for header in outbox.headers),
     )
+    with log.span("keep", request_id):
+        prefilled.keep()
 
 
-def _confirm(request_id: int, sender: Sender | SenderProcess, channel: Channel, log: SpanLog) -> None:
+def _confirm(
+    request_id: int, prefilled: Prefilled, sender: Sender | SenderProcess, channel: Channel, log: SpanLog
+) -> None:
     """Report the delivery once the decode side has acknowledged it, or that there will be none."""
     try:
         delivery = sender.wait(request_id)
     except TransferFailed as error:
-        channel.send("failed", error=str(error))
+        channel.send("undelivered", request_id=request_id, error=str(error))
         return
+    finally:
+        prefilled.release()
     for piece in delivery.pieces:
         log.add(
             Span(

@@ -34,12 +34,12 @@ MODES = ("unsplit", "bulk", "layerwise")
 _START_TIMEOUT_S = 120.0
 
 
-class RequestRefusedError(UserError):
-    """A request that arrived whole and that the decode side could not take. The message names it and says why."""
+class RequestFailedError(UserError):
+    """A request that was not delivered, or that the decode side could not restore. The workers are well."""
 
     def __init__(self, request_id: int, why: str) -> None:
         self.request_id = request_id
-        super().__init__(f"request {request_id}: the decode side refused its state: {why}")
+        super().__init__(f"request {request_id} failed: {why}")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Served:
     `first_piece_s` is when prefill had the first piece of state ready, in bulk mode as well; `complete_s` when the manifest
     was complete at the decode side. In an unsplit run both are the end of prefill.
     `kv_bytes` holds the state that was shipped, by kind and before any codec, `encoded_bytes` what the codec left of it;
-    `pieces` counts the frames.
+    `pieces` counts the frames. `cached_tokens` of the prompt were in the prefill side's prefix cache.
     """
 
     request: Request
@@ -66,6 +66,7 @@ class Served:
     kv_bytes: dict[str, int]
     encoded_bytes: int
     pieces: int
+    cached_tokens: int
 
     @property
     def total_kv_bytes(self) -> int:
@@ -139,7 +140,7 @@ class System:
     pass wait for them, nor the other way round; it costs memory and a start-up.
 
     Any method may raise WorkerDiedError, within milliseconds of a worker's end, and WorkerSilentError where nothing
-    happens for `request_timeout_s`; `serve` RequestRefusedError.
+    happens for `request_timeout_s`; `serve` RequestFailedError.
     """
 
     def __init__(
@@ -226,8 +227,8 @@ class System:
                 # Somebody else who knows the secret sends to our decode side: none of ours waits for it.
                 log.warning("ignored the %s of a request that was not asked for", event.message["kind"])
                 continue
-            if event.message["kind"] == "refused":
-                raise RequestRefusedError(event.message["request_id"], event.message["error"])
+            if event.message["kind"] in ("undelivered", "refused"):
+                raise RequestFailedError(event.message["request_id"], event.message["error"])
             of_request[event.message["kind"]] = event.message
             spans[event.worker].extend(spans_from_json(event.message.pop("spans", ())))
             complete += needed <= of_request.keys()
@@ -262,4 +263,5 @@ def _served(request: Request, mode: str, arrival_s: float, heard: Mapping[str, M
         kv_bytes=dict(prefilled.get("kv_bytes", {})),
         encoded_bytes=prefilled.get("encoded_bytes", 0),
         pieces=prefilled.get("pieces", 0),
+        cached_tokens=prefilled.get("cached_tokens", 0),
     )
