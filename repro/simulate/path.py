@@ -1,0 +1,81 @@
+"""The path of a request once it has an instance: prefill, its KVCache over the link, decode, the last token (Figure 1 of the paper).
+
+Each method is what one stage calls when it is done with a job; none decides anything.
+"""
+
+from __future__ import annotations
+
+from repro.kvcache.pool import HybridPool
+from repro.simulate.books import Books
+from repro.simulate.events import Agenda
+from repro.simulate.job import Job
+
+
+class Path:
+    """Hands jobs from stage to stage. `whole`: prefill is not cut into chunks, so its transfer is one overlapped flow."""
+
+    def __init__(self, agenda: Agenda, books: Books, whole: bool) -> None:
+        self._agenda = agenda
+        self._books = books
+        self._whole = whole
+
+    def remote_began(self, now_s: float, job: Job) -> None:
+        """The first piece of an offloaded prefill exists."""
+        job.flow = job.site.link.produce(
+            now_s, job.prefill_worker, job.kv_bytes, job.kv_bytes / job.work_s, self._sent, job
+        )
+
+    def remote_ended(self, now_s: float, job: Job) -> None:
+        """An offloaded prefill has ended; what is unsent drains."""
+        if job.site.cache is not None and job.chain is not None:
+            _keep(job.site.cache, job)
+        if self._whole:
+            job.site.link.drain(now_s, job.flow)
+        elif not job.parts:
+            self._sent(now_s, job)
+
+    def remote_part(self, now_s: float, job: Job, done: int, tokens: int) -> None:
+        """A chunk of an offloaded prefill has ended; its KVCache goes at once, the fixed-size state with the last chunk."""
+        kv = job.site.tables.kv_bytes
+        size = kv[done + tokens] - kv[done]
+        if done + tokens >= job.work_tokens:
+            size = max(job.kv_bytes - (kv[done] - kv[0]), 1.0)
+        job.parts += 1
+        job.flow = job.site.link.send(now_s, job.prefill_worker, max(size, 1.0), self._part_sent, job)
+
+    def _part_sent(self, now_s: float, job: Job) -> None:
+        job.parts -= 1
+        if not job.parts and job.prefill_end_s >= 0:
+            self._sent(now_s, job)
+
+    def _sent(self, now_s: float, job: Job) -> None:
+        job.flow = None
+        self._agenda.at(now_s + job.site.half_rtt_s, self._delivered, job)
+
+    def _delivered(self, now_s: float, job: Job) -> None:
+        job.delivered_s = now_s
+        if job.home.cache is not None and job.chain is not None:
+            job.home.cache.insert(job.chain)
+        job.home.decode.ready(now_s, job)
+
+    def local_ended(self, now_s: float, job: Job) -> None:
+        """A prefill in the PD cluster has ended; its RDMA is no bottleneck (equation 4)."""
+        if job.home.cache is not None and job.chain is not None:
+            _keep(job.home.cache, job)
+        job.delivered_s = now_s
+        job.home.decode.ready(now_s, job)
+
+    def finished(self, now_s: float, job: Job) -> None:
+        """The last token is out."""
+        home = job.home
+        home.finished += 1
+        home.finished_tokens += job.output_tokens
+        if job.kept_chain and home.cache is not None:
+            home.cache.insert(job.kept_chain, len(job.chain or ()))
+        self._books.finish(now_s, job)
+
+
+def _keep(cache: HybridPool, job: Job) -> None:
+    blocks = job.cached_tokens // cache.spec.block_tokens
+    cache.touch(job.chain or (), blocks)
+    cache.insert(job.chain or (), blocks)
