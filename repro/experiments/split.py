@@ -8,6 +8,11 @@ machine's.
 
 Prefill turns all tokens of a prompt but the last into state, so a request of l tokens ships S_kv(l − 1). Requests are
 served one at a time: TTFT has no queueing. A first request of each model warms it up and is not recorded.
+
+What a prefix cache of real state (§3.2) saves of T_prefill, each mode with a cache of its own:
+
+    python -m repro experiment=split +options.shared_prefix_tokens=768 +options.input_tokens=[1025] \\
+        +options.prefix_cache.capacity_bytes=1e9 +options.prefix_cache.checkpoint_blocks=1
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from repro.experiments.split_model import (
     serve,
 )
 from repro.kvcache.codecs import CodecSpec
+from repro.kvcache.prefix import PrefixCacheSpec
 from repro.link import open_link
 from repro.record.directory import Record
 from repro.record.metrics import Metric
@@ -47,7 +53,8 @@ class SplitOptions:
     """What is served: a hybrid and a dense model of conf/model, at the size that the configuration asks for.
 
     `repeats` prompts of each length go through every mode. `chunk_tokens` is the grain of prefill; `threads` per
-    worker. `codec` encodes what crosses the link.
+    worker. `codec` encodes what crosses the link. All prompts begin with the same `shared_prefix_tokens` tokens, whose
+    state a `prefix_cache` lets prefill compute once.
     """
 
     hybrid: str = "kimi_linear"
@@ -59,10 +66,16 @@ class SplitOptions:
     threads: int = 1
     device: str = "cpu"
     codec: CodecSpec = field(default_factory=CodecSpec)
+    shared_prefix_tokens: int = 0
+    prefix_cache: PrefixCacheSpec = field(default_factory=PrefixCacheSpec)
 
     def __post_init__(self) -> None:
         if not self.input_tokens or min(self.input_tokens) < 2:
             raise UserError(f"options.input_tokens: {list(self.input_tokens)}; accepted: lengths of 2 tokens or more")
+        if not 0 <= self.shared_prefix_tokens <= min(self.input_tokens):
+            raise UserError(
+                f"options.shared_prefix_tokens: {self.shared_prefix_tokens}; accepted: 0 to the shortest of input_tokens"
+            )
         for name in ("output_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise UserError(f"options.{name}: {getattr(self, name)}; accepted: 1 or more")
@@ -75,10 +88,22 @@ def run(context: Context) -> Outcome:
     frames, throughputs, timelines = [], [], dict[str, Timeline]()
     facts = {}
     for name in (options.hybrid, options.dense):
-        engine = engine_of(name, context.settings.model.size, options.chunk_tokens, options.threads, options.device)
+        engine = engine_of(
+            name,
+            context.settings.model.size,
+            options.chunk_tokens,
+            options.threads,
+            options.device,
+            options.prefix_cache,
+        )
         vocabulary = int(engine.model.values()["vocab_size"])
         repeats = prompts(
-            options.input_tokens, options.repeats, options.output_tokens, vocabulary, context.settings.seed
+            options.input_tokens,
+            options.repeats,
+            options.output_tokens,
+            vocabulary,
+            context.settings.seed,
+            options.shared_prefix_tokens,
         )
         with open_link(context.settings.link, run=f"split-{name}") as link:
             link.check(tolerate=True)
@@ -143,6 +168,11 @@ def _time_metrics(context: Context, model: ModelRun, mode: str, length: int) -> 
             row(context, case, "transfer_exposed_s", [served.transfer_exposed_s for served in found], "s"),
             row(context, case, "ttft_bound_ratio", ratios, ""),
         ]
+        if any(served.cached_tokens for served in model.runs[mode].served):
+            rows += [
+                row(context, case, "cached_tokens", [served.cached_tokens for served in found], "tokens"),
+                row(context, case, "prefill_s", [served.prefill_s for served in found], "s"),
+            ]
     return rows
 
 

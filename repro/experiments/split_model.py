@@ -14,6 +14,7 @@ from repro.engine.spans import now_s
 from repro.engine.torch_engine import EngineSpec
 from repro.experiments.base import Context
 from repro.kvcache.codecs import CodecSpec
+from repro.kvcache.prefix import PrefixCacheSpec
 from repro.link import Link, LinkMeasurement
 from repro.models import spec as models
 from repro.models.architectures import layout_of
@@ -88,24 +89,39 @@ def expected_bytes(layout: StateLayout, tokens: int) -> dict[str, int]:
 
 
 def prompts(
-    lengths: Sequence[int], repeats: int, output_tokens: int, vocabulary: int, seed: int
+    lengths: Sequence[int],
+    repeats: int,
+    output_tokens: int,
+    vocabulary: int,
+    seed: int,
+    shared_prefix_tokens: int = 0,
 ) -> list[list[Request]]:
-    """One list of random prompts per repeat, the same for every mode; ids count from 1 over all of them."""
+    """One list of random prompts per repeat, the same for every mode; ids count from 1 over all of them.
+
+    The first `shared_prefix_tokens` tokens are the same in all.
+    """
     rng = np.random.default_rng(seed)
+    shared = np.random.default_rng((seed, 1)).integers(0, vocabulary, shared_prefix_tokens)
+
+    def prompt(length: int) -> tuple[int, ...]:
+        tokens = rng.integers(0, vocabulary, length)
+        tokens[:shared_prefix_tokens] = shared[:length]
+        return tuple(tokens.tolist())
+
     return [
-        [
-            Request(1 + repeat * len(lengths) + at, tuple(rng.integers(0, vocabulary, length).tolist()), output_tokens)
-            for at, length in enumerate(lengths)
-        ]
+        [Request(1 + repeat * len(lengths) + at, prompt(length), output_tokens) for at, length in enumerate(lengths)]
         for repeat in range(repeats)
     ]
 
 
-def engine_of(name: str, size: str, chunk_tokens: int, threads: int, device: str) -> EngineSpec:
+def engine_of(
+    name: str, size: str, chunk_tokens: int, threads: int, device: str, prefix_cache: PrefixCacheSpec | None = None
+) -> EngineSpec:
     """How both workers compute that model of conf/model."""
     model = models.load(name, size)
     # PyYAML reads 48.0e9 as text, and workers are strict about types.
-    return EngineSpec(replace(model, parameters=float(model.parameters)), chunk_tokens, threads, device)
+    spec = EngineSpec(replace(model, parameters=float(model.parameters)), chunk_tokens, threads, device)
+    return spec if prefix_cache is None else replace(spec, prefix_cache=prefix_cache)
 
 
 def serve(
@@ -123,7 +139,7 @@ def serve(
     """
     name = engine.model.name
     # The longest prompt, so that both workers have touched all the memory that they will need.
-    warm_up = [Request(0, max(repeats[0], key=lambda request: len(request.prompt)).prompt, 2)]
+    warm_up = [Request(0, max(repeats[0], key=lambda request: len(request.prompt)).prompt, 2, "warm-up")]
     runs: dict[str, list[Run]] = {mode: [] for mode in modes}
     context.progress(f"{name}: starting a prefill and a decode worker")
     if not codec.lossless:
@@ -136,7 +152,9 @@ def serve(
         link.start()
         for number, requests in enumerate(repeats, start=1):
             for mode in modes:
-                runs[mode].append(system.serve(requests, mode))
+                # Each mode with a cache of its own: a prompt must not find what another mode left of it.
+                salted = [replace(request, cache_salt=mode) for request in requests]
+                runs[mode].append(system.serve(salted, mode))
             context.progress(f"{name}: {', '.join(modes)} served, {number} of {len(repeats)}")
     layout = layout_of(name, engine.model.size)
     whole = {mode: joined(parts) for mode, parts in runs.items()}

@@ -36,7 +36,7 @@ class PrefixCacheSpec:
     """
 
     capacity_bytes: float = 0.0
-    block_tokens: int = 512
+    block_tokens: int = 256
     checkpoint_blocks: int = 0
     eviction: Literal["lru", "length_aware"] = "lru"
 

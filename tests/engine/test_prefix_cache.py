@@ -115,6 +115,17 @@ def test_after_a_partial_hit_only_the_rest_is_computed_and_the_bits_are_the_same
     check_same(name, longer, pieces)
 
 
+def test_the_cached_prefix_leaves_first_and_its_earliest_layer_before_the_others() -> None:
+    engine, shared = cached("qwen3_235b"), tokens(2 * BLOCK, 18)
+    prefill(engine, request(1, shared, tokens(5, 19)))
+    _, pieces = prefill(engine, request(2, shared, tokens(75, 20)))
+    order = [(p.header.token_end > 2 * BLOCK, p.header.layer) for p in sorted(pieces, key=lambda p: p.header.piece)]
+    sent_before = [layer for is_new, layer in order if not is_new]
+    assert order == sorted(order, key=lambda at: at[0])
+    assert sent_before == sorted(sent_before)
+    assert len(sent_before) == 2 * 2 * len(set(sent_before))  # keys and values of two blocks
+
+
 @pytest.mark.parametrize("name", models.names())
 def test_without_a_checkpoint_at_the_common_end_a_hybrid_hits_nothing_and_a_dense_model_does(name: str) -> None:
     engine, shared = cached(name), tokens(2 * BLOCK, 6)
