@@ -1,8 +1,7 @@
 """The global KVCache manager (§3.2): what every cluster holds of a prompt, what to move, and which prefixes are hot in the wrong place.
 
 It works on indices alone, never on state: a cluster's own pool is one, and a live router keeps `Replica`s that workers update by
-message. Rebalancing counts what each cluster prefilled again although another held it, and proposes the copies that would have saved most
-per byte.
+message. Rebalancing counts what each cluster lacked although another held it, and proposes the copies that would have saved most per byte.
 """
 
 from __future__ import annotations
@@ -13,10 +12,14 @@ from typing import NamedTuple, Protocol
 
 
 class PrefixIndex(Protocol):
-    """Says how many blocks of a chain of keys a cluster can serve."""
+    """Says how many blocks of a chain of keys a cluster can serve, and how many of them its attention layers hold."""
 
     def match_blocks(self, chain: Sequence[int]) -> int:
         """Blocks that every layer group of that cluster's pool can serve."""
+        ...
+
+    def attention_blocks(self, chain: Sequence[int]) -> int:
+        """Blocks that its block-level groups alone hold, which need not be sent there."""
         ...
 
 
@@ -43,14 +46,19 @@ class Replica:
 
     def match_blocks(self, chain: Sequence[int]) -> int:
         """Blocks that the remote pool can serve, if its messages are up to date."""
+        n = self.attention_blocks(chain)
+        if self.needs_checkpoint:
+            while n and chain[n - 1] not in self.checkpoints:
+                n -= 1
+        return n
+
+    def attention_blocks(self, chain: Sequence[int]) -> int:
+        """Blocks of full attention that the remote pool holds."""
         n = 0
         for key in chain:
             if key not in self.blocks:
                 break
             n += 1
-        if self.needs_checkpoint:
-            while n and chain[n - 1] not in self.checkpoints:
-                n -= 1
         return n
 
 
@@ -67,18 +75,25 @@ class Move(NamedTuple):
 class _Heat(NamedTuple):
     chain: tuple[int, ...]
     saved_blocks: int
-    source: str
 
 
 class Directory:
-    """Prefix matches of all clusters. `size_bytes(blocks)` is what a prefix of so many blocks weighs on the link."""
+    """Prefix matches of all clusters. `size_bytes(blocks)` is what a prefix of so many blocks weighs on the link.
+
+    `linked(source, target)` says whether anything can be sent from one cluster to the other.
+    """
 
     def __init__(
-        self, indices: dict[str, PrefixIndex], size_bytes: Callable[[int], float], remember: int = 4096
+        self,
+        indices: dict[str, PrefixIndex],
+        size_bytes: Callable[[int], float],
+        remember: int = 4096,
+        linked: Callable[[str, str], bool] = lambda source, target: True,
     ) -> None:
         self.indices = indices
         self._size_bytes = size_bytes
         self._remember = remember
+        self._linked = linked
         self._heat: dict[tuple[str, int], _Heat] = {}
 
     def matches(self, chain: Sequence[int]) -> dict[str, int]:
@@ -87,28 +102,33 @@ class Directory:
 
     def fetch(self, target: str, chain: Sequence[int]) -> Move | None:
         """The longest prefix that another cluster has and `target` has not; of equals, the first cluster's."""
-        held = self.matches(chain)
-        source = max(held, key=lambda name: held[name])
-        if held[source] <= held[target]:
+        source, size = self._longest_elsewhere(target, chain)
+        index = self.indices[target]
+        if size <= index.match_blocks(chain):
             return None
-        have, size = held[target], held[source]
         # Attention blocks that are there already stay; checkpoints always travel.
-        weight = self._size_bytes(size) - (self._size_bytes(have) - self._size_bytes(0))
+        there = min(index.attention_blocks(chain), size)
+        weight = self._size_bytes(size) - (self._size_bytes(there) - self._size_bytes(0))
         return Move(source, target, tuple(chain[:size]), size, weight)
 
-    def prefilled(self, cluster: str, chain: Sequence[int], cached_blocks: int) -> None:
-        """Note that `cluster` prefilled `chain` with `cached_blocks` from its cache; what others held beyond that becomes heat."""
-        held = self.matches(chain)
-        others = [name for name in held if name != cluster]
-        if not others:
-            return
-        source = max(others, key=lambda name: held[name])
-        saved = held[source] - cached_blocks
+    def _longest_elsewhere(self, target: str, chain: Sequence[int]) -> tuple[str, int]:
+        best, most = "", 0
+        for name, index in self.indices.items():
+            if name != target and self._linked(name, target):
+                held = index.match_blocks(chain)
+                if held > most:
+                    best, most = name, held
+        return best, most
+
+    def lacked(self, cluster: str, chain: Sequence[int], cached_blocks: int) -> None:
+        """Note that `cluster` was asked for `chain` and had `cached_blocks` of it; what others hold beyond that becomes heat."""
+        _, held = self._longest_elsewhere(cluster, chain)
+        saved = held - cached_blocks
         if saved <= 0:
             return
-        key = (cluster, chain[held[source] - 1])
+        key = (cluster, chain[held - 1])
         before = self._heat.pop(key, None)
-        self._heat[key] = _Heat(tuple(chain[: held[source]]), saved + (before.saved_blocks if before else 0), source)
+        self._heat[key] = _Heat(tuple(chain[:held]), saved + (before.saved_blocks if before else 0))
         if len(self._heat) > self._remember:
             del self._heat[next(iter(self._heat))]
 

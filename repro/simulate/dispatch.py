@@ -7,7 +7,7 @@ a cluster has no instance left.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from repro.scheduling.admission import admitted
 from repro.scheduling.policies import splitmix64
@@ -21,7 +21,7 @@ from repro.workload.stream import Chains
 
 
 class Dispatch:
-    """The router's desk of a run."""
+    """The router's desk of a run. `asked(job)`, if wanted, is told where a request with a known prefix goes."""
 
     def __init__(
         self,
@@ -30,6 +30,7 @@ class Dispatch:
         sites: Sequence[Site],
         agenda: Agenda,
         books: Books,
+        asked: Callable[[Job], None] | None = None,
     ) -> None:
         self._homes = homes
         self._sites = sites
@@ -37,6 +38,7 @@ class Dispatch:
         self._books = books
         self._route = scheduler.router.route
         self._limit_s = scheduler.admission.limit_s
+        self._asked = asked
 
     def arrive(self, now_s: float, tokens: int, output: int, chains: Chains | None) -> None:
         """A new request."""
@@ -102,6 +104,8 @@ class Dispatch:
             job.work_s = home.tables.prefill_s[work]
             job.kv_bytes = home.tables.kv_bytes[job.input_tokens]
             stage = home.prefill
+        if self._asked is not None:
+            self._asked(job)
         if self._limit_s < math.inf and not admitted(stage.predicted_wait_s(now_s) + job.work_s, self._limit_s):
             self._books.refuse(job)
         elif fetch:
@@ -154,5 +158,7 @@ class Dispatch:
 
     def _prefix_there(self, now_s: float, job: Job) -> None:
         target = job.site.cache if job.offloaded else job.home.cache
-        target.insert((job.chain or ())[: job.cached_tokens // target.spec.block_tokens])
+        blocks = job.cached_tokens // target.spec.block_tokens
+        # One state has crossed, that at the end: no checkpoint inside the prefix appears.
+        target.insert((job.chain or ())[:blocks], blocks)
         self._assign(now_s, job)

@@ -11,6 +11,7 @@ from repro.simulate.clusters import Home, Site
 from repro.simulate.decode import DecodeStage
 from repro.simulate.dispatch import Dispatch
 from repro.simulate.events import Agenda
+from repro.simulate.job import Job
 from repro.simulate.prefill import ChunkedPrefill, WholePrefill
 from repro.simulate.spec import Fault
 
@@ -46,7 +47,7 @@ class Faults:
             gone = {job.id for job in lost}
             link = self._sites[fault.cluster].link
             for flow in link.flows():
-                if flow.payload.id in gone:
+                if isinstance(flow.payload, Job) and flow.payload.id in gone:
                     link.cancel(now_s, flow)
         for job in lost:
             self._again(now_s, job, Route(job.offloaded))
@@ -66,6 +67,8 @@ class Faults:
                 continue
             for flow in site.link.flows():
                 job = flow.payload
+                if not isinstance(job, Job):
+                    continue  # a copy between caches, for which nobody waits
                 # A running prefill is left to end: its transfer may yet find the link repaired.
                 running = not flow.draining or job.prefill_end_s < 0 or job.parts > 1
                 if running or not job.offloaded or not job.home.prefill.serving:

@@ -212,6 +212,11 @@ class SharedLink:
         self._advance(now_s)
         return self.bytes_sent
 
+    def unused_bytes(self, now_s: float) -> float:
+        """Bytes that could have crossed until now, and did not."""
+        self._advance(now_s)
+        return self._could_send - self.bytes_sent
+
     def flows(self) -> list[Flow]:
         """Every transfer under way."""
         return [*self._producing, *(flow for sender in self._active for _, _, flow in sender.heap)]

@@ -55,7 +55,8 @@ class Path:
     def _delivered(self, now_s: float, job: Job) -> None:
         job.delivered_s = now_s
         if job.home.cache is not None and job.chain is not None:
-            job.home.cache.insert(job.chain)
+            # One state has crossed, that at the end: no checkpoint inside the prompt appears.
+            job.home.cache.insert(job.chain, len(job.chain))
         job.home.decode.ready(now_s, job)
 
     def local_ended(self, now_s: float, job: Job) -> None:

@@ -20,6 +20,7 @@ from repro.simulate.dispatch import Dispatch
 from repro.simulate.events import Agenda
 from repro.simulate.faults import Faults
 from repro.simulate.path import Path
+from repro.simulate.rebalance import Rebalancing
 from repro.simulate.records import Sink
 from repro.simulate.spec import SimulationSpec
 from repro.workload.stream import Chunk
@@ -27,7 +28,10 @@ from repro.workload.stream import Chunk
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended. `overloaded`: it was cut because more requests than the limit were in the system."""
+    """How a run ended. `overloaded`: it was cut because more requests than the limit were in the system.
+
+    `egress_bytes` is all that left PrfaaS clusters; `copied_bytes` what rebalancing sent, either way, in `copies`.
+    """
 
     arrived: int
     completed: int
@@ -39,6 +43,8 @@ class Summary:
     peak_in_system: int
     egress_bytes: float
     samples: tuple[Sample, ...]
+    copies: int = 0
+    copied_bytes: float = 0.0
 
 
 class Simulation:
@@ -50,11 +56,14 @@ class Simulation:
         self._books = books = Books(sink)
         path = Path(agenda, books, spec.chunk_tokens is None)
         shares = sum(home.share for home in spec.pd)
-        self._sites = sites = [Site(i, site, spec, agenda, path) for i, site in enumerate(spec.prfaas)]
-        self._homes = homes = [
+        self.sites = sites = [Site(i, site, spec, agenda, path) for i, site in enumerate(spec.prfaas)]
+        self.homes = homes = [
             Home(i, home, home.share / shares, spec, agenda, path, sites) for i, home in enumerate(spec.pd)
         ]
-        self._dispatch = Dispatch(spec.scheduler, homes, sites, agenda, books)
+        rebalance = spec.scheduler.rebalance
+        self.rebalancing = Rebalancing(rebalance, homes, sites, agenda, books) if rebalance.enabled else None
+        asked = self.rebalancing.asked if self.rebalancing else None
+        self._dispatch = Dispatch(spec.scheduler, homes, sites, agenda, books, asked)
         faults = Faults(spec.faults, homes, sites, agenda, self._dispatch)
         self._control = Control(spec.scheduler, homes, sites, agenda, books, faults.give_up_stalled)
 
@@ -109,10 +118,12 @@ class Simulation:
             last_arrival_s=last_arrival_s,
             last_finish_s=books.last_finish_s,
             peak_in_system=books.peak,
-            egress_bytes=sum(site.link.settle(now) for site in self._sites),
+            egress_bytes=sum(site.link.settle(now) for site in self.sites),
             samples=tuple(self._control.samples),
+            copies=self.rebalancing.copies if self.rebalancing else 0,
+            copied_bytes=self.rebalancing.copied_bytes if self.rebalancing else 0.0,
         )
 
     def _cover(self, tokens: int) -> None:
-        for tables in [home.tables for home in self._homes] + [site.tables for site in self._sites]:
+        for tables in [home.tables for home in self.homes] + [site.tables for site in self.sites]:
             tables.cover(tokens)

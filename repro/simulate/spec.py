@@ -14,6 +14,7 @@ from repro.scheduling.admission import AdmissionSpec
 from repro.scheduling.long_term import LongTermSpec
 from repro.scheduling.placement import PLACEMENTS
 from repro.scheduling.policies import Homogeneous, Naive, Router, Threshold
+from repro.scheduling.rebalance import RebalanceSpec
 from repro.scheduling.short_term import ShortTermSpec
 from repro.simulate.link import SharedLinkSpec
 
@@ -86,6 +87,7 @@ class SchedulerSpec:
     long_term: LongTermSpec = field(default_factory=LongTermSpec)
     admission: AdmissionSpec = field(default_factory=AdmissionSpec)
     fallback_s: float | None = None
+    rebalance: RebalanceSpec = field(default_factory=RebalanceSpec)
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
@@ -135,6 +137,10 @@ class SimulationSpec:
         if any(not home.n_p for home in self.pd) and (not self.prfaas or isinstance(router, Homogeneous)):
             raise UserError(
                 "policy.n_p: 0 leaves nobody to prefill what stays local; accepted: 1 or more, or a router that offloads"
+            )
+        if self.scheduler.rebalance.enabled and not (self.cache and self.prfaas):
+            raise UserError(
+                "policy.rebalance: needs caches and a PrfaaS cluster, between which and the PD cluster it copies"
             )
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise UserError(

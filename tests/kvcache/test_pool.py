@@ -156,17 +156,36 @@ def test_the_directory_fetches_the_longest_prefix_and_only_what_is_missing() -> 
     assert directory.fetch("prfaas", (1, 2, 3)) is None
 
 
-def test_rebalancing_proposes_what_was_prefilled_again_most_often_within_its_budget() -> None:
+def test_rebalancing_proposes_what_was_lacked_most_often_within_its_budget() -> None:
     here, there = pool(MLA), pool(MLA)
     there.insert((1, 2, 3))
     there.insert((7, 8, 9))
     directory = Directory({"pd": here, "prfaas": there}, lambda blocks: 10.0 * blocks)
     for _ in range(5):
-        directory.prefilled("pd", (1, 2, 3, 4), 0)
-    directory.prefilled("pd", (7, 8, 9), 0)
+        directory.lacked("pd", (1, 2, 3, 4), 0)
+    directory.lacked("pd", (7, 8, 9), 0)
     (move,) = directory.rebalance(budget_bytes=30.0)
     assert move.chain == (1, 2, 3)
     assert directory.rebalance(1e9) == []
+
+
+def test_nothing_is_proposed_between_clusters_that_no_link_joins() -> None:
+    pools = {name: pool(MLA) for name in ("pd0", "pd1", "prfaas")}
+    pools["pd0"].insert((1, 2, 3))
+    pools["prfaas"].insert((1, 2))
+    directory = Directory(pools, lambda blocks: 10.0 * blocks, linked=lambda a, b: "prfaas" in (a, b))
+    move = directory.fetch("pd1", (1, 2, 3))
+    assert move is not None
+    assert (move.source, move.blocks) == ("prfaas", 2)
+
+
+def test_a_move_weighs_the_state_that_is_missing_not_the_blocks_that_are_there() -> None:
+    here, there = pool(MLA, KDA), pool(MLA, KDA)
+    there.insert((1, 2, 3))
+    here.insert((1, 2, 3, 4))
+    move = Directory({"pd": here, "prfaas": there}, lambda blocks: 100.0 + 10.0 * blocks).fetch("pd", (1, 2, 3))
+    assert move is not None
+    assert move.size_bytes == 100.0
 
 
 def test_a_pool_without_a_block_level_group_is_refused() -> None:
