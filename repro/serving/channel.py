@@ -7,6 +7,7 @@ and the end of stdin, which also comes when a wrapper (`nsenter`, `setpriv`) sto
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -71,18 +72,24 @@ class Channel:
 def run_worker(work: Callable[[Channel, Message], None]) -> None:
     """The whole life of a worker process: read the configuration, do `work`, report how it ended, exit.
 
-    A worker that fails says so in a message (`failed`, with the exception's text) before it goes, so the supervisor can
-    tell its user more than an exit status. `os._exit` ends it, because threads that wait in sockets must not hold it
-    back.
+    A worker that fails, in whatever thread, says so in a message (`failed`, with the exception's text) before it goes, so
+    the supervisor can tell its user more than an exit status, and nobody waits for what a dead thread would have said.
+    `os._exit` ends it, because threads that wait in sockets must not hold it back.
     """
     die_with_parent()
     channel = Channel()
+
+    def fail(error: BaseException | None) -> None:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # the supervisor may have gone first
+            channel.send("failed", error=f"{type(error).__name__}: {error}")
+        os._exit(1)
+
+    threading.excepthook = lambda thrown: fail(thrown.exc_value)
     try:
         work(channel, channel.read())
     except BaseException as error:
-        traceback.print_exc()
-        sys.stderr.flush()
-        channel.send("failed", error=f"{type(error).__name__}: {error}")
-        os._exit(1)
+        fail(error)
     sys.stderr.flush()
     os._exit(0)

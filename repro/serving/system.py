@@ -140,7 +140,8 @@ class System:
     pass wait for them, nor the other way round; it costs memory and a start-up.
 
     Any method may raise WorkerDiedError, within milliseconds of a worker's end, and WorkerSilentError where nothing
-    happens for `request_timeout_s`; `serve` RequestFailedError.
+    happens for `request_timeout_s`; `serve` RequestFailedError, after
+    which the other requests of the call may still be under way: the next ones need numbers of their own.
     """
 
     def __init__(

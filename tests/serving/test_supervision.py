@@ -15,6 +15,7 @@ import pytest
 from repro.serving.supervision import Supervisor, WorkerDiedError, WorkerSilentError
 
 ECHO = """
+    import threading
     from repro.serving.channel import run_worker
     def work(channel, config):
         channel.send("ready", greeting=config["greeting"])
@@ -22,6 +23,9 @@ ECHO = """
         while (message := channel.read())["kind"] != "stop":
             if message["kind"] == "raise":
                 raise ValueError("no such layer")
+            if message["kind"] == "raise in a thread":
+                threading.Thread(target=int, args=("no number",)).start()
+                continue
             channel.send("echo", text=message["text"])
     run_worker(work)
 """
@@ -81,11 +85,16 @@ def test_sigkill_of_a_worker_ends_the_wait_and_names_the_worker(supervisor: Supe
         supervisor.next_event(20)
 
 
-def test_an_exception_in_a_worker_reaches_the_supervisor_in_words(supervisor: Supervisor) -> None:
+@pytest.mark.parametrize(
+    ("where", "words"), [("raise", "no such layer"), ("raise in a thread", r"invalid literal for int\(\)")]
+)
+def test_an_exception_in_a_worker_reaches_the_supervisor_in_words(
+    where: str, words: str, supervisor: Supervisor
+) -> None:
     worker = supervisor.start("prefill", python(ECHO), {"greeting": ""})
     supervisor.expect("ready", 1, 20)
-    worker.send("raise")
-    with pytest.raises(WorkerDiedError, match="worker prefill failed: ValueError: no such layer"):
+    worker.send(where)
+    with pytest.raises(WorkerDiedError, match=f"worker prefill failed: ValueError: {words}"):
         supervisor.next_event(20)
 
 
