@@ -1,113 +1,183 @@
-"""How many requests the simulator plays per second on Table 6's PrfaaS-PD deployment, and how time and memory grow with their number.
+"""How many requests the simulator plays per second on Table 6's PrfaaS-PD deployment, alone or beside other simulators in one run.
 
 `scripts/bench simulate` plays 1,024-token outputs at 90 % load with every queue, link sharing, the PrfaaS router and both control loops
-on; `--requests 10000 100000 1000000 10000000` shows growth. Each size runs in a process of its own, so that peak memory is its own.
+on; `--requests 10000 100000 1000000 10000000` shows growth in time and memory. Each run has a process of its own.
+
+Beside others, which `--peer` names once they are fetched:
+
+    git clone (GitHub) Mutinifni/splitwise-sim    its requirements.txt in an environment of its own; 378088013a54 was run
+    pip install vidur==0.0.26                     in an environment of its own
+    scripts/bench simulate --peer splitwise-sim=CHECKOUT:PYTHON --peer vidur=ENVIRONMENT
+
+All play the same requests. In every round each runs once per size, in an order drawn anew, so that what slows the machine slows all alike,
+and ratios are taken within rounds. A peer too slow for a size plays fewer, and so does ours beside it. Clocks stand around event loops:
+start-up, reading requests and writing results count for nobody; only ours draws its requests within. Neither peer has a link that
+transfers share, a second cluster, routing by length or control loops; `_simulate_peers.py` says more of each, and how it is set.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import resource
+import random
 import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
 from repro.bench._record import recorded
+from repro.bench._simulate_ours import stream
+from repro.bench._simulate_peers import PEERS, Peer, Workload, parse_peer
+from repro.bench.transport import interval
 from repro.errors import UserError
-from repro.profiles.presets import load_profile
 from repro.record.metrics import Metric
-from repro.scheduling.long_term import LongTermSpec
-from repro.scheduling.policies import Prfaas
-from repro.scheduling.search import search
-from repro.scheduling.short_term import ShortTermSpec
-from repro.scheduling.spec import PolicySpec
-from repro.scheduling.throughput import Deployment
-from repro.simulate.deployments import requests, simulated, with_scheduler
-from repro.simulate.link import SharedLinkSpec
-from repro.simulate.records import Streaming
-from repro.simulate.simulation import Simulation
-from repro.workload.arrivals import Poisson
-from repro.workload.lengths import TruncatedLogNormal
-from repro.workload.spec import ServiceLevel
 
-UNITS = {
-    "requests": "", "completed": "", "requests_per_s": "req/s", "requests_per_cpu_s": "req/s", "peak_memory_mb": "MB", "ttft_mean_s": "s",
-    "ttft_p99_s": "s", "goodput": "req/s",
-}  # fmt: skip
+#: What is asked of this simulator: so many times the fastest peer, of which 3,500 req/s were known (splitwise-sim).
+FACTOR = 10
+BAR_PER_S = 35_000
+OURS = "ours"
 #: What depends on the machine; the others are the simulation's own.
-MEASURED = ("requests_per_s", "requests_per_cpu_s", "peak_memory_mb")
-SOURCES = ("simulated", "measured")
-
-
-def measure(count: int, load: float, controllers: bool) -> dict[str, float]:
-    """One run: requests per second of wall and of processor time, and this process's peak memory."""
-    law = TruncatedLogNormal(9.90, 1.00, 128, 131_072)
-    base = Deployment(load_profile("paper_1t_h200"), 4, load_profile("paper_1t_h20"), 8, 100e9, law, 1024)
-    point = search(base, PolicySpec("bench", lengths="true_mean"))
-    spec = simulated(base, point, SharedLinkSpec(), Prfaas())
-    if controllers:
-        spec = with_scheduler(spec, short_term=ShortTermSpec(enabled=True), long_term=LongTermSpec(enabled=True))
-    sink = Streaming(ServiceLevel())
-    run, stream = Simulation(spec, sink), requests(base, Poisson(load * point.lambda_max), count, 0)
-    gc.collect()
-    wall, cpu = time.perf_counter(), time.process_time()
-    summary = run.run(stream)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    totals = sink.totals()
-    return {
-        "requests": count, "completed": summary.completed, "requests_per_s": count / wall, "requests_per_cpu_s": count / cpu,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "ttft_mean_s": totals.ttft_mean_s,
-        "ttft_p99_s": totals.ttft_p99_s, "goodput": totals.goodput,
-    }  # fmt: skip
+_MEASURED = {"requests_per_s": "req/s", "requests_per_cpu_s": "req/s", "peak_memory_mb": "MB"}
+_SIMULATED = {"completed": "", "ttft_mean_s": "s", "ttft_p99_s": "s", "goodput": "req/s"}
 
 
 def main(argv: list[str]) -> int:
-    """A table of sizes on stderr, and a record; its path is the last line."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/bench simulate", description=__doc__.split("\n\n")[0] if __doc__ else None
-    )
-    parser.add_argument("--requests", type=int, nargs="+", default=[100_000, 300_000])
-    parser.add_argument("--load", type=float, default=0.9, help="share of Λ_max at which requests arrive (default 0.9)")
-    parser.add_argument("--static", action="store_true", help="leave both control loops off")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    options = parser.parse_args(argv)
-    if options.here:
-        print(json.dumps(measure(options.requests[0], options.load, not options.static)))
-        return 0
-    name = ("static" if options.static else "two_timescale") + f"_{max(options.requests)}"
-    with recorded("simulate", name, options, argv, {"requests": 0}) as directory:
-        rows = [row for count in options.requests for row in _rows(count, options)]
+    """A line per run and verdicts on stderr, and a record; its path is the last line."""
+    options, peers = _parsed(argv)
+    # A record says what was run, not where it lay on this machine.
+    for text, peer in zip(options.peer, peers, strict=True):
+        argv = [word.replace(text, peer.name) for word in argv]
+    options.peer = [peer.name for peer in peers]
+    name = "_".join(["static" if options.static else "two_timescale", str(max(options.requests)), *options.peer])
+    with recorded("simulate", name, options, argv, {"requests": 0, "order": 0}) as directory:
+        table = rounds(peers, options)
+        rows = summarise(table)
+        directory.write_table("rounds", table)
         directory.write_metrics(rows)
+        directory.add_provenance({"peers": {peer.name: peer.version() for peer in peers}})
+        print("\n".join(verdicts(rows, options.requests)), file=sys.stderr)
     return 0
 
 
-def _rows(count: int, options: argparse.Namespace) -> list[Metric]:
-    command = [
-        sys.executable,
-        "-m",
-        "repro.bench",
-        "simulate",
-        "--here",
-        "--requests",
-        str(count),
-        "--load",
-        str(options.load),
-    ]
-    done = subprocess.run(command + ["--static"] * options.static, capture_output=True, text=True, check=False)
+def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[Peer]]:
+    parser = argparse.ArgumentParser(prog="scripts/bench simulate", description=(__doc__ or "").partition("\n")[0])
+    sizes = "sizes (default 100000 300000; beside peers 10000 50000)"
+    parser.add_argument("--requests", type=int, nargs="+", help=sizes)
+    parser.add_argument("--load", type=float, default=0.9, help="share of Λ_max at which requests arrive (default 0.9)")
+    parser.add_argument("--static", action="store_true", help="leave both control loops off")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER[:PYTHON]", help=", ".join(PEERS))
+    parser.add_argument("--repeats", type=int, help="rounds (default 1; beside peers 5)")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    options = parser.parse_args(argv)
+    peers = [parse_peer(text) for text in options.peer]
+    if len({peer.name for peer in peers}) < len(peers):
+        raise UserError("--peer: one simulator is named twice; accepted: each once")
+    options.requests = options.requests or ([10_000, 50_000] if peers else [100_000, 300_000])
+    options.repeats = (5 if peers else 1) if options.repeats is None else options.repeats
+    if min(options.requests) < 1 or options.repeats < 1:
+        raise UserError("--requests, --repeats: below 1; accepted: 1 or more")
+    return options, peers
+
+
+def rounds(peers: Sequence[Peer], options: argparse.Namespace) -> pd.DataFrame:
+    """Every simulator at every size once per round, in an order drawn anew: columns round, who, requests and what was measured."""
+    turns = {(peer, min(size, peer.most_requests)) for peer in peers for size in options.requests}
+    sizes = {*options.requests, *(size for _, size in turns)}
+    plan: list[tuple[Peer | None, int]] = [(None, size) for size in sorted(sizes)]
+    plan += [(peer, size) for peer in peers for size in sorted({size for one, size in turns if one is peer})]
+    order, rows = random.Random(0), []
+    for index in range(options.repeats):
+        order.shuffle(plan)
+        for peer, size in plan:
+            values = _ours(size, options) if peer is None else _theirs(peer, size, options.load)
+            who = OURS if peer is None else peer.name
+            if values["completed"] != size:
+                raise UserError(f"{who}: {values['completed']:,.0f} of {size:,} requests completed; accepted: all")
+            row = {"round": index, "who": who, "requests": size, **values}
+            row |= {"requests_per_s": size / values["wall_s"], "requests_per_cpu_s": size / values["cpu_s"]}
+            memory = f", peak {values['peak_memory_mb']:.0f} MB" if peer is None else ""
+            print(
+                f"{who:>14} {size:>10,} requests: {row['requests_per_s']:>8,.0f} req/s, "
+                f"{row['requests_per_cpu_s']:>8,.0f} per CPU second{memory}",
+                file=sys.stderr,
+            )
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _ours(size: int, options: argparse.Namespace) -> dict[str, float]:
+    loops = "static" if options.static else "controllers"
+    command = [sys.executable, "-m", "repro.bench._simulate_ours", str(size), str(options.load), loops]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{count:,} requests: {' '.join(done.stderr.split()[-40:])}")
+        raise UserError(f"{size:,} requests: {' '.join(done.stderr.split()[-40:])}")
     values: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    print(
-        f"{count:>10,} requests: {values['requests_per_s']:,.0f} req/s, {values['requests_per_cpu_s']:,.0f} per CPU second, "
-        f"peak {values['peak_memory_mb']:.0f} MB",
-        file=sys.stderr,
-    )
-    case = f"{count} requests"
-    return [
-        Metric("bench_simulate", "simulate", case, metric, value, UNITS[metric], SOURCES[metric in MEASURED])
-        for metric, value in values.items()
-    ]
+    return values
+
+
+def _theirs(peer: Peer, size: int, load: float) -> dict[str, float]:
+    with tempfile.TemporaryDirectory(prefix=f"{peer.name}-") as scratch:
+        return asdict(peer.play(_workload(size, load), Path(scratch)))
+
+
+@cache
+def _workload(size: int, load: float) -> Workload:
+    return Workload.of(stream(size, load))
+
+
+def summarise(table: pd.DataFrame) -> list[Metric]:
+    """Geometric means over rounds with 95 % intervals; for each peer also that of the ratios within rounds, ours to its."""
+    rows = []
+    for (who, size), runs in table.groupby(["who", "requests"], sort=True):
+        case = f"{size} requests" if who == OURS else f"{who}, {size} requests"
+        for metric, unit in _MEASURED.items():
+            if metric in runs and runs[metric].notna().all():
+                rows.append(_mean(case, metric, runs[metric], unit))
+        for metric, unit in _SIMULATED.items():
+            if who == OURS or metric == "completed":
+                value = float(runs[metric].iloc[0])
+                rows.append(Metric("bench_simulate", "simulate", case, metric, value, unit, "simulated"))
+        if who == OURS:
+            continue
+        ours = table[(table["who"] == OURS) & (table["requests"] == size)].set_index("round")
+        theirs = runs.set_index("round")
+        for metric in ("requests_per_s", "requests_per_cpu_s"):
+            rows.append(_mean(case, f"{metric}_ratio", ours[metric] / theirs[metric], "1"))
+    return rows
+
+
+def _mean(case: str, metric: str, values: pd.Series[float], unit: str) -> Metric:
+    """The geometric mean with its 95 % interval: Student's t over logarithms, so that no bound of a rate is negative."""
+    mean, low, high = (float(np.exp(bound)) for bound in interval(np.log(values.to_numpy(dtype=float))))
+    return Metric("bench_simulate", "simulate", case, metric, mean, unit, "measured", low, high, len(values))
+
+
+def verdicts(rows: Sequence[Metric], sizes: Sequence[int]) -> list[str]:
+    """A line per peer and size, and the last on the bar at the sizes that were asked for: met or missed, as far as intervals tell."""
+    by_name = {(row.case, row.metric): row for row in rows}
+    lines = []
+    for (case, metric), row in by_name.items():
+        if metric == "requests_per_s_ratio":
+            cpu = by_name[case, "requests_per_cpu_s_ratio"]
+            lines.append(
+                f"{case}: {_spread(row, '.2f')} times as fast, per CPU second {_spread(cpu, '.2f')}; "
+                f"{FACTOR} times: {_standing(row, FACTOR)}, per CPU second {_standing(cpu, FACTOR)}"
+            )
+    ours = [by_name[f"{size} requests", "requests_per_s"] for size in sizes]
+    standing = [f"{_standing(row, BAR_PER_S)} at {row.case} ({_spread(row, ',.0f')})" for row in ours]
+    return [*lines, f"bar of {BAR_PER_S:,} req/s: {'; '.join(standing)}"]
+
+
+def _standing(row: Metric, bar: float) -> str:
+    low, high = (row.ci_low, row.ci_high) if row.n > 1 else (row.value, row.value)
+    return "met" if low >= bar else "missed" if high < bar else "undecided"
+
+
+def _spread(row: Metric, form: str) -> str:
+    return f"{row.value:{form}}" + (f" (95 %: {row.ci_low:{form}} to {row.ci_high:{form}})" if row.n > 1 else "")
