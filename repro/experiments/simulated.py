@@ -40,12 +40,15 @@ POLICY_NAMES = {
     "two_timescale": "both timescales",
     "random_split": "random split",
     "naive": "naive heterogeneous",
+    "static_rebalanced": "static t, rebalanced",
+    "two_timescale_rebalanced": "both, rebalanced",
 }
 _UNITS = {
     "goodput": "req/s", "good_fraction": "", "ttft_mean_s": "s", "ttft_p50_s": "s", "ttft_p90_s": "s", "ttft_p99_s": "s",
     "tpot_mean_s": "s", "offload_fraction": "", "completed_fraction": "", "cached_fraction": "", "egress_bps": "bit/s",
+    "link_egress_bps": "bit/s", "copied_bytes": "bytes",
 }  # fmt: skip
-_SAMPLES = ("goodput", "good_fraction", "ttft_mean_s", "ttft_p90_s")
+_SAMPLES = ("goodput", "good_fraction", "ttft_mean_s", "ttft_p90_s", "link_egress_bps")
 
 Stream = Callable[[int], Iterable[Chunk]]
 
@@ -163,8 +166,13 @@ def compare(
     baseline: str = "static",
     bin_s: float = 10.0,
     prefix: str = "",
+    against: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """All cases on the same requests: means over seeds, differences to the baseline within seeds, and both over time."""
+    """All cases on the same requests: means over seeds, differences to the baseline within seeds, and both over time.
+
+    `against` names cases that are compared with another than the baseline. `link_egress_bps` is all that left PrfaaS from the first
+    arrival to the last finish, prefixes fetched and copied for caches included; `egress_bps` is the requests' own in the window.
+    """
     found: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
     series: list[pd.DataFrame] = []
     controls: list[pd.DataFrame] = []
@@ -173,7 +181,8 @@ def compare(
     for seed in range(context.settings.seed, context.settings.seed + seeds):
         for case, spec in cases.items():
             requests, summary = play(spec, stream(seed))
-            found[case].append(measure(requests, window, slo))
+            through = {"link_egress_bps": 8 * summary.egress_bytes / max(summary.last_finish_s, 1e-9)}
+            found[case].append(measure(requests, window, slo) | through | {"copied_bytes": summary.copied_bytes})
             series.append(_over_time(requests, bin_s, slo).assign(case=prefix + case, seed=seed))
             if summary.overloaded or summary.unfinished:
                 flagged[prefix + case] = flagged.get(prefix + case, 0) + 1
@@ -183,7 +192,7 @@ def compare(
                 if case == "two_timescale":
                     kept = requests
         context.progress(f"{prefix}seed {seed} done")
-    rows = list(_rows(context, found, baseline, prefix))
+    rows = list(_rows(context, found, dict.fromkeys(found, baseline) | dict(against or {}), prefix))
     for case, runs in flagged.items():
         rows.append(context.metric(case, "runs_cut_or_unfinished", runs, "runs", "simulated", n=seeds))
     tables = {"series": pd.concat(series), "controls": pd.concat(controls) if controls else pd.DataFrame()}
@@ -191,9 +200,10 @@ def compare(
 
 
 def _rows(
-    context: Context, found: Mapping[str, Sequence[Mapping[str, float]]], baseline: str, prefix: str
+    context: Context, found: Mapping[str, Sequence[Mapping[str, float]]], baselines: Mapping[str, str], prefix: str
 ) -> Iterable[Metric]:
     for case, values in found.items():
+        baseline = baselines[case]
         for metric, unit in _UNITS.items():
             estimate = Estimate.of([value[metric] for value in values])
             yield context.metric(
@@ -258,23 +268,31 @@ def draw_over_time(record: Record) -> Figure:
     return figure
 
 
-def draw_goodput(record: Record) -> Figure:
-    """Goodput of each policy with its interval, and the paired difference to the baseline."""
-    table = record.metrics
+def draw_goodput(record: Record, without: str = "\0") -> Figure:
+    """Goodput of each policy with its interval, and the paired difference to the baseline; cases that begin with `without` are left out."""
+    table = record.metrics[~record.metrics["case"].str.startswith(without)]
     figure, (left, right) = style.panels(2, height_in=3.4)
     rows = table[table["metric"] == "goodput"].reset_index(drop=True)
-    _bars(left, rows)
+    bars(left, rows)
     left.set(xlabel="goodput (req/s)", title="Goodput at the SLO")
     paired = table[table["metric"].str.startswith("goodput_minus_")].reset_index(drop=True)
     if len(paired):
-        _bars(right, paired)
+        bars(right, paired)
         right.axvline(0, color="black", lw=0.8)
-        baseline = paired["metric"].iloc[0].removeprefix("goodput_minus_")
-        right.set(xlabel="paired difference (req/s)", title=f"Against {POLICY_NAMES.get(baseline, baseline)}")
+        baselines = [metric.removeprefix("goodput_minus_") for metric in paired["metric"]]
+        usual = POLICY_NAMES.get(baselines[0], baselines[0])
+        right.set(xlabel="paired difference (req/s)", title=f"Against {usual}")
+        names = [POLICY_NAMES.get(case, case) for case in paired["case"]]
+        other = [
+            name if base == baselines[0] else f"{name}\n− {POLICY_NAMES.get(base, base)}"
+            for name, base in zip(names, baselines, strict=True)
+        ]
+        right.set_yticks(range(len(other)), other)
     return figure
 
 
-def _bars(axis: Axes, rows: pd.DataFrame) -> None:
+def bars(axis: Axes, rows: pd.DataFrame) -> None:
+    """Values of the cases from top to bottom, with their intervals."""
     names = [POLICY_NAMES.get(case, case) for case in rows["case"]]
     error = [np.nan_to_num(rows["value"] - rows["ci_low"]), np.nan_to_num(rows["ci_high"] - rows["value"])]
     axis.barh(range(len(rows)), rows["value"], xerr=error, color=style.BLUE, error_kw={"capsize": 3, "lw": 1})

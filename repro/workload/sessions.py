@@ -8,6 +8,7 @@ When sessions begin and what they say are two random streams of one seed, so tha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,11 @@ from repro.workload.stream import Chains, Chunk, Recorded
 
 @dataclass(frozen=True)
 class SessionSpec:
-    """Sessions arrive at `sessions_per_s`; the number of turns is geometric, the other lengths are exponential around their means."""
+    """Sessions arrive at `sessions_per_s`; the number of turns is geometric, the other lengths are exponential around their means.
+
+    `primed`: every family's system prompt is sent once alone, one a second from the beginning, as frameworks do to warm a cache.
+    It leaves a recurrent state at its very end, which a prompt that only begins with it does not.
+    """
 
     sessions_per_s: float
     mean_turns: float = 8.0
@@ -30,6 +35,7 @@ class SessionSpec:
     mean_gap_s: float = 60.0
     maximum_tokens: int = 131_072
     block_tokens: int = 512
+    primed: bool = False
 
     def __post_init__(self) -> None:
         for key in (
@@ -54,7 +60,7 @@ def draw_sessions(spec: SessionSpec, duration_s: float, seed: int) -> Recorded:
     when, what = (np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(2))
     expected = duration_s * spec.sessions_per_s
     starts = np.cumsum(when.exponential(size=round(1.5 * expected) + 50)) / spec.sessions_per_s
-    rows: list[tuple[float, int, int, Chains]] = []
+    rows = list(_priming(spec)) if spec.primed else []
     for session, start in enumerate(starts[starts < duration_s].tolist()):
         rows += _turns(spec, session, start, duration_s, what)
     if not rows:
@@ -64,11 +70,21 @@ def draw_sessions(spec: SessionSpec, duration_s: float, seed: int) -> Recorded:
     return Recorded(Chunk(np.array(times), np.array(inputs, np.int64), np.array(outputs, np.int64), list(chains)))
 
 
+def _priming(spec: SessionSpec) -> Iterator[tuple[float, int, int, Chains]]:
+    for family in range(spec.families):
+        keys = _system_keys(spec, family)
+        yield float(family), spec.system_tokens + 1, 1, (keys, keys)
+
+
+def _system_keys(spec: SessionSpec, family: int) -> tuple[int, ...]:
+    return tuple(family << 20 | block for block in range(spec.system_tokens // spec.block_tokens))
+
+
 def _turns(
     spec: SessionSpec, session: int, start_s: float, end_s: float, rng: np.random.Generator
 ) -> list[tuple[float, int, int, Chains]]:
     family = int(rng.integers(spec.families))
-    shared = spec.system_tokens // spec.block_tokens
+    shared = _system_keys(spec, family)
     turns = int(rng.geometric(1 / spec.mean_turns))
     gaps = rng.exponential(spec.mean_gap_s, turns)
     adds = np.ceil(rng.exponential(spec.turn_tokens, turns)).astype(int)
@@ -82,9 +98,8 @@ def _turns(
         output = int(outputs[turn])
         after = context + output
         # Blocks of the system prompt are the family's; all later ones the session's own.
-        keys = tuple(
-            (family << 20 | i) if i < shared else -1 - (session << 20 | i) for i in range(after // spec.block_tokens)
-        )
+        own = range(len(shared), after // spec.block_tokens)
+        keys = shared[: after // spec.block_tokens] + tuple(-1 - (session << 20 | block) for block in own)
         found.append((at_s, context, output, (keys[: context // spec.block_tokens], keys)))
         context = after + int(adds[turn])
         at_s += float(gaps[turn])
