@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -137,8 +138,8 @@ class Staging:
         self.copies = copies
         self._arena = Arena(capacity_bytes, retain_bytes=capacity_bytes)
         copies.lock(self._arena.whole)
-        # A finalizer may run in any thread, even one that holds a lock: all it does is to note the block here.
-        self._freed: queue.SimpleQueue[Block] = queue.SimpleQueue()
+        # A finalizer may run in any thread, even one that holds a lock: all it does is to note the block here. None only wakes.
+        self._freed: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
         self._queue: queue.Queue[_Staged] = queue.Queue()
         threading.Thread(target=self._run, name="staging", daemon=True).start()
 
@@ -170,28 +171,33 @@ class Staging:
         size = tensor.numel() * tensor.element_size()
         while True:
             while not self._freed.empty():
-                self._arena.free(self._freed.get())
+                self._free(self._freed.get())
+            lane.check()
             if (block := self._arena.allocate(size)) is not None:
                 break
             if not self._arena.used_bytes:
                 raise UserError(
                     f"engine.staging_bytes: {self._arena.capacity_bytes} is too small for a state of {size} bytes"
                 )
-            self._arena.free(self._freed.get())
-            lane.check()
+            self._free(self._freed.get())
         memory = np.frombuffer(self._arena.view(block, size), np.uint8)
         weakref.finalize(memory, self._freed.put, block)
         return torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape)
 
+    def _free(self, block: Block | None) -> None:
+        if block is not None:
+            self._arena.free(block)
+
     def _run(self) -> None:
         while True:
-            self._hand_on(self._queue.get())
+            if not _hand_on(self._queue.get()):
+                self._freed.put(None)
             self._queue.task_done()
 
-    def _hand_on(self, staged: _Staged) -> None:
-        # A function of its own, so that no variable of a waiting loop keeps the last state's memory.
-        staged.wait()
-        staged.lane.hand_on(staged.state, staged.put_s)
+
+def _hand_on(staged: _Staged) -> bool:
+    # A function of its own, so that no variable of a waiting loop keeps the last state's memory.
+    return staged.lane.hand_on(staged)
 
 
 class Lane:
@@ -214,10 +220,19 @@ class Lane:
         if self._error is not None:
             raise self._error
 
-    def hand_on(self, state: State, put_s: float) -> None:
-        """Deliver, unless a delivery has failed: what follows it has nowhere to go."""
-        if self._error is None:
-            try:
-                self._deliver(state, put_s, now_s())
-            except Exception as error:
-                self._error = error
+    def hand_on(self, staged: _Staged) -> bool:
+        """Deliver, and say whether all is well: what follows a failure has nowhere to go, though its copy must end."""
+        try:
+            staged.wait()
+            if self._error is None:
+                self._deliver(staged.state, staged.put_s, now_s())
+        except Exception as error:
+            self._error = self._error or _as_told(error)
+        return self._error is None
+
+
+def _as_told(error: Exception) -> Exception:
+    """The error with its traceback as text: the frames of a traceback hold the state, and with it staging memory."""
+    error.add_note(traceback.format_exc())
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
