@@ -27,8 +27,9 @@ from repro.models.layout import StateKind as StateKind
 JSON = Any  # what json.loads yields; the standard library types it no closer
 Buffer = bytes | bytearray | memoryview
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_DIMS: Final = 6
+CHECKSUM_BLOCK_BYTES: Final = 1 << 18
 
 _MAGIC: Final = b"PKVF"
 _MANIFEST_MAGIC: Final = b"PKVM"
@@ -106,9 +107,21 @@ class FrameLimits:
 DEFAULT_LIMITS: Final = FrameLimits()
 
 
+def block_digests(payload: Buffer) -> list[bytes]:
+    """xxh3_128 of each `CHECKSUM_BLOCK_BYTES` of a payload, one at least."""
+    view = memoryview(payload)
+    starts = range(0, max(1, len(view)), CHECKSUM_BLOCK_BYTES)
+    return [xxhash.xxh3_128_digest(view[at : at + CHECKSUM_BLOCK_BYTES]) for at in starts]
+
+
 def checksum_of(payload: Buffer) -> bytes:
-    """xxh3_128 of the payload, 16 bytes."""
-    return xxhash.xxh3_128_digest(payload)
+    """16 bytes: xxh3_128 over the digests of the payload's blocks, which may so be computed in any order, by anyone."""
+    return checksum_of_blocks(block_digests(payload))
+
+
+def checksum_of_blocks(digests: Iterable[bytes]) -> bytes:
+    """The checksum of a payload with these block digests."""
+    return xxhash.xxh3_128_digest(b"".join(digests))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,20 @@
-"""One piece while it arrives: which cells are here, and its checksum, computed while they are warm.
+"""One piece while it arrives: which blocks are here, and the digest of each.
 
-A piece is cut into cells of equal size that come over several connections in any order. Reading them again from memory
-at the end would cost a third of the whole reception, so whichever thread brings the next cell in line carries the
-checksum on, past what others have brought meanwhile. A piece is sealed only when nobody writes into it any more. The
-caller's lock is held in every method but `checksum`.
+A piece is cut into the blocks of its checksum, which come over several connections in any order. Whichever thread
+brings a block computes its digest while it is warm: reading all of it again at the end would cost a third of the whole
+reception. A piece is sealed when every block is here and nobody writes into it any more. The caller's lock is held in
+every method.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import xxhash
-
-from repro.kvcache.frames import FrameError, FrameHeader, Piece
+from repro.kvcache.frames import CHECKSUM_BLOCK_BYTES, FrameError, FrameHeader, Piece, checksum_of_blocks
 from repro.transport.arena import Block
+
+_CONFLICT = b"two connections brought different bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,7 @@ class ArrivingPiece:
     """The books of one piece. `users` counts who reads or writes its memory, which must not be given back before."""
 
     def __init__(
-        self,
-        header: FrameHeader,
-        raw_header: bytes,
-        block: Block,
-        view: memoryview,
-        cell_bytes: int,
-        first_byte_s: float,
+        self, header: FrameHeader, raw_header: bytes, block: Block, view: memoryview, first_byte_s: float
     ) -> None:
         self.header = header
         self.raw_header = raw_header
@@ -49,82 +44,50 @@ class ArrivingPiece:
         self.sealed = False
         self.acknowledged = False
         self._view = view
-        self._cell_bytes = cell_bytes
-        self._cells = max(1, -(-len(view) // cell_bytes))
+        self._blocks = max(1, -(-len(view) // CHECKSUM_BLOCK_BYTES))
         self.restart()
 
     def restart(self) -> None:
         """Forget all that has come."""
         self.sealed = False
-        self._missing = set(range(self._cells))
-        self._hasher = xxhash.xxh3_128()
-        self._hashed = 0  # cells
-        self._hashing = False
-        self._stale = False
+        self._digests: list[bytes | None] = [None] * self._blocks
 
     @property
     def empty(self) -> bool:
         """Nothing has come, and nobody brings anything."""
-        return len(self._missing) == self._cells and not self.users
+        return not self.users and not any(self._digests)
 
-    def cells(self, offset: int, length: int) -> range | None:
-        """The cells that a segment covers, or None where it does not consist of whole cells of this piece."""
-        size, cell, end = len(self._view), self._cell_bytes, offset + length
-        if offset % cell or end > size or (end % cell and end != size) or (length == 0 and size > 0):
+    def blocks(self, offset: int, length: int) -> range | None:
+        """The blocks that a segment covers, or None where it does not consist of whole blocks of this piece."""
+        size, block, end = len(self._view), CHECKSUM_BLOCK_BYTES, offset + length
+        if offset % block or end > size or (end % block and end != size) or (length == 0 and size > 0):
             return None
-        return range(offset // cell, max(offset // cell + 1, -(-end // cell)))
+        return range(offset // block, max(offset // block + 1, -(-end // block)))
 
-    def wants(self, cells: range) -> bool:
-        """Whether any of these cells is still missing."""
-        return not self.sealed and not self._missing.isdisjoint(cells)
+    def wants(self, blocks: range) -> bool:
+        """Whether any of these blocks is still missing."""
+        return not self.sealed and None in self._digests[blocks.start : blocks.stop]
 
-    def open(self, cells: range) -> memoryview:
-        """Where a connection writes these cells; it calls `put` afterwards."""
+    def open(self, blocks: range) -> memoryview:
+        """Where a connection writes these blocks; it calls `put` afterwards."""
         self.users += 1
-        self._missing.update(cells)
-        self._stale |= cells.start < self._hashed  # what was checksummed is about to be written again
-        return self._view[cells.start * self._cell_bytes : cells.stop * self._cell_bytes]
+        self._digests[blocks.start : blocks.stop] = [None] * len(blocks)
+        return self._view[blocks.start * CHECKSUM_BLOCK_BYTES : blocks.stop * CHECKSUM_BLOCK_BYTES]
 
-    def put(self, cells: range, whole: bool) -> None:
-        """The cells have been written, wholly or not."""
+    def put(self, blocks: range, digests: Sequence[bytes] | None) -> bool:
+        """The blocks have been written, or not wholly (None). Returns whether this seals the piece.
+
+        Where two connections wrote the same blocks at once, both must have brought the same bytes: nobody can tell
+        otherwise which of them lie there.
+        """
         self.users -= 1
-        if whole:
-            self._missing.difference_update(cells)
-
-    def begin_checksum(self) -> bool:
-        """Whether the caller shall call `next_span` and `checksum` in turn, until there is no span."""
-        if self.sealed or self._hashing or not (self._span()[1] > self._hashed or self._complete()):
-            return False
-        self._hashing = True
-        self.users += 1
-        return True
-
-    def next_span(self) -> tuple[int, int] | None:
-        """The next cells in line for the checksum; None ends the caller's turn, and seals the piece if it is whole."""
-        if self._stale:
-            self._hasher, self._hashed, self._stale = xxhash.xxh3_128(), 0, False
-        span = self._span()
-        if span[1] > span[0]:
-            self._hashed = span[1]
-            return span
-        self._hashing = False
-        self.users -= 1
-        self.sealed = self._complete()
-        return None
-
-    def checksum(self, span: tuple[int, int]) -> None:
-        """Carry the checksum on over these cells."""
-        self._hasher.update(self._view[span[0] * self._cell_bytes : span[1] * self._cell_bytes])
+        brought: Sequence[bytes | None] = digests if digests is not None else [None] * len(blocks)
+        for at, digest in zip(blocks, brought, strict=True):
+            held = self._digests[at]
+            self._digests[at] = digest if held in (None, digest) or digest is None else _CONFLICT
+        self.sealed = not self.users and None not in self._digests
+        return self.sealed
 
     def arrived(self) -> ArrivedPiece:
         """The sealed piece, with the checksum that it came with."""
-        return ArrivedPiece(self.header, self._view, self._hasher.digest())
-
-    def _span(self) -> tuple[int, int]:
-        end = self._hashed
-        while end < self._cells and end not in self._missing:
-            end += 1
-        return self._hashed, end
-
-    def _complete(self) -> bool:
-        return not self._missing and not self.users and self._hashed == self._cells and not self._stale
+        return ArrivedPiece(self.header, self._view, checksum_of_blocks(digest or b"" for digest in self._digests))

@@ -22,14 +22,12 @@ from repro.errors import UserError
 from repro.transport.wire import PeerError, close, read_exactly
 
 # magic, version, role, backend, slot, segment bytes, session, nonce, oldest
-_HELLO: Final = struct.Struct("<6sHBBHI16s32sQ")
+_HELLO: Final = struct.Struct("<6sHBBH16s32sQ")
 _CHALLENGE: Final = struct.Struct("<32s16s")  # nonce, receiver
 _PROOF_BYTES: Final = 32
 _WELCOME: Final = struct.Struct("<32s16sQ")  # proof, token of the session's memory, window
 _MAGIC: Final = b"PRFAAS"
-_VERSION: Final = 1
-MIN_SEGMENT_BYTES: Final = 4096
-MAX_SEGMENT_BYTES: Final = 64 << 20
+_VERSION: Final = 2
 
 
 class Role(IntEnum):
@@ -45,7 +43,6 @@ class Hello:
 
     role: Role
     slot: int
-    segment_bytes: int
     session: bytes
     oldest: int = 0
     backend: int = 0
@@ -72,7 +69,6 @@ def introduce(sock: socket.socket, hello: Hello, secret: bytes, timeout_s: float
         hello.role,
         hello.backend,
         hello.slot,
-        hello.segment_bytes,
         hello.session,
         os.urandom(32),
         hello.oldest,
@@ -97,13 +93,13 @@ def examine(sock: socket.socket, secret: bytes, timeout_s: float) -> tuple[Hello
     """The receiver's part up to the sender's proof: the hello, and all that was said. Raises PeerError."""
     deadline = time.monotonic() + timeout_s
     first = bytes(read_exactly(sock, _HELLO.size, deadline))
-    magic, version, role, backend, slot, segment_bytes, session, _nonce, oldest = _HELLO.unpack(first)
+    magic, version, role, backend, slot, session, _nonce, oldest = _HELLO.unpack(first)
     if magic != _MAGIC:
         raise PeerError(f"garbage instead of a handshake ({first[:8]!r})")
     if version != _VERSION:
         raise PeerError(f"speaks version {version} of the handshake, only {_VERSION} is spoken here")
-    if role not in (Role.DATA, Role.CONTROL) or not MIN_SEGMENT_BYTES <= segment_bytes <= MAX_SEGMENT_BYTES:
-        raise PeerError(f"asks for role {role} and segments of {segment_bytes} bytes")
+    if role not in (Role.DATA, Role.CONTROL):
+        raise PeerError(f"asks for an unknown role, {role}")
     challenge = _CHALLENGE.pack(os.urandom(32), bytes(16))
     said = first + challenge
     try:
@@ -113,7 +109,7 @@ def examine(sock: socket.socket, secret: bytes, timeout_s: float) -> tuple[Hello
         raise PeerError(f"closed during the handshake ({error.strerror or error})") from None
     if not hmac.compare_digest(proof, _proof(secret, b"sender", said)):
         raise PeerError("wrong secret")
-    return Hello(Role(role), slot, segment_bytes, session, oldest, backend), said
+    return Hello(Role(role), slot, session, oldest, backend), said
 
 
 def welcome(sock: socket.socket, welcome: Welcome, secret: bytes, said: bytes) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from repro.errors import UserError
 from repro.kvcache.frames import Piece
-from repro.transport.session import MAX_JOINED
 
 
 class TransferFailed(UserError):  # noqa: N818 - an outcome that the router acts on, named as such
@@ -47,14 +47,14 @@ class Delivery:
 
 @dataclass
 class Outgoing:
-    """A piece on its way. `sent_on` tells which connection each of its segments went out on."""
+    """A piece on its way. `sent` tells which ranges went out, each as (offset, length, connection)."""
 
     piece: Piece
     raw_header: bytes
     queued_s: float
     first_byte_s: float = 0.0
     acked_s: float = 0.0
-    sent_on: dict[int, int] = field(default_factory=dict)
+    sent: list[tuple[int, int, int]] = field(default_factory=list)
     acked: bool = False
 
 
@@ -80,9 +80,16 @@ class Transfer:
     outcome: Delivery | TransferFailed | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """What a connection sends in one go. `outgoing` is None for a manifest or a cancellation."""
+class Part(NamedTuple):
+    """What waits to be sent: of a piece, or (None) a manifest or a cancellation. `again` where it went out before."""
+
+    transfer: Transfer
+    outgoing: Outgoing | None
+    again: bool = False
+
+
+class Segment(NamedTuple):
+    """What a connection sends in one message; `outgoing` is None for a manifest or a cancellation."""
 
     transfer: Transfer
     outgoing: Outgoing | None
@@ -90,22 +97,9 @@ class Segment:
     length: int
 
 
-def joined(batch: list[Segment]) -> list[Segment]:
-    """The batch with neighbouring segments of a piece made one, up to `MAX_JOINED` of them."""
-    out: list[Segment] = []
-    count = 0
-    for segment in batch:
-        last = out[-1] if out else None
-        if (
-            last is not None
-            and segment.outgoing is not None
-            and last.outgoing is segment.outgoing
-            and last.offset + last.length == segment.offset
-            and count < MAX_JOINED
-        ):
-            out[-1] = replace(last, length=last.length + segment.length)
-            count += 1
-        else:
-            out.append(segment)
-            count = 1
-    return out
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a connection sends in one go; empty for a heartbeat. `oldest`: transfers below it are over."""
+
+    segments: tuple[Segment, ...]
+    oldest: int

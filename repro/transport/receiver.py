@@ -15,15 +15,15 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
-from repro.kvcache.frames import Manifest, Piece
+from repro.kvcache.frames import Manifest, Piece, block_digests
 from repro.transport.arena import Arena, Block
 from repro.transport.handshake import Hello, Role, Welcome, encrypt, examine, tls_context, welcome
 from repro.transport.remote_memory import Target, open_target, send_description
-from repro.transport.session import MAX_JOINED, Claim, Failure, Outbox, PieceArrival, Session, Whole
+from repro.transport.session import Claim, Failure, Outbox, PieceArrival, Session, Whole
 from repro.transport.spec import BACKENDS, TransportSpec
 from repro.transport.wire import (
     ENVELOPE_BYTES,
@@ -42,6 +42,7 @@ log = logging.getLogger("repro.transport")
 
 _MAX_STRANGERS = 64
 _MAX_FAILURES = 10_000
+_BITE_BYTES = 1 << 20  # read, then checksummed while the processor's cache still holds it
 
 
 @dataclass(frozen=True)
@@ -310,14 +311,11 @@ class Receiver:
                     raise PeerError(f"{self._limits.max_sessions} senders are here already")
                 session = self._sessions[hello.session] = Session(
                     os.urandom(16),
-                    hello.segment_bytes,
                     self._arena,
                     self._limits,
                     lambda session, whole: self._ready.put((session, whole)),
                     self._report,
                 )
-            elif session.segment_bytes != hello.segment_bytes:
-                raise PeerError("changes the size of its segments within a session")
             previous = self._slots.pop(key, None)
             if previous is None and session.connections > self._limits.max_connections:
                 raise PeerError(f"more than {self._limits.max_connections} connections")
@@ -340,14 +338,13 @@ class Receiver:
             self._read_messages(sock, session, reserved)
         finally:
             for claim in reserved.values():
-                session.filled(claim, False)
+                session.filled(claim, None)
 
     def _read_messages(
         self, sock: socket.socket, session: Session, reserved: dict[tuple[int, int, int], Claim]
     ) -> None:
         """`reserved` is what a remote writer has a place for and has not written yet."""
         head = memoryview(bytearray(HEAD_BYTES))
-        scratch: memoryview | None = None
         patience = self._limits.segment_timeout_s
         while read_into(sock, head):
             envelope = Envelope.unpack(head)
@@ -355,17 +352,15 @@ class Receiver:
             if envelope.kind is Kind.SEGMENT:
                 deadline = time.monotonic() + patience
                 claim = session.claim(envelope, head[ENVELOPE_BYTES:])
-                if claim is not None:
-                    whole = False
-                    try:
-                        if claim.view.nbytes and not read_into(sock, claim.view, deadline):
-                            raise PeerError("closed in the middle of a segment")
-                        whole = True
-                    finally:
-                        session.filled(claim, whole)
-                elif envelope.length:
-                    scratch = scratch or memoryview(bytearray(MAX_JOINED * session.segment_bytes))
-                    read_into(sock, scratch[: envelope.length], deadline)
+                if claim is None:
+                    for size in _bites(envelope.length):
+                        read_exactly(sock, size, deadline)
+                    continue
+                digests = None
+                try:
+                    digests = _fill(sock, claim.view, deadline)
+                finally:
+                    session.filled(claim, digests)
             elif envelope.kind is Kind.MANIFEST:
                 limit = self._limits.max_manifest_bytes + 4096
                 if not 0 < envelope.length <= limit:
@@ -389,7 +384,7 @@ class Receiver:
                 written = reserved.pop((envelope.transfer, envelope.piece, envelope.offset), None)
                 if written is None:
                     raise PeerError("says it has written where no place was reserved")
-                session.filled(written, True)
+                session.filled(written, block_digests(written.view))
             elif envelope.kind is not Kind.HEARTBEAT:
                 raise PeerError(f"{envelope.kind.name} is not for a receiver")
 
@@ -407,6 +402,24 @@ class Receiver:
                     del self._sessions[key]
             for session in gone.values():
                 session.abandon("the sender has gone")
+
+
+def _bites(size: int) -> Iterator[int]:
+    for at in range(0, size, _BITE_BYTES):
+        yield min(_BITE_BYTES, size - at)
+
+
+def _fill(sock: socket.socket, view: memoryview, deadline: float) -> list[bytes]:
+    """Read a segment to where it belongs, and return the digests of its blocks."""
+    digests: list[bytes] = []
+    at = 0
+    for size in _bites(len(view)):
+        bite = view[at : at + size]
+        if not read_into(sock, bite, deadline):
+            raise PeerError("closed in the middle of a segment")
+        digests += block_digests(bite)
+        at += size
+    return digests or block_digests(view)
 
 
 def receive_arena(spec: TransportSpec) -> Arena:

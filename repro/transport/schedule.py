@@ -3,7 +3,8 @@
 Requests take turns of `turn_bytes`. Every second turn belongs to the oldest request; the turns between go round the
 others by age. So the oldest always has half of the link at least, a small request behind a large one waits for two
 turns at most, and a request alone has everything. Higher priority goes before lower, always. Within a request
-the order is that of the keys that its items were pushed with: (layer, piece, offset). Pure: no clock, lock or socket.
+the order is that of the keys that its items were pushed with: (layer, piece, offset). An item is a range of bytes, of
+which as much is taken at a time as the connection can use. Pure: no clock, lock or socket.
 """
 
 from __future__ import annotations
@@ -11,18 +12,26 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right, insort
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 Order = tuple[int, ...]
 
 
+class _Waiting(NamedTuple, Generic[T]):
+    order: Order
+    age: int
+    item: T
+    offset: int
+    size_bytes: int
+
+
 class Schedule(Generic[T]):
-    """Items of many requests, handed out one by one."""
+    """Byte ranges of many requests, handed out bit by bit."""
 
     def __init__(self, turn_bytes: int) -> None:
         self._turn_bytes = turn_bytes
-        self._queues: dict[int, list[tuple[Order, int, T, int]]] = {}
+        self._queues: dict[int, list[_Waiting[T]]] = {}
         self._priority: dict[int, int] = {}
         # Requests with something to send: by priority (negative, so the highest comes first) the ages in order.
         self._ready: dict[int, list[int]] = {}
@@ -56,30 +65,38 @@ class Schedule(Generic[T]):
         if waiting:
             self._make_ready(request)
 
-    def push(self, request: int, order: Order, item: T, size_bytes: int) -> None:
-        """Queue an item of a known request."""
+    def push(self, request: int, order: Order, item: T, offset: int, size_bytes: int) -> None:
+        """Queue a range of an item of a known request."""
         queue = self._queues[request]
         if not queue:
             self._make_ready(request)
         self._pushed += 1
-        heapq.heappush(queue, (order, self._pushed, item, size_bytes))
+        heapq.heappush(queue, _Waiting(order, self._pushed, item, offset, size_bytes))
 
-    def pop(self, may_take: Callable[[int, T], bool] = lambda _request, _item: True) -> T | None:
-        """The next item, or None where there is none that `may_take(request, item)` lets through."""
+    def pop(
+        self, limit_bytes: int, may_take: Callable[[int, T], bool] = lambda _request, _item: True
+    ) -> tuple[T, int, int] | None:
+        """The next item, offset and size of at most `limit_bytes`; None where nothing waits that `may_take` lets through."""
         for level in self._levels:
             request = self._next_request(self._ready[level], may_take)
-            if request is not None:
-                queue = self._queues[request]
-                _, _, item, size = heapq.heappop(queue)
-                self._left -= size
+            if request is None:
+                continue
+            queue = self._queues[request]
+            order, age, item, offset, size = queue[0]
+            if size > limit_bytes:
+                heapq.heapreplace(queue, _Waiting(order, age, item, offset + limit_bytes, size - limit_bytes))
+                size = limit_bytes
+            else:
+                heapq.heappop(queue)
                 if not queue:
                     self._unready(request)
-                return item
+            self._left -= size
+            return item, offset, size
         return None
 
     def _next_request(self, ready: list[int], may_take: Callable[[int, T], bool]) -> int | None:
         def open_to(request: int) -> bool:
-            return may_take(request, self._queues[request][0][2])
+            return may_take(request, self._queues[request][0].item)
 
         holder = self._holder
         if self._left > 0 and holder is not None and holder in ready and open_to(holder):

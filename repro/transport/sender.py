@@ -1,56 +1,33 @@
 """The prefill side: pieces go out while later layers are still being computed (§3.3, layer-wise prefill pipelining).
 
-One thread per connection takes the next segment from the schedule and writes it, so a faster connection simply takes
-more. Nothing is copied: a payload is sent from where it lies and must stay there until it is acknowledged. Memory is
-bounded at both ends by bytes in flight: `send` waits when the sender has too much outstanding, and a segment waits when
-the receiver holds a full window. The oldest request is exempt from both, up to its own size, so that a queue of younger
-ones can never keep it from being finished.
+Here are the books: what waits, what is out on which connection, what the receiver has. Nothing is copied: a payload is
+sent from where it lies and must stay there until it is acknowledged. Memory is bounded at both ends by bytes in flight:
+`send` waits when the sender has too much outstanding, and a piece waits when the receiver holds a full window. The
+oldest request is exempt from both, up to its own size, so that a queue of younger ones can never keep it from being
+finished.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import select
-import socket
-import ssl
-import struct
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
 
-from repro.errors import UserError
-from repro.kvcache.frames import Manifest, Piece
-from repro.transport.handshake import Hello, Role, encrypt, introduce, tls_context
-from repro.transport.outgoing import Delivery, Outgoing, PieceDelivery, Segment, Transfer, TransferFailed, joined
-from repro.transport.remote_memory import Origin, open_origin, read_description
+from repro.kvcache.frames import CHECKSUM_BLOCK_BYTES, Manifest, Piece
+from repro.transport.connections import Connections
+from repro.transport.handshake import Welcome
+from repro.transport.outgoing import Batch, Delivery, Outgoing, Part, PieceDelivery, Segment, Transfer, TransferFailed
 from repro.transport.schedule import Schedule
-from repro.transport.session import MAX_JOINED
-from repro.transport.signals import ConnectionSignal, read_signal
-from repro.transport.spec import BACKENDS, TransportSpec
-from repro.transport.wire import (
-    ENVELOPE_BYTES,
-    Envelope,
-    Kind,
-    PeerError,
-    close,
-    hang_up,
-    read_exactly,
-    read_into,
-    set_timeouts,
-    write_all,
-)
+from repro.transport.signals import ConnectionSignal
+from repro.transport.spec import TransportSpec
+from repro.transport.wire import Envelope, Kind
 
 log = logging.getLogger("repro.transport")
 
-_TCP_NOTSENT_LOWAT = 25
-_SO_MAX_PACING_RATE = 47
-_UNLIMITED = (1 << 64) - 1
-_BATCH = 32
-_QUICK_S = 0.005
+_MAX_SEGMENTS = 32
 _LAST = 1 << 62  # the manifest's place in the order: after every layer
-_RETRY_S = (0.0, 0.05, 0.1, 0.25, 0.5)
 
 
 class Sender:
@@ -69,43 +46,30 @@ class Sender:
     ) -> None:
         self._observe = observer or (lambda _event: None)
         self._spec = spec
-        self._address = address
         self._clock = clock
-        self._secret = spec.secret_bytes()
-        self._tls: ssl.SSLContext | None = tls_context(spec.tls, receiver=False) if spec.tls else None
-        self._session = os.urandom(16)
-        self._backend = BACKENDS.index(spec.backend)
-        self._origins: dict[int, Origin] = {}  # by slot, for backends that write remote memory
-        self._registered: list[memoryview] = []
         self._token: bytes | None = None
         self._window_bytes = 0
-        self._rate_cap_bps = spec.rate_cap_bps
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._room = threading.Condition(self._lock)
         self._done = threading.Condition(self._lock)
-        self._schedule: Schedule[Segment] = Schedule(spec.turn_bytes)
+        self._schedule: Schedule[Part] = Schedule(spec.turn_bytes)
         self._transfers: dict[int, Transfer] = {}  # in order of age, until the receiver has released them
         self._by_request: dict[int, Transfer] = {}
         self._next_transfer = 0
         self._unacked_bytes = 0
         self._held_bytes = 0
-        self._sockets: dict[int, socket.socket] = {}  # by slot; the control connection is slot -1
-        self._carriers: dict[int, int] = {}  # connection number -> slot, while it lives
+        self._carriers: set[int] = set()
         self._next_carrier = 0
-        self._counts = {"sent_bytes": 0, "resent_bytes": 0, "acked_pieces": 0, "acked_bytes": 0, "opened": 0, "lost": 0}
+        self._counts = {"sent_bytes": 0, "resent_bytes": 0, "acked_pieces": 0, "acked_bytes": 0, "lost": 0}
         self._slot_bytes = [0] * spec.connections
         self._closed = False
-        self._last_problem = "no answer"
-        self._threads = [
-            threading.Thread(target=self._run_slot, args=(slot,), name=f"send-{slot}", daemon=True)
-            for slot in range(spec.connections)
-        ]
-        self._threads.append(threading.Thread(target=self._run_control, name="send-control", daemon=True))
-        self._threads.append(threading.Thread(target=self._keep, name="send-keep", daemon=True))
-        for thread in self._threads:
-            thread.start()
-        self._await_connections()
+        self._connections = Connections(spec, address, self)
+        try:
+            self._connections.open()
+        except BaseException:
+            self.close()
+            raise
 
     def begin(self, request_id: int, *, deadline_s: float | None = None, priority: int = 0) -> None:
         """Announce a request; its age counts from here. It fails where it is not delivered `deadline_s` from now."""
@@ -142,7 +106,7 @@ class Sender:
             transfer.unacked_bytes += size
             transfer.payload_bytes += size
             self._unacked_bytes += size
-            self._push_piece(transfer, outgoing)
+            self._push(transfer, outgoing, 0, size)
 
     def finish(self, manifest: Manifest) -> None:
         """Close a request: the decode side may start once all that the manifest lists is there."""
@@ -184,11 +148,7 @@ class Sender:
 
     def register(self, memory: memoryview) -> None:
         """Memory that payloads will lie in: backends that write remotely send from it without a copy. TCP needs none."""
-        with self._lock:
-            self._registered.append(memory)
-            origins = list(self._origins.values())
-        for origin in origins:
-            origin.register(memory)
+        self._connections.register(memory)
 
     def set_priority(self, request_id: int, priority: int) -> None:
         """From now on; higher goes first."""
@@ -197,28 +157,23 @@ class Sender:
 
     def set_rate_cap(self, bps: float | None) -> None:
         """Cap the rate over all connections, or lift the cap. Paced by the kernel, at once."""
-        with self._lock:
-            self._rate_cap_bps = bps
-            for slot, sock in self._sockets.items():
-                if slot >= 0:
-                    self._pace(sock)
+        self._connections.set_rate_cap(bps)
 
     def signals(self) -> list[ConnectionSignal]:
         """TCP's view of each data connection now."""
-        with self._lock:
-            sockets = [(slot, sock) for slot, sock in sorted(self._sockets.items()) if slot >= 0]
-        signals = (read_signal(slot, sock, self._clock()) for slot, sock in sockets)
-        return [signal for signal in signals if signal is not None]
+        return self._connections.signals()
 
     def stats(self) -> dict[str, int | list[int]]:
         """Counts since the start, and what is outstanding now."""
         with self._lock:
             return {
                 **self._counts,
+                "opened": self._connections.opened,
+                "wire_bytes": self._connections.wire_bytes,
                 "unacked_bytes": self._unacked_bytes,
                 "held_bytes": self._held_bytes,
                 "transfers": len(self._transfers),
-                "connections": sum(slot >= 0 for slot in self._sockets),
+                "connections": len(self._connections),
                 "bytes_by_connection": list(self._slot_bytes),
             }
 
@@ -229,12 +184,8 @@ class Sender:
             for transfer in list(self._transfers.values()):
                 if transfer.outcome is None:
                     self._fail(transfer, "closed", "the sender was closed")
-            sockets = list(self._sockets.values())
             self._work.notify_all()
-        for sock in sockets:
-            hang_up(sock)
-        for thread in self._threads:
-            thread.join(timeout=5)
+        self._connections.close()
 
     def __enter__(self) -> Sender:
         return self
@@ -270,25 +221,20 @@ class Sender:
             return False
         return transfer.unacked_bytes == 0 or transfer.unacked_bytes + size <= self._spec.max_in_flight_bytes
 
-    def _may_take(self, request: int, segment: Segment) -> bool:
-        outgoing = segment.outgoing
-        if outgoing is None or outgoing.sent_on or request == self._oldest():
+    def _may_take(self, request: int, part: Part) -> bool:
+        outgoing = part.outgoing
+        if outgoing is None or outgoing.first_byte_s or request == self._oldest():
             return True
         return self._held_bytes + outgoing.piece.payload.nbytes <= self._window_bytes
 
-    def _push_piece(self, transfer: Transfer, outgoing: Outgoing, only: list[int] | None = None) -> None:
-        size = outgoing.piece.payload.nbytes
-        step = self._spec.segment_bytes
-        offsets = range(0, max(size, 1), step) if only is None else only
+    def _push(self, transfer: Transfer, outgoing: Outgoing, offset: int, length: int, *, again: bool = False) -> None:
         header = outgoing.piece.header
-        for offset in offsets:
-            length = min(step, size - offset)
-            order = (header.layer, header.piece, offset)
-            self._schedule.push(transfer.number, order, Segment(transfer, outgoing, offset, length), length)
-        self._work.notify(len(offsets))
+        order = (header.layer, header.piece, offset)
+        self._schedule.push(transfer.number, order, Part(transfer, outgoing, again), offset, length)
+        self._work.notify(max(1, length // self._spec.segment_bytes))
 
     def _push_closing(self, transfer: Transfer) -> None:
-        self._schedule.push(transfer.number, (_LAST,), Segment(transfer, None, 0, 0), 0)
+        self._schedule.push(transfer.number, (_LAST,), Part(transfer, None), 0, 0)
         self._work.notify()
 
     def _fail(self, transfer: Transfer, reason: str, detail: str) -> None:
@@ -321,80 +267,22 @@ class Sender:
         self._room.notify_all()
         self._work.notify_all()
 
-    def _take(self, carrier: int, quantum_bytes: int) -> list[Segment] | None:
-        """What the connection sends next; empty for a heartbeat, None when it should end."""
-        batch: list[Segment] = []
-        total = 0
-        with self._lock:
-            until = self._clock() + self._spec.heartbeat_s
-            while carrier in self._carriers and not self._closed:
-                while total < quantum_bytes and len(batch) < _BATCH:
-                    segment = self._schedule.pop(self._may_take)
-                    if segment is None:
-                        break
-                    self._dispatch(segment, carrier)
-                    batch.append(segment)
-                    total += segment.length
-                if batch:
-                    return batch
-                left = until - self._clock()
-                if left <= 0:
-                    return batch
-                self._work.wait(left)
-        return None
-
-    def _dispatch(self, segment: Segment, carrier: int) -> None:
-        transfer, outgoing = segment.transfer, segment.outgoing
+    def _dispatch(self, part: Part, offset: int, length: int, carrier: int) -> Segment:
+        transfer, outgoing, again = part
         transfer.touched = True
         if outgoing is None:
             transfer.closing_on = carrier
-            return
-        now = self._clock()
-        if not outgoing.sent_on:
-            outgoing.first_byte_s = now
-            transfer.first_byte_s = transfer.first_byte_s or now
+            return Segment(transfer, None, 0, 0)
+        if not outgoing.first_byte_s:
+            outgoing.first_byte_s = self._clock()
+            transfer.first_byte_s = transfer.first_byte_s or outgoing.first_byte_s
             transfer.held_bytes += outgoing.piece.payload.nbytes
             self._held_bytes += outgoing.piece.payload.nbytes
-        if segment.offset in outgoing.sent_on:
-            transfer.resent_bytes += segment.length
-            self._counts["resent_bytes"] += segment.length
-        outgoing.sent_on[segment.offset] = carrier
-
-    def _lost(self, carrier: int, problem: str) -> None:
-        """A data connection is gone: what it carried and nobody acknowledged goes out again on the others."""
-        if self._carriers.pop(carrier, None) is None:
-            return
-        self._counts["lost"] += 1
-        self._last_problem = problem
-        for transfer in self._transfers.values():
-            if transfer.closing_on == carrier:
-                transfer.closing_on = None
-                if not isinstance(transfer.outcome, Delivery):
-                    self._push_closing(transfer)
-            for outgoing in transfer.pieces.values():
-                again = [offset for offset, on in outgoing.sent_on.items() if on == carrier and not outgoing.acked]
-                if again:
-                    self._push_piece(transfer, outgoing, again)
-        self._work.notify_all()
-
-    def _heard(self, envelope: Envelope, text: str) -> None:
-        with self._lock:
-            transfer = self._transfers.get(envelope.transfer)
-            if transfer is None:
-                return
-            kind = envelope.kind
-            if kind is Kind.ACK:
-                self._acked(transfer, envelope.piece)
-            elif kind is Kind.AGAIN and envelope.piece in transfer.pieces:
-                outgoing = transfer.pieces[envelope.piece]
-                if not outgoing.acked:
-                    self._push_piece(transfer, outgoing, list(outgoing.sent_on))
-            elif kind is Kind.DELIVERED and transfer.outcome is None:
-                self._delivered(transfer)
-            elif kind is Kind.REFUSED and transfer.outcome is None:
-                self._fail(transfer, "refused", text)
-            elif kind is Kind.RELEASED:
-                self._forget(transfer)
+        if again:
+            transfer.resent_bytes += length
+            self._counts["resent_bytes"] += length
+        outgoing.sent.append((offset, length, carrier))
+        return Segment(transfer, outgoing, offset, length)
 
     def _acked(self, transfer: Transfer, piece: int) -> None:
         outgoing = transfer.pieces.get(piece)
@@ -439,55 +327,12 @@ class Sender:
         self._done.notify_all()
         self._room.notify_all()
 
-    # Connections: the lock is free in all of these.
+    # What the connections call: see `connections.Traffic`.
 
-    def _await_connections(self) -> None:
-        until = time.monotonic() + self._spec.connect_timeout_s
-        with self._lock:
-            while not (-1 in self._sockets and len(self._sockets) > 1):
-                left = until - time.monotonic()
-                if left <= 0:
-                    break
-                self._done.wait(left)
-            else:
-                return
-            problem = self._last_problem
-        self.close()
-        host, port = self._address
-        raise UserError(f"transport: no connection to {host}:{port} within {self._spec.connect_timeout_s} s: {problem}")
-
-    def _dial(self, role: Role, slot: int) -> socket.socket:
-        spec = self._spec
-        family = socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(spec.stall_s * 1000))
-            if spec.send_buffer_bytes:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, spec.send_buffer_bytes)
-            if spec.congestion_control and role is Role.DATA:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, spec.congestion_control.encode())
-            # A lost SYN is repeated by the kernel after 1, 3, 7 s: asking afresh finds an open link sooner.
-            sock.settimeout(min(spec.stall_s, spec.connect_timeout_s, 2.0))
-            sock.connect(self._address)
-            sock.settimeout(None)
-        except OSError as error:
-            sock.close()
-            raise PeerError(f"cannot connect: {error.strerror or error}") from None
-        if self._tls is not None:
-            sock = encrypt(sock, self._tls, receiver=False, timeout_s=spec.limits.handshake_timeout_s)
-        try:
-            timeout_s = spec.limits.handshake_timeout_s
-            set_timeouts(sock, timeout_s, timeout_s)
-            hello = Hello(role, slot & 0xFFFF, spec.segment_bytes, self._session, self._oldest_now(), self._backend)
-            answer = introduce(sock, hello, self._secret, timeout_s)
-            set_timeouts(sock, 3 * spec.heartbeat_s + spec.stall_s if role is Role.CONTROL else None, None)
-        except (PeerError, OSError):
-            close(sock)
-            raise
+    def greeted(self, answer: Welcome) -> None:
+        """A receiver that started again, or let us go, has nothing of what it acknowledged."""
         with self._lock:
             if self._token not in (None, answer.token):
-                # A receiver that started again, or let us go: it has nothing of what it acknowledged.
                 for transfer in list(self._transfers.values()):
                     if transfer.touched and transfer.outcome is None:
                         self._fail(transfer, "lost", "the receiver has lost what it had of it")
@@ -495,192 +340,97 @@ class Sender:
                         self._forget(transfer)
             self._token = answer.token
             self._window_bytes = answer.window_bytes
-        return sock
 
-    def _connect(self, role: Role, slot: int) -> socket.socket | None:
-        """A connection, however long it takes; None when the sender is closed."""
-        attempt = 0
-        while not self._closed:
-            try:
-                sock = self._dial(role, slot)
-            except (PeerError, OSError) as error:
-                with self._lock:
-                    self._last_problem = str(error)
-                    self._work.wait(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
-                attempt += 1
-                continue
-            with self._lock:
-                if self._closed:
-                    close(sock)
-                    return None
-                self._sockets[slot] = sock
-                self._counts["opened"] += 1
-                if role is Role.DATA:
-                    self._pace(sock)
-                self._done.notify_all()
-            return sock
-        return None
-
-    def _pace(self, sock: socket.socket) -> None:
-        cap = self._rate_cap_bps
-        rate = _UNLIMITED if cap is None else max(1, int(cap / 8 / self._spec.connections))
-        sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("Q", rate))
-
-    def _run_slot(self, slot: int) -> None:
-        while (sock := self._connect(Role.DATA, slot)) is not None:
-            with self._lock:
-                carrier = self._next_carrier
-                self._next_carrier += 1
-                self._carriers[carrier] = slot
-            problem = "closed"
-            origin: Origin | None = None
-            try:
-                if self._backend:
-                    origin = self._open_origin(sock, slot)
-                # Little unsent data in the kernel: what is needed earliest can still overtake.
-                sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, self._spec.segment_bytes)
-                quantum = smallest = self._spec.segment_bytes
-                while (batch := self._take(carrier, quantum)) is not None:
-                    began = time.monotonic()
-                    self._write(sock, slot, batch, origin)
-                    # A fast link is served in larger bites, which cost less; on a slow one, what comes must overtake.
-                    took = time.monotonic() - began
-                    quantum = (
-                        min(2 * quantum, MAX_JOINED * smallest) if took < _QUICK_S else max(quantum // 2, smallest)
-                    )
-            except (OSError, PeerError, UserError) as error:
-                problem = str(getattr(error, "strerror", None) or error)
-            with self._lock:
-                if self._sockets.get(slot) is sock:
-                    del self._sockets[slot]
-                if not self._closed:
-                    log.info("connection %d lost: %s", slot, problem)
-                self._lost(carrier, problem)
-            close(sock)
-            if origin is not None:
-                with self._lock:
-                    self._origins.pop(slot, None)
-                origin.close()
-
-    def _open_origin(self, sock: socket.socket, slot: int) -> Origin:
-        description = read_description(sock, self._spec.limits.handshake_timeout_s)
-        origin = open_origin(self._spec.backend, description, sock.getsockname()[0], 2 * self._spec.segment_bytes)
-        with self._lock:
-            self._origins[slot] = origin
-            registered = list(self._registered)
-        for memory in registered:
-            origin.register(memory)
-        return origin
-
-    def _write_remotely(self, sock: socket.socket, origin: Origin, batch: list[Segment]) -> list[bytes | memoryview]:
-        """Ask for places, have the engine write, and return what tells the receiver of it."""
-        oldest = self._oldest_now()
-        asked: list[tuple[Envelope, memoryview, bytes]] = []
-        for segment in batch:
-            if (out := segment.outgoing) is None:
-                continue
-            payload = out.piece.payload[segment.offset : segment.offset + segment.length]
-            if payload.nbytes == segment.length:
-                envelope = Envelope(
-                    Kind.RESERVE,
-                    segment.transfer.number,
-                    out.piece.header.piece,
-                    segment.offset,
-                    segment.length,
-                    oldest,
-                )
-                asked.append((envelope, payload, out.raw_header))
-        if not asked:
-            return []
-        write_all(sock, [envelope.head(raw_header) for envelope, _, raw_header in asked])
-        deadline = time.monotonic() + self._spec.deadline_s
-        answers = [Envelope.unpack(read_exactly(sock, ENVELOPE_BYTES, deadline)) for _ in asked]
-        wanted = [(entry, place) for entry, place in zip(asked, answers, strict=True) if place.length]
-        writes = [(payload, place.offset) for (_, payload, _), place in wanted if payload.nbytes]
-        if writes:
-            origin.write(writes)
-        return [envelope._replace(kind=Kind.WRITTEN).head() for (envelope, _, _), _ in wanted]
-
-    def _write(self, sock: socket.socket, slot: int, batch: list[Segment], origin: Origin | None) -> None:
-        oldest = self._oldest_now()
-        buffers: list[bytes | memoryview] = []
-        total = 0
-        if origin is not None:
-            buffers += self._write_remotely(sock, origin, batch)
-            total = sum(segment.length for segment in batch)
-        for segment in joined(batch):
-            transfer, out = segment.transfer, segment.outgoing
-            if out is not None and origin is None:
-                piece = out.piece
-                payload = piece.payload[segment.offset : segment.offset + segment.length]
-                if payload.nbytes != segment.length:
-                    continue  # acknowledged or given up in the meantime
-                envelope = Envelope(
-                    Kind.SEGMENT, transfer.number, piece.header.piece, segment.offset, segment.length, oldest
-                )
-                buffers += (envelope.head(out.raw_header), payload)
-                total += segment.length
-            elif out is None and transfer.outcome is not None:
-                buffers.append(Envelope(Kind.CANCEL, transfer.number, oldest=oldest).head())
-            elif out is None and transfer.manifest is not None:
-                length = len(transfer.manifest)
-                buffers += (
-                    Envelope(Kind.MANIFEST, transfer.number, length=length, oldest=oldest).head(),
-                    transfer.manifest,
-                )
-        if not buffers:
-            buffers.append(Envelope(Kind.HEARTBEAT, oldest=oldest).head())
-        write_all(sock, buffers)
-        now = self._clock()
-        with self._lock:
-            self._counts["sent_bytes"] += total
-            self._slot_bytes[slot] += total
-            for segment in batch:
-                if segment.outgoing is not None:
-                    segment.transfer.last_byte_s = now
-
-    def _oldest_now(self) -> int:
+    def oldest(self) -> int:
+        """The oldest transfer that still matters."""
         with self._lock:
             return self._oldest()
 
-    def _run_control(self) -> None:
-        head = memoryview(bytearray(ENVELOPE_BYTES))
-        while (sock := self._connect(Role.CONTROL, -1)) is not None:
-            try:
-                while read_into(sock, head):
-                    envelope = Envelope.unpack(head)
-                    text = ""
-                    if envelope.kind is Kind.REFUSED:
-                        text = read_exactly(sock, min(envelope.length, 1000)).decode(errors="replace")
-                    self._heard(envelope, text)
-            except (PeerError, OSError) as error:
-                if not self._closed:
-                    log.info("control connection lost: %s", error)
-            with self._lock:
-                self._sockets.pop(-1, None)
-            close(sock)
+    def enlist(self) -> int:
+        """A data connection is open: its number."""
+        with self._lock:
+            self._next_carrier += 1
+            self._carriers.add(self._next_carrier)
+            return self._next_carrier
 
-    def _keep(self) -> None:
-        """Watch for connections that die while nothing is written to them, and for deadlines."""
-        while not self._closed:
-            poll = select.poll()
-            with self._lock:
-                watched = {sock.fileno(): slot for slot, sock in self._sockets.items() if slot >= 0}
-            # A data connection says nothing until it ends, except for a remote-memory backend's answers.
-            events = select.POLLRDHUP | (select.POLLIN if self._spec.backend == "tcp" else 0)
-            for fd in watched:
-                if fd >= 0:
-                    poll.register(fd, events)
-            ended = [watched[fd] for fd, _ in poll.poll(50)]
-            now = self._clock()
-            with self._lock:
-                for slot in ended:
-                    if (sock := self._sockets.pop(slot, None)) is not None:
-                        for carrier in [c for c, s in self._carriers.items() if s == slot]:
-                            self._lost(carrier, "ended by the receiver")
-                        hang_up(sock)
-                for transfer in list(self._transfers.values()):
-                    if transfer.outcome is None and now > transfer.deadline_s:
-                        acked = sum(out.acked for out in transfer.pieces.values())
-                        state = f"{acked} of {len(transfer.pieces)} pieces acknowledged"
-                        self._fail(transfer, "deadline", f"{state}; last problem: {self._last_problem}")
+    def take(self, carrier: int, limit_bytes: int) -> Batch | None:
+        """What the connection sends next: empty where a heartbeat is due, None when it should end."""
+        segments: list[Segment] = []
+        left = limit_bytes
+        with self._lock:
+            until = self._clock() + self._spec.heartbeat_s
+            while carrier in self._carriers and not self._closed:
+                while left > 0 and len(segments) < _MAX_SEGMENTS:
+                    # A segment is of whole blocks, so that whoever receives it can checksum it.
+                    whole = max(CHECKSUM_BLOCK_BYTES, left - left % CHECKSUM_BLOCK_BYTES)
+                    taken = self._schedule.pop(whole, self._may_take)
+                    if taken is None:
+                        break
+                    segments.append(self._dispatch(*taken, carrier))
+                    left -= segments[-1].length
+                patience_s = until - self._clock()
+                if segments or patience_s <= 0:
+                    return Batch(tuple(segments), self._oldest())
+                self._work.wait(patience_s)
+        return None
+
+    def sent(self, slot: int, batch: Batch) -> None:
+        """The kernel has the batch."""
+        now, size = self._clock(), sum(segment.length for segment in batch.segments)
+        with self._lock:
+            self._counts["sent_bytes"] += size
+            self._slot_bytes[slot] += size
+            for segment in batch.segments:
+                if segment.outgoing is not None:
+                    segment.transfer.last_byte_s = now
+
+    def lost(self, carrier: int) -> None:
+        """What the connection carried and nobody acknowledged goes out again on the others."""
+        with self._lock:
+            if carrier not in self._carriers:
+                return
+            self._carriers.remove(carrier)
+            self._counts["lost"] += 1
+            for transfer in self._transfers.values():
+                if transfer.closing_on == carrier:
+                    transfer.closing_on = None
+                    if not isinstance(transfer.outcome, Delivery):
+                        self._push_closing(transfer)
+                for outgoing in transfer.pieces.values():
+                    gone = [sent for sent in outgoing.sent if sent[2] == carrier and not outgoing.acked]
+                    for offset, length, _ in gone:
+                        self._push(transfer, outgoing, offset, length, again=True)
+                    if gone:
+                        outgoing.sent = [sent for sent in outgoing.sent if sent[2] != carrier]
+            self._work.notify_all()
+
+    def heard(self, envelope: Envelope, text: str) -> None:
+        """The receiver said something."""
+        with self._lock:
+            transfer = self._transfers.get(envelope.transfer)
+            if transfer is None:
+                return
+            kind = envelope.kind
+            if kind is Kind.ACK:
+                self._acked(transfer, envelope.piece)
+            elif kind is Kind.AGAIN and envelope.piece in transfer.pieces:
+                outgoing = transfer.pieces[envelope.piece]
+                if not outgoing.acked:
+                    outgoing.sent.clear()
+                    self._push(transfer, outgoing, 0, outgoing.piece.payload.nbytes, again=True)
+            elif kind is Kind.DELIVERED and transfer.outcome is None:
+                self._delivered(transfer)
+            elif kind is Kind.REFUSED and transfer.outcome is None:
+                self._fail(transfer, "refused", text)
+            elif kind is Kind.RELEASED:
+                self._forget(transfer)
+
+    def tick(self) -> None:
+        """Requests whose deadline has passed fail."""
+        now = self._clock()
+        with self._lock:
+            for transfer in list(self._transfers.values()):
+                if transfer.outcome is None and now > transfer.deadline_s:
+                    acked = sum(out.acked for out in transfer.pieces.values())
+                    state = f"{acked} of {len(transfer.pieces)} pieces acknowledged"
+                    self._fail(transfer, "deadline", f"{state}; last problem: {self._connections.last_problem}")

@@ -11,20 +11,19 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from repro.kvcache.frames import Assembly, FrameError, FrameHeader, Manifest, Piece
 from repro.transport.arena import Arena, Block
 from repro.transport.arriving import ArrivingPiece
-from repro.transport.spec import ReceiverLimits
+from repro.transport.spec import MAX_SEGMENT_BYTES, ReceiverLimits
 from repro.transport.wire import Envelope, Kind, PeerError
 
 log = logging.getLogger("repro.transport")
 
 _ATTEMPTS = 3
-MAX_JOINED = 4  # segments of a piece that may cross as one message, where the link is fast
 _MAX_FINISHED = 1 << 16
 Outbox: TypeAlias = "queue.SimpleQueue[bytes | None]"  # None: another connection speaks now
 
@@ -66,7 +65,7 @@ class Claim:
 
     transfer: _Transfer
     piece: ArrivingPiece
-    cells: range
+    blocks: range
     view: memoryview
 
 
@@ -81,7 +80,7 @@ class _Transfer:
     manifest: Manifest | None = None
     expected_bytes: int = 0
     dropped: bool = False
-    assembling: threading.Lock = field(default_factory=threading.Lock)
+    completing: bool = False
 
 
 class Session:
@@ -93,7 +92,6 @@ class Session:
     def __init__(
         self,
         token: bytes,
-        segment_bytes: int,
         arena: Arena,
         limits: ReceiverLimits,
         deliver: Callable[[Session, Whole], None],
@@ -101,7 +99,6 @@ class Session:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.token = token
-        self.segment_bytes = segment_bytes
         # What the control connection has to say. Without one nothing is kept: a new one says it all again.
         self._outbox: Outbox | None = None
         self.connections = 0
@@ -137,9 +134,8 @@ class Session:
 
         Raises PeerError where the peer cannot be trusted to keep to the protocol any more.
         """
-        longest = MAX_JOINED * self.segment_bytes
-        if envelope.length > longest:
-            raise PeerError(f"a segment of {envelope.length} bytes, {longest} were agreed")
+        if envelope.length > MAX_SEGMENT_BYTES:
+            raise PeerError(f"a segment of {envelope.length} bytes, {MAX_SEGMENT_BYTES} are accepted")
         with self._lock:
             transfer = self._open(envelope.transfer)
             if transfer is None:
@@ -154,42 +150,33 @@ class Session:
             elif incoming.raw_header != raw_header:
                 self._refuse(transfer, f"piece {envelope.piece} came with two different headers")
                 return None
-            cells = incoming.cells(envelope.offset, envelope.length)
-            if cells is None:
+            blocks = incoming.blocks(envelope.offset, envelope.length)
+            if blocks is None:
                 where = f"{envelope.length} bytes at {envelope.offset}"
                 size = incoming.header.payload_bytes
                 self._refuse(transfer, f"segment of {where} does not fit piece {envelope.piece} of {size} bytes")
                 return None
-            if not incoming.wants(cells):
+            if not incoming.wants(blocks):
                 log.info("ignored a repeated segment of piece %d, transfer %d", envelope.piece, transfer.number)
                 if incoming.acknowledged:
                     self._say(Envelope(Kind.ACK, transfer.number, envelope.piece))
                 return None
-            return Claim(transfer, incoming, cells, incoming.open(cells))
+            return Claim(transfer, incoming, blocks, incoming.open(blocks))
 
-    def filled(self, claim: Claim, whole: bool) -> None:
-        """A claimed view has been written, wholly or not."""
+    def filled(self, claim: Claim, digests: Sequence[bytes] | None) -> None:
+        """A claimed view has been written: the digests of its blocks, or None where it was broken off."""
         transfer, piece = claim.transfer, claim.piece
         with self._lock:
-            piece.put(claim.cells, whole)
+            sealed = piece.put(claim.blocks, digests)
             if transfer.dropped:
                 self._bury(transfer)
                 return
-            if not piece.begin_checksum():
+            if not sealed:
                 return
-        while True:
-            with self._lock:
-                span = piece.next_span()
-                if span is None:
-                    if transfer.dropped:
-                        self._bury(transfer)
-                        return
-                    if not piece.sealed:
-                        return
-                    piece.users += 1  # until it is in the assembly
-                    break
-            piece.checksum(span)
-        self._assemble(transfer, piece)
+            self._arrived(transfer, piece)
+            complete = self._is_complete(transfer)
+        if complete:
+            self._complete(transfer)
 
     def close_with(self, envelope: Envelope, packed: bytearray) -> None:
         """The manifest has come."""
@@ -208,7 +195,8 @@ class Session:
             else:
                 transfer.request_id = manifest.request_id
                 transfer.manifest = manifest
-        if manifest is not None:
+            complete = self._is_complete(transfer)
+        if complete:
             self._complete(transfer)
 
     def cancel(self, number: int) -> None:
@@ -286,9 +274,7 @@ class Session:
         transfer.expected_bytes += size
         self._held_bytes += size
         view = self._arena.view(block, size)
-        incoming = transfer.pieces[header.piece] = ArrivingPiece(
-            header, bytes(raw_header), block, view, self.segment_bytes, self._clock()
-        )
+        incoming = transfer.pieces[header.piece] = ArrivingPiece(header, bytes(raw_header), block, view, self._clock())
         return incoming
 
     def _refuse(self, transfer: _Transfer, reason: str) -> None:
@@ -323,70 +309,64 @@ class Session:
             for words in said:
                 self._outbox.put(words)
 
-    # Below, it is free: checksums are computed without it.
-
-    def _assemble(self, transfer: _Transfer, incoming: ArrivingPiece) -> None:
+    def _arrived(self, transfer: _Transfer, incoming: ArrivingPiece) -> None:
+        """A piece is sealed: keep it, or have it sent again where its checksum does not hold."""
         header = incoming.header
-        problem = None
-        arrived = incoming.arrived()
-        with transfer.assembling:
-            if transfer.assembly is None:
-                transfer.assembly = Assembly(header.request_id, self._frame_limits)
-            try:
-                transfer.assembly.add(arrived)
-            except FrameError as error:
-                problem = str(error)
-        with self._lock:
-            incoming.users -= 1
-            if transfer.dropped:
-                self._bury(transfer)
+        if transfer.assembly is None:
+            transfer.assembly = Assembly(header.request_id, self._frame_limits)
+        try:
+            transfer.assembly.add(incoming.arrived())
+        except FrameError as error:
+            incoming.attempts += 1
+            log.warning("piece %d of request %d: %s", header.piece, header.request_id, error)
+            if incoming.attempts >= _ATTEMPTS:
+                self._refuse(transfer, str(error))
                 return
-            if problem is not None:
-                incoming.attempts += 1
-                log.warning("piece %d of request %d: %s", header.piece, header.request_id, problem)
-                if incoming.attempts >= _ATTEMPTS:
-                    self._refuse(transfer, problem)
-                    return
-                incoming.restart()
-                self._say(Envelope(Kind.AGAIN, transfer.number, header.piece))
-                return
-            incoming.acknowledged = True
-            transfer.arrivals.append(
-                PieceArrival(header.piece, header.layer, header.payload_bytes, incoming.first_byte_s, self._clock())
-            )
-            self._say(Envelope(Kind.ACK, transfer.number, header.piece))
-        self._complete(transfer)
+            incoming.restart()
+            self._say(Envelope(Kind.AGAIN, transfer.number, header.piece))
+            return
+        incoming.acknowledged = True
+        transfer.arrivals.append(
+            PieceArrival(header.piece, header.layer, header.payload_bytes, incoming.first_byte_s, self._clock())
+        )
+        self._say(Envelope(Kind.ACK, transfer.number, header.piece))
+
+    def _is_complete(self, transfer: _Transfer) -> bool:
+        """Whether the caller is the one to hand the request over: true once for each."""
+        manifest = transfer.manifest
+        if transfer.dropped or transfer.completing or manifest is None or len(transfer.arrivals) < manifest.pieces:
+            return False
+        transfer.completing = True
+        return True
+
+    # Below, it is free: the digest of a large request takes a while.
 
     def _complete(self, transfer: _Transfer) -> None:
-        """Hand the request over if it is whole. The assembling lock makes sure that this happens once."""
-        with transfer.assembling:
-            manifest, assembly = transfer.manifest, transfer.assembly
-            if manifest is None:
+        """Hand a request over that is whole."""
+        manifest = transfer.manifest
+        assert manifest is not None
+        problem, pieces = None, []
+        try:
+            assembly = transfer.assembly or Assembly(manifest.request_id, self._frame_limits)
+            pieces = assembly.complete(manifest)
+        except FrameError as error:
+            problem = str(error)
+        with self._lock:
+            if transfer.dropped:
                 return
-            if assembly is None:
-                assembly = transfer.assembly = Assembly(manifest.request_id, self._frame_limits)
-            if len(assembly) < manifest.pieces:
+            if len(transfer.pieces) > manifest.pieces:
+                problem = f"{len(transfer.pieces)} pieces came, the manifest says {manifest.pieces}"
+            if problem is not None:
+                self._refuse(transfer, problem)
                 return
-            with self._lock:
-                if transfer.dropped or transfer.number not in self._transfers:
-                    return
-                try:
-                    if len(transfer.pieces) > manifest.pieces:
-                        raise FrameError(f"{len(transfer.pieces)} pieces came, the manifest says {manifest.pieces}")
-                    pieces = assembly.complete(manifest)
-                except FrameError as error:
-                    self._refuse(transfer, str(error))
-                    return
-                blocks = tuple(transfer.pieces[index].block for index in range(manifest.pieces))
-                arrivals = tuple(sorted(transfer.arrivals, key=lambda a: a.piece))
-                whole = Whole(
-                    transfer.number,
-                    manifest,
-                    tuple(Piece(p.header, p.payload) for p in pieces),
-                    arrivals,
-                    self._clock(),
-                    blocks,
-                )
-                del self._transfers[transfer.number]
-                self._say(Envelope(Kind.DELIVERED, transfer.number), remember=transfer.number)
+            whole = Whole(
+                transfer.number,
+                manifest,
+                tuple(Piece(p.header, p.payload) for p in pieces),
+                tuple(sorted(transfer.arrivals, key=lambda a: a.piece)),
+                self._clock(),
+                tuple(transfer.pieces[index].block for index in range(manifest.pieces)),
+            )
+            del self._transfers[transfer.number]
+            self._say(Envelope(Kind.DELIVERED, transfer.number), remember=transfer.number)
         self._deliver(self, whole)

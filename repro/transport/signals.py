@@ -7,6 +7,7 @@ of `bytes_sent` the loss, `notsent_bytes` the backlog. `repro.link.tcp_info` tur
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from repro.link.tcp_info import TcpInfo, read
@@ -27,3 +28,36 @@ def read_signal(slot: int, sock: socket.socket, at_s: float) -> ConnectionSignal
         return ConnectionSignal(slot, at_s, read(sock))
     except OSError:
         return None
+
+
+class Laggards:
+    """Which connections are stuck while their siblings go on.
+
+    TCP doubles its patience with every repeat. So after an outage, or the loss of a flight's last segments, a connection
+    may wait for seconds on a link that is open again, and a whole request with it. Giving such a connection up lets the
+    others carry what it had; its siblings' progress is the evidence that not the link is to blame.
+    """
+
+    def __init__(self, patience_s: float = 1.0, patience_rtts: float = 8.0) -> None:
+        self._patience_s = patience_s
+        self._patience_rtts = patience_rtts
+        # Per connection: bytes acknowledged, when these last grew, and since when it has waited for that in vain.
+        self._seen: dict[int, tuple[int, float, float]] = {}
+
+    def update(self, readings: Mapping[int, ConnectionSignal]) -> list[int]:
+        """The keys of those that lag; `readings` are of all connections, at one moment."""
+        seen = {}
+        for key, signal in readings.items():
+            acked, grew_s, waits_s = self._seen.get(key, (-1, signal.at_s, signal.at_s))
+            if signal.tcp.bytes_acked != acked:
+                grew_s = waits_s = signal.at_s
+            elif not signal.tcp.unacked_segments:
+                waits_s = signal.at_s
+            seen[key] = signal.tcp.bytes_acked, grew_s, waits_s
+        self._seen = seen
+        latest = max((grew_s for _, grew_s, _ in seen.values()), default=0.0)
+        return [
+            key
+            for key, (_, _, waits_s) in seen.items()
+            if latest - waits_s > self._patience_s + self._patience_rtts * readings[key].tcp.rtt_s
+        ]

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from repro.errors import UserError
-from repro.kvcache.frames import FrameLimits
+from repro.kvcache.frames import CHECKSUM_BLOCK_BYTES, FrameLimits
 
 BACKENDS = ("tcp", "mooncake", "nixl")
+MAX_SEGMENT_BYTES = 64 << 20  # of a piece, in one message
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class TransportSpec:
 
     `secret` is shared by both sides: the text itself, or `env:NAME` or `file:PATH`, which keep it out of records.
     `tls` is a folder written by `scripts/make_certificates`: mutual TLS 1.3. `segment_bytes` is what one connection
-    carries at a time, `turn_bytes` what a request may send before another has its turn. `rate_cap_bps` and the socket
+    carries at a time at least (several times that where the link is fast), `turn_bytes` what a request may send before
+    another has its turn. `rate_cap_bps` and the socket
     buffers are left to the kernel where None; buffers must hold bandwidth × RTT ÷ connections to fill the link.
     `stall_s` without an acknowledgement from the peer's TCP gives a connection up; a new one takes its place.
     """
@@ -79,8 +81,11 @@ class TransportSpec:
             raise UserError(f"transport.backend: {self.backend!r} is unknown, accepted are {', '.join(BACKENDS)}")
         if not 1 <= self.connections <= 64:
             raise UserError(f"transport.connections: {self.connections}, accepted are 1 to 64")
-        if not 4096 <= self.segment_bytes <= 64 << 20:
-            raise UserError(f"transport.segment_bytes: {self.segment_bytes}, accepted are 4096 to {64 << 20}")
+        if self.segment_bytes % CHECKSUM_BLOCK_BYTES or not 0 < self.segment_bytes <= MAX_SEGMENT_BYTES:
+            raise UserError(
+                f"transport.segment_bytes: {self.segment_bytes}, accepted are multiples of {CHECKSUM_BLOCK_BYTES} "
+                f"up to {MAX_SEGMENT_BYTES}"
+            )
         for name in ("turn_bytes", "max_in_flight_bytes", "deadline_s", "heartbeat_s", "stall_s", "connect_timeout_s"):
             if getattr(self, name) <= 0:
                 raise UserError(f"transport.{name}: {getattr(self, name)}, a positive number is accepted")

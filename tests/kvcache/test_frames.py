@@ -84,7 +84,7 @@ def test_a_contiguous_tensor_is_framed_and_read_without_copying():
     ("change", "named"),
     [
         (lambda b: b"XXXX" + b[4:], "magic"),
-        (lambda b: b[:4] + b"\x02\x00" + b[6:], "version"),
+        (lambda b: b[:4] + b"\x63\x00" + b[6:], "version"),
         (lambda b: b[:20], "header: 20 bytes"),
         (lambda b: b[:30] + bytes([b[30] ^ 1]) + b[31:], "header checksum"),
         (lambda b: resealed(b[:7] + b"\x63" + b[8:]), "kind"),

@@ -28,7 +28,7 @@ from repro.transport.certificates import make_certificates
 
 MODEL = replace(models.load("qwen3_5_397b", "tiny"))
 ENGINE = EngineSpec(replace(MODEL, parameters=float(MODEL.parameters)), chunk_tokens=64)
-TRANSPORT = TransportSpec(connections=4, secret="of this test", segment_bytes=16 << 10, stall_s=0.6, heartbeat_s=0.2)
+TRANSPORT = TransportSpec(connections=4, secret="of this test", segment_bytes=256 << 10, stall_s=0.6, heartbeat_s=0.2)
 #: Three requests of 260 kB each: a second and a half on the slow links below.
 REQUESTS = [
     Request(number, tuple(np.random.default_rng(number).integers(3, 512, 300).tolist()), 3) for number in range(3)

@@ -27,8 +27,8 @@ def spec() -> TransportSpec:
     return TransportSpec(
         connections=4,
         secret="open sesame",
-        segment_bytes=16 << 10,
-        turn_bytes=64 << 10,
+        segment_bytes=256 << 10,
+        turn_bytes=1 << 20,
         heartbeat_s=0.1,
         stall_s=0.5,
         deadline_s=20,

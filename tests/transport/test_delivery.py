@@ -153,6 +153,7 @@ def test_a_request_beyond_the_receivers_limits_is_refused_and_the_next_goes_thro
 
 
 def test_a_rate_cap_holds_and_can_be_lifted(spec: TransportSpec) -> None:
+    spec = replace(spec, limits=replace(spec.limits, segment_timeout_s=20))
     with open_receiver(spec, "127.0.0.1") as receiver, open_sender(spec, ("127.0.0.1", receiver.port)) as sender:
         sender.set_rate_cap(8e6)
         send_all(sender, *make_request(1, [2_000_000]))

@@ -47,7 +47,7 @@ class Scene:
     def insider(self, session: bytes = b"insider-session!", slot: int = 0) -> socket.socket:
         """A peer that knows the secret and goes wrong afterwards."""
         sock = self.stranger()
-        introduce(sock, Hello(Role.DATA, slot, self.spec.segment_bytes, session), self.spec.secret_bytes(), 5)
+        introduce(sock, Hello(Role.DATA, slot, session), self.spec.secret_bytes(), 5)
         return sock
 
     def ended(self, sock: socket.socket) -> bool:
@@ -82,7 +82,7 @@ def test_a_receiver_without_the_secret_is_refused_by_the_sender(spec: TransportS
     with near, far:
         far.sendall(bytes(48) + bytes(56))  # any challenge, any welcome
         with pytest.raises(PeerError, match="does not know the shared secret"):
-            introduce(near, Hello(Role.DATA, 0, 4096, bytes(16)), b"open sesame", 1)
+            introduce(near, Hello(Role.DATA, 0, bytes(16)), b"open sesame", 1)
 
 
 def test_a_recorded_handshake_cannot_be_played_again(scene: Scene) -> None:
@@ -99,7 +99,7 @@ def test_a_recorded_handshake_cannot_be_played_again(scene: Scene) -> None:
 
     with scene.stranger() as sock:
         recorder = Recorder(sock)
-        introduce(recorder, Hello(Role.DATA, 0, 4096, bytes(16)), scene.spec.secret_bytes(), 5)  # type: ignore[arg-type]
+        introduce(recorder, Hello(Role.DATA, 0, bytes(16)), scene.spec.secret_bytes(), 5)  # type: ignore[arg-type]
     with scene.stranger() as sock:
         sock.sendall(recorder.said)
         scene.refused_for("wrong secret")
@@ -312,7 +312,7 @@ def test_two_thousand_mutated_streams_neither_crash_nor_hang_nor_pass_as_good(sp
             rng.choice(mutations)(rng, stream)
             with socket.create_connection(("127.0.0.1", receiver.port)) as sock, contextlib.suppress(OSError):
                 sock.settimeout(5)
-                hello = Hello(Role.DATA, 0, spec.segment_bytes, rng.randbytes(16))
+                hello = Hello(Role.DATA, 0, rng.randbytes(16))
                 introduce(sock, hello, spec.secret_bytes(), 5)
                 sock.sendall(stream)
                 sock.shutdown(socket.SHUT_WR)

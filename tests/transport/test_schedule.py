@@ -11,24 +11,33 @@ def filled(
     for request, count in requests.items():
         schedule.add(request, (priorities or {}).get(request, 0))
         for item in range(count):
-            schedule.push(request, (item,), (request, item), 1)
+            schedule.push(request, (item,), (request, item), 0, 1)
     return schedule
 
 
 def drain(schedule: Schedule[tuple[int, int]]) -> list[tuple[int, int]]:
     out = []
-    while (item := schedule.pop()) is not None:
-        out.append(item)
+    while (taken := schedule.pop(1)) is not None:
+        out.append(taken[0])
     return out
 
 
 def test_the_earliest_layer_goes_first_however_late_it_was_pushed() -> None:
     schedule: Schedule[str] = Schedule(100)
     schedule.add(0)
-    schedule.push(0, (3, 0), "layer 3", 1)
-    schedule.push(0, (1, 0), "layer 1", 1)
-    schedule.push(0, (2, 0), "layer 2", 1)
-    assert [schedule.pop() for _ in range(3)] == ["layer 1", "layer 2", "layer 3"]
+    schedule.push(0, (3, 0), "layer 3", 0, 1)
+    schedule.push(0, (1, 0), "layer 1", 0, 1)
+    schedule.push(0, (2, 0), "layer 2", 0, 1)
+    assert [schedule.pop(1) for _ in range(3)] == [("layer 1", 0, 1), ("layer 2", 0, 1), ("layer 3", 0, 1)]
+
+
+def test_an_item_is_taken_bit_by_bit_unless_something_earlier_is_pushed_meanwhile() -> None:
+    schedule: Schedule[str] = Schedule(100)
+    schedule.add(0)
+    schedule.push(0, (2, 0), "layer 2", 0, 10)
+    assert schedule.pop(4) == ("layer 2", 0, 4)
+    schedule.push(0, (1, 0), "layer 1", 0, 3)
+    assert [schedule.pop(4) for _ in range(4)] == [("layer 1", 0, 3), ("layer 2", 4, 4), ("layer 2", 8, 2), None]
 
 
 def test_a_large_old_request_does_not_starve_a_small_one() -> None:
@@ -56,8 +65,8 @@ def test_a_priority_can_change_while_a_request_waits() -> None:
 
 def test_a_request_that_may_not_send_does_not_hold_up_others() -> None:
     schedule = filled({0: 3, 1: 3})
-    assert schedule.pop(lambda request, _item: request != 0) == (1, 0)
-    assert schedule.pop(lambda _request, _item: False) is None
+    assert schedule.pop(1, lambda request, _item: request != 0) == ((1, 0), 0, 1)
+    assert schedule.pop(1, lambda _request, _item: False) is None
     assert len(schedule) == 5
 
 
