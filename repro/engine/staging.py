@@ -137,7 +137,7 @@ class Staging:
     def __init__(self, copies: Copies, capacity_bytes: int) -> None:
         self.copies = copies
         self._arena = Arena(capacity_bytes, retain_bytes=capacity_bytes)
-        copies.lock(self._arena.whole)
+        copies.lock(self._arena.kept)
         # A finalizer may run in any thread, even one that holds a lock: all it does is to note the block here. None only wakes.
         self._freed: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
         self._queue: queue.Queue[_Staged] = queue.Queue()

@@ -153,6 +153,10 @@ class TorchEngine:
             chunked_prefill(self._model, ids, chunk_tokens, cache, on_chunk=lambda start, *_: clock.chunk(start))
         self._batch[request.request_id] = _Decoding(cache, request.prompt[-1])
 
+    def lock(self, memory: memoryview) -> None:
+        """Page-lock memory that received pieces will lie in, where there is a GPU to copy them to."""
+        self._copies.lock(memory)
+
     def join(self, handover: Handover, pieces: Sequence[Piece]) -> None:
         """Put a request's cache together and take it into the batch. The pieces' memory is free afterwards."""
         tensors = self._copies.to_device([tensor_of(piece) for piece in pieces])

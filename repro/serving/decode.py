@@ -45,6 +45,7 @@ def work(channel: Channel, config: Message) -> None:
     spec = configuration.build(DecodeConfig, {key: value for key, value in config.items() if key != "kind"})
     receiver = open_receiver(spec.transport, spec.host, own_process=spec.transport_process)
     engine = TorchEngine(spec.engine)
+    engine.lock(receiver.memory)
     log = SpanLog()
     batch = RunningBatch(engine, log)
     inbox: queue.SimpleQueue[Received | Message | Exception] = queue.SimpleQueue()

@@ -39,7 +39,7 @@ class Arena:
             os.ftruncate(self.fd, self.capacity_bytes)
         self._map = mmap.mmap(self.fd, self.capacity_bytes)
         self._view = memoryview(self._map)
-        self._retain_bytes = retain_bytes
+        self._retain_bytes = min(-(-retain_bytes // _PAGE) * _PAGE, self.capacity_bytes)
         self._free: list[tuple[int, int]] = [(0, self.capacity_bytes)]  # (offset, size), sorted, never adjacent
         self._used_bytes = 0
         self._lock = threading.Lock()
@@ -55,6 +55,11 @@ class Arena:
     def whole(self) -> memoryview:
         """All of the region."""
         return self._view
+
+    @property
+    def kept(self) -> memoryview:
+        """What never goes back to the kernel, is used first, and so may be page-locked: the first `retain_bytes`."""
+        return self._view[: self._retain_bytes]
 
     def allocate(self, size_bytes: int) -> Block | None:
         """A block, or None where no gap is large enough."""
@@ -76,8 +81,9 @@ class Arena:
 
     def free(self, block: Block) -> None:
         """Give a block back. Its views must not be used any more."""
-        if block.offset + block.size_bytes > self._retain_bytes:
-            self._map.madvise(_MADV_REMOVE, block.offset, block.size_bytes)
+        beyond, end = max(block.offset, self._retain_bytes), block.offset + block.size_bytes
+        if end > beyond:
+            self._map.madvise(_MADV_REMOVE, beyond, end - beyond)
         with self._lock:
             self._used_bytes -= block.size_bytes
             at = bisect_left(self._free, (block.offset, 0))

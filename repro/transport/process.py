@@ -322,6 +322,11 @@ class ReceiverProcess:
         self._child.listen(self._hear, lambda: self._ready.put(None))
 
     @property
+    def memory(self) -> memoryview:
+        """As `Receiver.memory`."""
+        return self._arena.kept
+
+    @property
     def port(self) -> int:
         """The TCP port that senders dial."""
         return int(self._child.started["port"])

@@ -125,6 +125,11 @@ class Receiver:
             self._start(work)
 
     @property
+    def memory(self) -> memoryview:
+        """Where payloads lie at first, used again and again: whoever copies them to a device page-locks it once."""
+        return self._arena.kept
+
+    @property
     def port(self) -> int:
         """The TCP port that senders dial."""
         return int(self._listener.getsockname()[1])
