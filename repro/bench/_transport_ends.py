@@ -216,7 +216,7 @@ def send_by_transport(job: Job, port: int) -> dict[str, Any]:
 
         thread = threading.Thread(target=send_requests)
         thread.start()
-        result = measure(job, lambda: int(str(sender.stats()["acked_bytes"])))
+        result = measure(job, lambda: sender.stats()["acked_bytes"])
         over.set()
         thread.join()
         return {**result, "cpu_s": cpu_s() - cpu, "total_bytes": total}

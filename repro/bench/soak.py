@@ -147,7 +147,7 @@ def run(
                 over.set()
                 taker.join()
                 sample()
-                lost_connections = int(str(sender.stats()["lost"]))
+                lost_connections = sender.stats()["lost"]
         finally:
             relay.close()
     return _metrics(ledger, pd.DataFrame(samples), transfers, relay.resets, lost_connections), pd.DataFrame(samples)

@@ -159,7 +159,7 @@ def _confirm(
         "sent",
         request_id=request_id,
         resent_bytes=delivery.resent_bytes,
-        acked_bytes=sum(signal.tcp.bytes_acked for signal in sender.signals()),
+        wire_bytes=sender.stats()["wire_bytes"],
         spans=spans_to_json(log.take()),
     )
 

@@ -155,6 +155,11 @@ class System:
         codec: CodecSpec | None = None,
         transport_process: bool = False,
     ) -> None:
+        if transport.backend != "tcp" and link.backend == "relay":
+            raise UserError(
+                f"transport.backend: {transport.backend} opens connections of its own, which a relay link does not carry; "
+                f"accepted: tcp, or another link.backend"
+            )
         self._engine = engine
         self._transport = transport
         self._link = link
@@ -162,7 +167,7 @@ class System:
         self._codec = codec or CodecSpec()
         self._transport_process = transport_process
         self._supervisor = Supervisor(log_directory)
-        self._acked_bytes = 0
+        self._wire_bytes = 0
 
     def __enter__(self) -> System:
         try:
@@ -238,11 +243,11 @@ class System:
         )
         spans["router"] = [Span("queue", s.request.request_id, s.arrival_s, s.prefill_start_s) for s in served]
         timeline = Timeline({worker: tuple(found) for worker, found in spans.items()})
-        acked_bytes = max(
-            (heard[number]["sent"]["acked_bytes"] for number in heard if "sent" in heard[number]), default=0
+        wire_bytes = max(
+            (heard[number]["sent"]["wire_bytes"] for number in heard if "sent" in heard[number]), default=0
         )
-        before, self._acked_bytes = self._acked_bytes, max(acked_bytes, self._acked_bytes)
-        return Run(served, timeline, self._supervisor.memory_bytes(), self._acked_bytes - before)
+        before, self._wire_bytes = self._wire_bytes, max(wire_bytes, self._wire_bytes)
+        return Run(served, timeline, self._supervisor.memory_bytes(), self._wire_bytes - before)
 
 
 def _served(request: Request, mode: str, arrival_s: float, heard: Mapping[str, Message]) -> Served:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 from repro.errors import UserError
 from repro.kvcache.frames import Piece
@@ -43,6 +43,28 @@ class Delivery:
     last_byte_s: float
     acked_s: float
     pieces: tuple[PieceDelivery, ...]
+
+
+class SenderStats(TypedDict):
+    """Counts since a sender began, and what is outstanding now.
+
+    `wire_bytes` is what the peer's TCP acknowledged on all data connections there ever were: payload, heads, repeats.
+    `arena_used_bytes` is what pieces under way occupy on this side, where the transport is a process of its own.
+    """
+
+    sent_bytes: int
+    resent_bytes: int
+    wire_bytes: int
+    acked_pieces: int
+    acked_bytes: int
+    opened: int
+    lost: int
+    connections: int
+    bytes_by_connection: list[int]
+    transfers: int
+    unacked_bytes: int
+    held_bytes: int
+    arena_used_bytes: NotRequired[int]
 
 
 @dataclass

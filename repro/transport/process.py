@@ -28,7 +28,7 @@ from repro.errors import UserError
 from repro.kvcache.frames import HEADER_BYTES, FrameHeader, Manifest, Piece
 from repro.link.tcp_info import TcpInfo
 from repro.transport.arena import Arena, Block
-from repro.transport.outgoing import Delivery, PieceDelivery, TransferFailed
+from repro.transport.outgoing import Delivery, PieceDelivery, SenderStats, TransferFailed
 from repro.transport.receiver import Received, Receiver, once, receive_arena
 from repro.transport.sender import Sender
 from repro.transport.session import Failure, PieceArrival
@@ -233,9 +233,11 @@ class SenderProcess:
             for values in self._child.ask("signals")
         ]
 
-    def stats(self) -> dict[str, int | list[int]]:
-        """As `Sender.stats`; `arena_used_bytes` is what the pieces under way occupy on this side."""
-        return {**self._child.ask("stats"), "arena_used_bytes": self._arena.used_bytes}
+    def stats(self) -> SenderStats:
+        """As `Sender.stats`."""
+        stats: SenderStats = self._child.ask("stats")
+        stats["arena_used_bytes"] = self._arena.used_bytes
+        return stats
 
     def close(self) -> None:
         """As `Sender.close`: the other process is gone when this returns."""

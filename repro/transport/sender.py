@@ -18,7 +18,17 @@ from types import TracebackType
 from repro.kvcache.frames import CHECKSUM_BLOCK_BYTES, Manifest, Piece
 from repro.transport.connections import Connections
 from repro.transport.handshake import Welcome
-from repro.transport.outgoing import Batch, Delivery, Outgoing, Part, PieceDelivery, Segment, Transfer, TransferFailed
+from repro.transport.outgoing import (
+    Batch,
+    Delivery,
+    Outgoing,
+    Part,
+    PieceDelivery,
+    Segment,
+    SenderStats,
+    Transfer,
+    TransferFailed,
+)
 from repro.transport.schedule import Schedule
 from repro.transport.signals import ConnectionSignal
 from repro.transport.spec import TransportSpec
@@ -61,7 +71,7 @@ class Sender:
         self._held_bytes = 0
         self._carriers: set[int] = set()
         self._next_carrier = 0
-        self._counts = {"sent_bytes": 0, "resent_bytes": 0, "acked_pieces": 0, "acked_bytes": 0, "lost": 0}
+        self._sent_bytes = self._resent_bytes = self._acked_bytes = self._acked_pieces = self._lost_connections = 0
         self._slot_bytes = [0] * spec.connections
         self._closed = False
         self._connections = Connections(spec, address, self)
@@ -163,19 +173,23 @@ class Sender:
         """TCP's view of each data connection now."""
         return self._connections.signals()
 
-    def stats(self) -> dict[str, int | list[int]]:
+    def stats(self) -> SenderStats:
         """Counts since the start, and what is outstanding now."""
         with self._lock:
-            return {
-                **self._counts,
-                "opened": self._connections.opened,
-                "wire_bytes": self._connections.wire_bytes,
-                "unacked_bytes": self._unacked_bytes,
-                "held_bytes": self._held_bytes,
-                "transfers": len(self._transfers),
-                "connections": len(self._connections),
-                "bytes_by_connection": list(self._slot_bytes),
-            }
+            return SenderStats(
+                sent_bytes=self._sent_bytes,
+                resent_bytes=self._resent_bytes,
+                wire_bytes=self._connections.wire_bytes,
+                acked_pieces=self._acked_pieces,
+                acked_bytes=self._acked_bytes,
+                opened=self._connections.opened,
+                lost=self._lost_connections,
+                connections=len(self._connections),
+                bytes_by_connection=list(self._slot_bytes),
+                transfers=len(self._transfers),
+                unacked_bytes=self._unacked_bytes,
+                held_bytes=self._held_bytes,
+            )
 
     def close(self) -> None:
         """End all connections and threads; what was not delivered has failed."""
@@ -280,7 +294,7 @@ class Sender:
             self._held_bytes += outgoing.piece.payload.nbytes
         if again:
             transfer.resent_bytes += length
-            self._counts["resent_bytes"] += length
+            self._resent_bytes += length
         outgoing.sent.append((offset, length, carrier))
         return Segment(transfer, outgoing, offset, length)
 
@@ -295,8 +309,8 @@ class Sender:
         transfer.unacked_bytes -= size
         self._unacked_bytes -= size
         self._observe((transfer.request_id, piece))
-        self._counts["acked_pieces"] += 1
-        self._counts["acked_bytes"] += size
+        self._acked_pieces += 1
+        self._acked_bytes += size
         self._room.notify_all()
 
     def _delivered(self, transfer: Transfer) -> None:
@@ -378,7 +392,7 @@ class Sender:
         """The kernel has the batch."""
         now, size = self._clock(), sum(segment.length for segment in batch.segments)
         with self._lock:
-            self._counts["sent_bytes"] += size
+            self._sent_bytes += size
             self._slot_bytes[slot] += size
             for segment in batch.segments:
                 if segment.outgoing is not None:
@@ -390,7 +404,7 @@ class Sender:
             if carrier not in self._carriers:
                 return
             self._carriers.remove(carrier)
-            self._counts["lost"] += 1
+            self._lost_connections += 1
             for transfer in self._transfers.values():
                 if transfer.closing_on == carrier:
                     transfer.closing_on = None

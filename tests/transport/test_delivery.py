@@ -86,7 +86,7 @@ def test_a_decode_side_that_takes_nothing_bounds_the_memory_of_both_sides(spec: 
         assert eventually(lambda: receiver.stats()["held_bytes"] > window - 2 * size)
         assert not eventually(lambda: not feeder.is_alive(), 0.5)
         assert receiver.stats()["held_bytes"] <= window
-        assert sender.stats()["unacked_bytes"] <= window  # type: ignore[operator]
+        assert sender.stats()["unacked_bytes"] <= window
         for _ in range(count):
             receiver.receive(10).release()
         feeder.join(10)
