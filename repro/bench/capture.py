@@ -1,19 +1,28 @@
-"""What layer-wise capture costs of T_prefill: the same prompts with and without it, in turns, as paired ratios.
+"""What layer-wise capture costs of T_prefill, and how fast state goes from the device to the wire (§3.3).
 
-`hooks` is capture with a consumer that drops what it gets: the price of hooks and of slicing views. `framed` adds what a
-sender does before the link: a copy where memory is not contiguous, and the checksum. Beside the paired ratios stands the
-time spent inside the hooks themselves, which needs no quiet machine but does not see what capture does to caches.
+The same prompts are prefilled with and without capture, in turns, as paired ratios of T_prefill, which ends when the computation is over
+and not when the last copy is. `hooks` drops what it captures: the price of hooks and of slicing views. `staged` copies it to page-locked
+memory beside the computation and frames it. `sent` sends it over loopback as well, from a process of its own. Beside these stands
+the processor time inside the hooks themselves, which needs no quiet machine but does not see what capture does to caches.
+
+Then a whole cache leaves as fast as it can, nothing being computed: `device_to_host_bps` through the staging memory, `device_to_wire_bps`
+until the receiver has acknowledged all of it, `host_to_device_bps` back from the receiver's memory.
 
     scripts/bench capture --model kimi_linear --size tiny --tokens 2048 --pairs 15
+    scripts/bench capture --model kimi_linear --size single_gpu --device cuda --tokens 32768 --chunk 4096
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -22,25 +31,35 @@ from scipy.stats import t as student
 from transformers import DynamicCache
 
 from repro.bench._record import recorded
-from repro.kvcache.capture import LayerwiseCapture
-from repro.kvcache.state import State, seal
+from repro.engine.staging import Copies, Staging, copies_of
+from repro.kvcache.capture import Emit, LayerwiseCapture
+from repro.kvcache.frames import FrameHeader, Manifest, Piece
+from repro.kvcache.state import Cache, State, extract, seal
+from repro.kvcache.tensors import tensor_of
 from repro.models import spec
 from repro.models.build import build
 from repro.models.prefill import chunked_prefill
 from repro.record.metrics import Metric
+from repro.transport import ReceiverProcess, SenderProcess, TransportSpec, open_receiver, open_sender
 
 TARGET_PCT = 3.0
+#: Somewhere for captured states to go, for the time of one prefill.
+Sink = Callable[[], AbstractContextManager[Emit]]
 
 
 def main(argv: list[str]) -> int:
-    """Run, print one line per variant, write a record; its path is the last line."""
-    parser = argparse.ArgumentParser(prog="bench capture", description=__doc__)
+    """Run, print one line per figure, write a record; its path is the last line."""
+    parser = argparse.ArgumentParser(
+        prog="bench capture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="kimi_linear")
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--staging-bytes", type=int, default=512 << 20)
+    parser.add_argument("--connections", type=int, default=4)
     parser.add_argument("--results", type=Path, default=Path("results"))
     arguments = parser.parse_args(argv)
     name = f"{arguments.model}_{arguments.size}_{torch.device(arguments.device).type}_{arguments.tokens}"
@@ -50,49 +69,38 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _rows(arguments: argparse.Namespace) -> list[Metric]:
-    model = build(spec.load(arguments.model, arguments.size), arguments.device)
-    random = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 500, (1, arguments.tokens), generator=random).to(arguments.device)
-    case, rows = f"{arguments.model}.{arguments.size}.{arguments.tokens}", []
-    for variant, emit in (("hooks", _drop), ("framed", _frame)):
-        plain_s, overheads = paired(
-            lambda: _prefill(model, ids, arguments.chunk, None),
-            lambda emit=emit: _prefill(model, ids, arguments.chunk, emit),  # type: ignore[misc]
-            arguments.pairs,
-            torch.device(arguments.device),
-        )
-        mean, half = float(np.mean(overheads)), 0.0
-        if len(overheads) > 1:
-            spread = float(np.std(overheads, ddof=1)) / math.sqrt(len(overheads))
-            half = float(student.ppf(0.975, len(overheads) - 1)) * spread
-        verdict = "within" if mean + half < TARGET_PCT else "not shown to be within"
-        print(
-            f"{variant}: {mean:+.2f} % of T_prefill {plain_s:.3f} s (95 %: {mean - half:+.2f} to {mean + half:+.2f}), "
-            f"{verdict} {TARGET_PCT:g} %",
-            file=sys.stderr,
-        )
-        rows.append(
-            Metric(
-                "bench_capture", "execute", f"{case}.{variant}", "capture_overhead_pct", mean, "%", "measured",
-                mean - half, mean + half, len(overheads),
-            )
-        )  # fmt: skip
-        share = _share_inside_hooks(model, ids, arguments.chunk, emit, arguments.pairs)
-        print(f"{variant}: {share:.2f} % of T_prefill inside the hooks", file=sys.stderr)
-        rows.append(
-            Metric(
-                "bench_capture", "execute", f"{case}.{variant}", "inside_hooks_pct", share, "%", "measured",
-                n=arguments.pairs,
-            )
-        )  # fmt: skip
-    return rows
+@dataclass(frozen=True)
+class _Prefill:
+    """One prompt of one model."""
+
+    model: torch.nn.Module
+    ids: torch.Tensor
+    chunk_tokens: int
+    copies: Copies
+
+    def run(self) -> Cache:
+        """Without capture. The computation is over when this returns."""
+        cache, _ = chunked_prefill(self.model, self.ids, self.chunk_tokens)
+        self.copies.computed()
+        return cache
+
+    def captured(self, emit: Emit) -> float:
+        """With capture; returns the processor time spent inside its hooks, in s."""
+        cache = DynamicCache(config=self.model.config)  # type: ignore[arg-type]
+        with _TimedCapture(self.model, cache, emit) as capture:
+            chunked_prefill(self.model, self.ids, self.chunk_tokens, cache, on_chunk=capture.chunk)
+        self.copies.computed()
+        return capture.spent_s
 
 
 class _TimedCapture(LayerwiseCapture):
     """Adds up the processor time of its own hooks."""
 
     spent_s = 0.0
+
+    def __enter__(self) -> _TimedCapture:
+        super().__enter__()
+        return self
 
     def _hook(self, index: int) -> Callable[..., None]:
         inner = super()._hook(index)
@@ -105,59 +113,184 @@ class _TimedCapture(LayerwiseCapture):
         return timed
 
 
-def _share_inside_hooks(
-    model: torch.nn.Module, ids: torch.Tensor, chunk: int, emit: Callable[[State], None], repeats: int
-) -> float:
-    """Median share of a prefill's processor time that its hooks take, in percent."""
+def _rows(arguments: argparse.Namespace) -> list[Metric]:
+    model = build(spec.load(arguments.model, arguments.size), arguments.device)
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 500, (1, arguments.tokens), generator=random).to(arguments.device)
+    copies = copies_of(arguments.device)
+    prefill = _Prefill(model, ids, arguments.chunk, copies)
+    staging = Staging(copies, arguments.staging_bytes)
+    case, rows = f"{arguments.model}.{arguments.size}.{arguments.tokens}", []
+
+    def say(variant: str, metric: str, values: list[float], unit: str, note: str = "") -> None:
+        mean, half = float(np.mean(values)), 0.0
+        if len(values) > 1:
+            half = float(student.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+        print(f"{variant}: {metric} {mean:.4g} {unit} ± {half:.2g} {note}", file=sys.stderr)
+        rows.append(
+            Metric(
+                "bench_capture", "execute", f"{case}.{variant}", metric, mean, unit, "measured",
+                mean - half, mean + half, len(values),
+            )
+        )  # fmt: skip
+
+    with _loopback(arguments.connections) as wire:
+        copies.lock(wire.receiver.memory)
+        sinks: dict[str, Sink] = {
+            "hooks": _dropped, "staged": lambda: _staged(staging, _Framing()), "sent": lambda: _sent(staging, wire),
+        }  # fmt: skip
+        for variant, sink in sinks.items():
+            plain_s, wall, cpu = paired(prefill, sink, arguments.pairs)
+            upper = float(np.mean(wall)) + 2 * float(np.std(wall)) / math.sqrt(len(wall))
+            verdict = "within" if upper < TARGET_PCT else "not shown to be within"
+            say(variant, "capture_overhead_pct", wall, "%", f"of T_prefill {plain_s:.3f} s: {verdict} {TARGET_PCT:g} %")
+            say(variant, "capture_cpu_pct", cpu, "%", "of the processor time of this process")
+            say(variant, "inside_hooks_pct", shares_inside_hooks(prefill, sink, arguments.pairs), "%")
+        states = extract(prefill.run(), model.config, arguments.tokens)  # type: ignore[arg-type]
+        for metric, values in goodputs(states, staging, wire, copies, arguments.pairs).items():
+            say("whole", metric, values, "bit/s", f"for {sum(s.nbytes for s in states)} bytes in {len(states)} pieces")
+    return rows
+
+
+def paired(prefill: _Prefill, sink: Sink, pairs: int) -> tuple[float, list[float], list[float]]:
+    """Median T_prefill in s without capture; how much longer it and the processor time are with it, in percent per pair.
+
+    The order alternates. What is still on its way when the computation is over leaves before the next prefill begins,
+    outside of T_prefill; its processor time counts.
+    """
+
+    def plain() -> tuple[float, float]:
+        start, cpu = time.perf_counter(), time.process_time()
+        prefill.run()
+        return time.perf_counter() - start, time.process_time() - cpu
+
+    def captured() -> tuple[float, float]:
+        cpu = time.process_time()
+        with sink() as emit:
+            start = time.perf_counter()
+            prefill.captured(emit)
+            wall = time.perf_counter() - start
+        return wall, time.process_time() - cpu
+
+    plain(), captured()
+    found = []
+    for index in range(pairs):
+        if index % 2:
+            with_capture, without = captured(), plain()
+        else:
+            without, with_capture = plain(), captured()
+        found.append((without[0], *(100 * (a / b - 1) for a, b in zip(with_capture, without, strict=True))))
+    return (
+        float(np.median([one[0] for one in found])),
+        [one[1] for one in found],
+        [one[2] for one in found],
+    )
+
+
+def shares_inside_hooks(prefill: _Prefill, sink: Sink, repeats: int) -> list[float]:
+    """How much of a prefill's processor time its hooks take, in percent, for each repeat."""
     shares = []
     for _ in range(repeats):
-        cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
-        start = time.process_time()
-        capture = _TimedCapture(model, cache, emit)
-        with capture:
-            chunked_prefill(model, ids, chunk, cache, on_chunk=capture.chunk)
-        shares.append(100 * capture.spent_s / (time.process_time() - start))
-    return float(np.median(shares))
+        with sink() as emit:
+            start = time.thread_time()
+            inside_s = prefill.captured(emit)
+            shares.append(100 * inside_s / (time.thread_time() - start))
+    return shares
 
 
-def paired(
-    plain: Callable[[], None], other: Callable[[], None], pairs: int, device: torch.device
-) -> tuple[float, list[float]]:
-    """Median seconds of `plain`, and how much longer `other` took in each pair, in percent; the order alternates.
+def goodputs(
+    states: list[State], staging: Staging, wire: _Wire, copies: Copies, repeats: int
+) -> dict[str, list[float]]:
+    """Bits per second of a whole cache to the host, to the wire and acknowledged, and back to the device, for each repeat."""
+    size, found = sum(state.nbytes for state in states), dict[str, list[float]]()
 
-    On CPU both are this process's processor time, which other load on the machine does not stretch as it does wall time.
-    """
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-
-    def seconds(action: Callable[[], None]) -> float:
-        start = clock()
+    def timed(metric: str, action: Callable[[], object]) -> None:
+        start = time.perf_counter()
         action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return clock() - start
+        copies.computed()
+        found.setdefault(metric, []).append(8 * size / (time.perf_counter() - start))
 
-    seconds(plain), seconds(other)
-    times, overheads = [], []
-    for index in range(pairs):
-        first, second = (plain, other) if index % 2 == 0 else (other, plain)
-        measured = {first: seconds(first), second: seconds(second)}
-        times.append(measured[plain])
-        overheads.append(100 * (measured[other] / measured[plain] - 1))
-    return float(np.median(times)), overheads
+    def leave(sink: AbstractContextManager[Emit]) -> None:
+        with sink as emit:
+            for state in states:
+                emit(state)
 
-
-def _prefill(model: torch.nn.Module, ids: torch.Tensor, chunk: int, emit: Callable[[State], None] | None) -> None:
-    if emit is None:
-        chunked_prefill(model, ids, chunk)
-        return
-    cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
-    with LayerwiseCapture(model, cache, emit) as capture:
-        chunked_prefill(model, ids, chunk, cache, on_chunk=capture.chunk)
+    for _ in range(repeats):
+        timed("device_to_host_bps", lambda: leave(_staged(staging, _nowhere)))
+        timed("device_to_wire_bps", lambda: leave(_sent(staging, wire)))
+        arrived = [tensor_of(piece) for piece in wire.arrived]
+        timed("host_to_device_bps", lambda: copies.to_device(arrived))  # noqa: B023 - called at once
+    return found
 
 
-def _drop(_state: State) -> None:
+@contextlib.contextmanager
+def _dropped() -> Iterator[Emit]:
+    yield _ignore
+
+
+def _ignore(_state: State) -> None:
     pass
 
 
-def _frame(state: State) -> None:
-    seal(state, 0, 0)
+def _nowhere(_state: State, _put_s: float, _copied_s: float) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def _staged(staging: Staging, deliver: Callable[[State, float, float], None]) -> Iterator[Emit]:
+    with staging.lane(deliver) as lane:
+        yield lane.put
+
+
+class _Framing:
+    """Frames states as a sender would, and drops the frames."""
+
+    def __init__(self) -> None:
+        self._pieces = count()
+
+    def __call__(self, state: State, _put_s: float, _copied_s: float) -> None:
+        seal(state, 0, next(self._pieces))
+
+
+class _Wire:
+    """A sender and a receiver over loopback, both in processes of their own, and what arrived last."""
+
+    def __init__(self, sender: SenderProcess, receiver: ReceiverProcess) -> None:
+        self.sender, self.receiver = sender, receiver
+        self.numbers = count(1)
+        self.arrived: tuple[Piece, ...] = ()
+        self._release: Callable[[], None] = lambda: None
+
+    def receive(self) -> None:
+        """Take what was acknowledged, and give back the memory of what arrived before it."""
+        self._release()
+        received = self.receiver.receive(timeout_s=60.0)
+        self.arrived, self._release = received.pieces, received.release
+
+
+@contextlib.contextmanager
+def _loopback(connections: int) -> Iterator[_Wire]:
+    transport = TransportSpec(connections=connections, secret="of one benchmark", deadline_s=600.0)
+    with (
+        open_receiver(transport, "127.0.0.1", own_process=True) as receiver,
+        open_sender(transport, ("127.0.0.1", receiver.port), own_process=True) as sender,
+    ):
+        yield _Wire(sender, receiver)
+
+
+@contextlib.contextmanager
+def _sent(staging: Staging, wire: _Wire) -> Iterator[Emit]:
+    """Send what is put, and end when all of it is acknowledged."""
+    number, headers = next(wire.numbers), list[FrameHeader]()
+
+    def send(state: State, _put_s: float, _copied_s: float) -> None:
+        piece = seal(state, number, len(headers))
+        headers.append(piece.header)
+        wire.sender.send(piece)
+
+    wire.sender.begin(number)
+    with staging.lane(send) as lane:
+        yield lane.put
+    wire.sender.finish(Manifest.of(number, headers))
+    wire.sender.wait(number)
+    wire.receive()

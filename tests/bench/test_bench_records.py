@@ -8,15 +8,19 @@ from types import ModuleType
 
 import pytest
 
-from repro.bench import search, simulate
+from repro.bench import capture, search, simulate
 from repro.record.directory import Record
 from repro.record.metrics import value
 
 
 @pytest.mark.parametrize(
     ("bench", "arguments"),
-    [(search, ["--repeats", "10"]), (simulate, ["--requests", "2000"])],
-    ids=["search", "simulate"],
+    [
+        (search, ["--repeats", "10"]),
+        (simulate, ["--requests", "2000"]),
+        (capture, ["--model", "qwen3_235b", "--tokens", "64", "--pairs", "2"]),
+    ],
+    ids=["search", "simulate", "capture"],
 )
 def test_the_last_line_is_a_finished_record(
     bench: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
