@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,10 @@ FloatArray = NDArray[np.float64]
 
 #: Thresholds that one search weighs, at equal steps of rank among the recent lengths: finer ones differ by less than the sample's noise.
 CANDIDATES = 48
+
+
+#: Load per unit of work of a stage without instances, or a link without capacity: finite, so that no work is no load.
+_UNSERVED = 1e12
 
 
 class Costs(NamedTuple):
@@ -43,18 +48,17 @@ class Capacity(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Recent requests by rank of length. Row k: the `stay[k]` shortest share is local, mean work per request is …
+    """Recent requests by rank of length. Row k: what is no longer than its threshold is local.
 
-    The last two describe the slices between one row and the next: their share of requests, and (row, slice) the mean prefill time of a
-    request where that row sends it.
+    `work` is the mean per request of prefill at PrfaaS, bytes on the link and local prefill (first axis) at each row. The last three
+    describe the slices between one row and the next: their share of requests, and (row, slice) whether that row keeps them local, and the
+    mean prefill time of a request where it sends them.
     """
 
     threshold_tokens: FloatArray
-    stay: FloatArray
-    remote_s: FloatArray
-    remote_bytes: FloatArray
-    local_s: FloatArray
+    work: FloatArray
     slice_share: FloatArray
+    slice_local: NDArray[np.bool_]
     slice_s: FloatArray
 
 
@@ -78,6 +82,7 @@ class Recent(Collection[float]):
         self._lengths: deque[float] = deque(maxlen=size)
         self._block = max(size // 16, 1)
         self._new = self._block
+        self._priced: FloatArray | None = None
         self._curve: Curve | None = None
         self.append = self._lengths.append
 
@@ -95,36 +100,51 @@ class Recent(Collection[float]):
         self._new += count
 
     def curve(self, costs: Costs) -> Curve:
-        """The curve, at most one block of requests old."""
+        """The curve, at most one block of requests old. `costs` are those of the first call: a length is priced once."""
         if self._curve is None or self._new >= self._block:
-            self._curve = curve(self._lengths, costs)
-            self._new = 0
+            n = len(self._lengths)
+            new = n if self._priced is None else min(self._new, n)
+            priced = _priced(islice(reversed(self._lengths), new), new, costs)
+            if self._priced is not None:
+                priced = np.concatenate((priced, self._priced[:, : n - new]), axis=1)
+            self._priced, self._new = priced, 0
+            self._curve = _curve(priced)
         return self._curve
+
+
+def _priced(lengths: Iterable[float], n: int, costs: Costs) -> FloatArray:
+    """Lengths, and what each costs: prefill at PrfaaS, bytes on the link, local prefill."""
+    tokens = np.fromiter(lengths, np.int64, n)
+    return np.stack((tokens, costs.prfaas_s(tokens), costs.kv_bytes(tokens), costs.pd_s(tokens)))
 
 
 def curve(lengths: Collection[float], costs: Costs) -> Curve:
     """The curve over `lengths`, of which there must be one at least."""
-    n = len(lengths)
-    tokens = np.fromiter(lengths, dtype=np.int64, count=n)
-    tokens.sort()
-    kept = np.append(np.arange(0, n, -(-n // CANDIDATES)), n)
-    counts = np.diff(kept)
+    return _curve(_priced(lengths, len(lengths), costs))
 
-    def sums(work: FloatArray) -> FloatArray:
-        return np.asarray(np.concatenate(([0.0], work.cumsum()))[kept] / n)
 
-    remote, size, local = sums(costs.prfaas_s(tokens)), sums(costs.kv_bytes(tokens)), sums(costs.pd_s(tokens))
-    thresholds = tokens[kept - 1].astype(np.float64)
+def _curve(priced: FloatArray) -> Curve:
+    n = priced.shape[1]
+    kept, share, local = _slices(n)
+    priced = priced[:, priced[0].argsort()]
+    work = np.zeros((3, n + 1))
+    priced[1:].cumsum(axis=1, out=work[:, 1:])
+    work = work[:, kept]
+    work /= n
+    each_s = (work[:, 1:] - work[:, :-1]) / share
+    # The first two stages get what does not stay.
+    work[:2] = work[:2, -1:] - work[:2]
+    thresholds = priced[0, kept - 1]
     thresholds[0] = 0.0
-    share = counts / n
-    each_s = np.where(_local(len(share)), np.diff(local) / share, np.diff(remote) / share)
-    return Curve(thresholds, kept / n, remote[-1] - remote, size[-1] - size, local, share, each_s)
+    return Curve(thresholds, work, share, local, np.where(local, each_s[2], each_s[0]))
 
 
 @cache
-def _local(slices: int) -> NDArray[np.bool_]:
-    """Whether a row (first axis, one more than slices) keeps a slice local."""
-    return np.tri(slices + 1, slices, -1, dtype=np.bool_)
+def _slices(n: int) -> tuple[NDArray[np.int64], FloatArray, NDArray[np.bool_]]:
+    """Ranks that rows stand for among `n` lengths, the shares of the slices between, and whether a row keeps a slice local."""
+    kept = np.append(np.arange(0, n, -(-n // CANDIDATES)), n)
+    slices = len(kept) - 1
+    return kept, np.diff(kept) / n, np.tri(slices + 1, slices, -1, dtype=np.bool_)
 
 
 def balance(
@@ -145,36 +165,48 @@ def balance(
     if not lengths:
         return Balance(0.0, 0.0, 0.0, 0.0)
     at = lengths.curve(costs) if isinstance(lengths, Recent) else curve(lengths, costs)
-    remote = _load(at.remote_s, rate_per_s, capacity.n_prfaas)
-    link = _load(at.remote_bytes, 8 * rate_per_s, capacity.egress_bps)
-    local = _load(at.local_s, rate_per_s, capacity.n_p)
-    loads = np.maximum(np.maximum(remote, link), local)
+    per_load = _per_load(rate_per_s, capacity)
     if horizon_s is None:
-        worth = 1 / np.maximum(loads, 1e-12)
+        loads = at.work * per_load
+        worth = 1 / np.maximum(np.maximum(loads[0], loads[1]), np.maximum(loads[2], 1e-12))
     else:
-        on_link_s = 8 * capacity.backlog_bytes / capacity.egress_bps if capacity.egress_bps > 0 else 0.0
-        away_s = np.maximum(_wait(remote, capacity.waiting_prfaas_s, horizon_s), _wait(link, on_link_s, horizon_s))
-        home_s = _wait(local, capacity.waiting_pd_s, horizon_s)
-        # A slice waits where its row sends it; waits are taken as exponential.
-        wait_s = np.where(_local(len(at.slice_share)), home_s[:, None], away_s[:, None])
-        in_time = 1 - np.exp(np.minimum(at.slice_s - patience_s, 0.0) / np.maximum(wait_s, 1e-9))
-        worth = in_time @ at.slice_share
+        worth = _in_time(at, per_load, capacity, horizon_s, patience_s)
     best = len(worth) - 1 - int(worth[::-1].argmax())
     held = int(at.threshold_tokens.searchsorted(held_tokens, "right")) - 1
-    return Balance(float(at.threshold_tokens[best]), float(loads[best]), float(worth[best]), float(worth[held]))
+    busiest = float((at.work[:, best] * per_load[:, 0]).max())
+    return Balance(float(at.threshold_tokens[best]), busiest, float(worth[best]), float(worth[held]))
 
 
-def _wait(load: FloatArray, waiting_s: float, horizon_s: float) -> FloatArray:
-    """Mean wait over the horizon of a queue that is `waiting_s` long now and grows or shrinks by the excess load.
+def _per_load(rate_per_s: float, capacity: Capacity) -> FloatArray:
+    """Load of each prefill stage and the link per unit of `Curve.work`; next to infinite where there is nobody to do the work."""
+    n_prfaas, n_p, egress_bps = capacity.n_prfaas, capacity.n_p, capacity.egress_bps
+    return np.array(
+        (
+            rate_per_s / n_prfaas if n_prfaas > 0 else _UNSERVED,
+            8 * rate_per_s / egress_bps if egress_bps > 0 else _UNSERVED,
+            rate_per_s / n_p if n_p > 0 else _UNSERVED,
+        )
+    )[:, None]
 
-    Work arrives unevenly: within the horizon a queue strays by about its square root, which is why a stage loaded to 1 does wait.
+
+def _in_time(at: Curve, per_load: FloatArray, capacity: Capacity, horizon_s: float, patience_s: float) -> FloatArray:
+    """Share of the horizon's requests whose first token comes within `patience_s`, at each row.
+
+    A queue that is q long now grows or shrinks by the excess load, and work arrives unevenly: within the horizon h it strays by about √h,
+    which is why a stage loaded to 1 does wait. Its mean wait is (q + √h · softplus((q + h · (load − 1)) / √h)) / 2.
     """
     stray_s = math.sqrt(horizon_s)
-    later_s = stray_s * np.logaddexp(0.0, (waiting_s + horizon_s * (load - 1)) / stray_s)
-    return np.asarray((waiting_s + later_s) / 2)
-
-
-def _load(work: FloatArray, scale: float, servers: float) -> FloatArray:
-    if servers > 0:
-        return np.asarray(work * (scale / servers))
-    return np.where(work > 0, math.inf, 0.0)
+    on_link_s = 8 * capacity.backlog_bytes / capacity.egress_bps if capacity.egress_bps > 0 else 0.0
+    now_s = np.array((capacity.waiting_prfaas_s, on_link_s, capacity.waiting_pd_s))[:, None]
+    wait_s = at.work * (per_load * stray_s)
+    wait_s += (now_s - horizon_s) / stray_s
+    np.logaddexp(0.0, wait_s, out=wait_s)
+    wait_s *= stray_s / 2
+    wait_s += now_s / 2 + 1e-9
+    away_s = np.maximum(wait_s[0], wait_s[1])
+    # A slice waits where its row sends it; waits are taken as exponential.
+    late = at.slice_s - patience_s
+    np.minimum(late, 0.0, out=late)
+    late /= np.where(at.slice_local, wait_s[2][:, None], away_s[:, None])
+    np.exp(late, out=late)
+    return np.asarray(1.0 - late @ at.slice_share)

@@ -100,7 +100,9 @@ def step(spec: ShortTermSpec, state: ShortTermState, seen: Observation, costs: C
     # An outage may end at any moment: what the link carried before it is believed less and less, not forgotten at once.
     capacity_bps = link.capacity_bps or state.capacity_bps * math.exp(-spec.period_s / spec.outage_memory_s)
     if not pressed and not state.pressed:
-        return state if capacity_bps == state.capacity_bps else state._replace(capacity_bps=capacity_bps)
+        if capacity_bps == state.capacity_bps:
+            return state
+        return ShortTermState(state[0], state[1], state[2], state[3], capacity_bps, state[5])
     threshold, resting = state.threshold_tokens, state.resting_tokens
     if not state.pressed:
         resting = threshold

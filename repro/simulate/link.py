@@ -132,7 +132,7 @@ class SharedLink:
         self._total_rate = 0.0
         self._could_send = 0.0
         self._measured = (0.0, 0.0, 0.0)
-        self._last = Measurement(spec.rate_bps, 0.0, 0.0)
+        self._last = (spec.rate_bps, 0.0)
         self._calm = True
         self._at_s = 0.0
         self._wake_s = math.inf
@@ -192,20 +192,24 @@ class SharedLink:
     def backlog_bytes(self, now_s: float) -> float:
         """Bytes that could be sent now but have not been."""
         self._advance(now_s)
-        waiting = sum(end - sender.clock for sender in self._active for end, _, _ in sender.heap)
+        waiting = 0.0
+        for sender in self._active:
+            for end, _, _ in sender.heap:
+                waiting += end - sender.clock
         if not self._calm:
             waiting += sum(max(self._available(flow) - flow.sent, 0.0) for flow in self._producing)
         return waiting
 
     def measure(self, now_s: float) -> Measurement:
         """What a sender's kernel would report: capacity averaged over the period, and the part of it that was used."""
-        self._advance(now_s)
-        could, sent, elapsed = self._could_send, self.bytes_sent, now_s - self._measured[0]
-        capacity, used = could - self._measured[1], sent - self._measured[2]
+        backlog = self.backlog_bytes(now_s)
+        since_s, could, sent = self._measured
+        elapsed = now_s - since_s
         if elapsed > 0:
-            self._measured = (now_s, could, sent)
-            self._last = Measurement(8 * capacity / elapsed, used / capacity if capacity > 0 else 1.0, 0.0)
-        return self._last._replace(backlog_bytes=self.backlog_bytes(now_s))
+            capacity, used = self._could_send - could, self.bytes_sent - sent
+            self._measured = (now_s, self._could_send, self.bytes_sent)
+            self._last = (8 * capacity / elapsed, used / capacity if capacity > 0 else 1.0)
+        return Measurement(self._last[0], self._last[1], backlog)
 
     def settle(self, now_s: float) -> float:
         """Bytes sent until now."""
@@ -273,9 +277,8 @@ class SharedLink:
 
     def _divide(self, now_s: float) -> None:
         """Set every rate for the time until the next change, and ask to be woken at that change."""
-        was_calm = self._calm
-        if not (was_calm and self._divide_calmly()):
-            if was_calm:
+        if not (self._calm and self._divide_calmly()):
+            if self._calm:
                 self._calm = False
                 for flow in self._producing:
                     flow.sent = self._available(flow)
@@ -283,7 +286,8 @@ class SharedLink:
         wake = math.inf
         for sender in self._active:
             if sender.rate > 0:
-                wake = min(wake, (sender.heap[0][0] - sender.clock) / sender.rate)
+                soon = (sender.heap[0][0] - sender.clock) / sender.rate
+                wake = soon if soon < wake else wake
         if not self._calm:
             for flow in self._producing:
                 if flow.rate > flow.supply * (1 + 1e-12):

