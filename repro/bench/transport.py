@@ -269,6 +269,9 @@ def main(argv: list[str]) -> int:
                 for contender in contenders(base, counts, f"{scratch}/tls")
                 if not wanted or any(contender.name == word or contender.name.startswith(f"{word}_") for word in wanted)
             ]
+            if link.backend == "relay" and any(contender.spec.backend != "tcp" for contender in chosen):
+                chosen = [contender for contender in chosen if contender.spec.backend == "tcp"]
+                print("mooncake and nixl are left out: a relay link does not carry what they open", file=sys.stderr)
             if not local:
                 link.measure()
             piece_bytes = arguments.piece_bytes or (32 << 20 if local else 4 << 20)

@@ -269,7 +269,7 @@ class Receiver:
                 session.speak_through(outbox, hello.oldest)
                 self._speak(current, outbox)
             else:
-                self._read(current, session)
+                self._read(current, session, hello.slot)
         except PeerError as error:
             if not self._closed.is_set():
                 self._refuse_peer(address, str(error))
@@ -335,15 +335,15 @@ class Receiver:
             self._failures.append(failure)
             del self._failures[:-_MAX_FAILURES]
 
-    def _read(self, sock: socket.socket, session: Session) -> None:
+    def _read(self, sock: socket.socket, session: Session, slot: int) -> None:
         reserved: dict[tuple[int, int, int], Claim] = {}
+        generation = session.opened(slot)
         try:
             if self._target is not None:
                 send_description(sock, self._target)
             self._read_messages(sock, session, reserved)
         finally:
-            for claim in reserved.values():
-                session.filled(claim, None)
+            session.broken_off(slot, generation, reserved.values())
 
     def _read_messages(
         self, sock: socket.socket, session: Session, reserved: dict[tuple[int, int, int], Claim]

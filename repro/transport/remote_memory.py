@@ -9,15 +9,17 @@ notices (WRITTEN), a whole batch at a time; the payload goes by the engine. Inst
     pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1                           # NIXL: UCX, UCX_TLS=tcp,self
 
 What they cannot do here: encrypt or authenticate the payload (TLS and the secret cover the connections beside it only);
-be paced by `set_rate_cap` or told a congestion control; show TCP_INFO of their own sockets; be stopped in the middle of
-a write, so that memory of a transfer that was given up may still be written for a moment (a checksum tells, before
-anything is handed over); keep a hostile peer that knows the secret out of other transfers' memory. Both spin
-while they wait. Payloads outside of `register`ed memory are copied once.
+be paced by `set_rate_cap` or told a congestion control; show TCP_INFO of their own sockets; cross a relay link, which
+carries no ports but the one that was dialled; keep a hostile peer that knows the secret out of other transfers' memory;
+be stopped in the middle of a write, so that memory which such a write may still reach is lent to nobody else until its
+sender has dialled again, which it does only once the write has returned. Both spin while they wait. Payloads outside of
+`register`ed memory are copied once.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -25,6 +27,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from repro.errors import UserError
@@ -53,7 +56,7 @@ class Origin(Protocol):
         """Payloads will lie in there."""
 
     def write(self, writes: list[tuple[memoryview, int]]) -> None:
-        """Write each view to its offset in the target. Raises OSError where the engine fails."""
+        """Write each view to its offset in the target. Raises OSError, here as above, where the engine fails."""
 
     def close(self) -> None:
         """End the engine."""
@@ -81,7 +84,8 @@ def open_origin(backend: str, description: dict[str, Any], host: str, bounce_byt
     """An engine for one connection. Raises OSError where it cannot reach the target."""
     _require(backend)
     kind = _MooncakeOrigin if backend == "mooncake" else _NixlOrigin
-    return kind(description, host, bounce_bytes)
+    with _border(backend):
+        return _Origin(backend, kind(description, host, bounce_bytes))
 
 
 def send_description(sock: socket.socket, target: Target) -> None:
@@ -110,6 +114,34 @@ def address_of(view: memoryview) -> int:
     import numpy as np
 
     return int(np.frombuffer(view, dtype=np.uint8).ctypes.data) if view.nbytes else 0
+
+
+@contextlib.contextmanager
+def _border(backend: str) -> Iterator[None]:
+    """Whatever an engine raises is a failed connection to us, which is tried again."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{backend}: {type(error).__name__}: {error}") from error
+
+
+class _Origin:
+    """An engine behind its border."""
+
+    def __init__(self, backend: str, engine: Origin) -> None:
+        self._backend, self._engine = backend, engine
+
+    def register(self, view: memoryview) -> None:
+        with _border(self._backend):
+            self._engine.register(view)
+
+    def write(self, writes: list[tuple[memoryview, int]]) -> None:
+        with _border(self._backend):
+            self._engine.write(writes)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError), _border(self._backend):
+            self._engine.close()
 
 
 class _Registered:
@@ -251,6 +283,8 @@ def _mooncake(host: str) -> Any:
 
 def _nixl() -> Any:
     os.environ.setdefault("UCX_TLS", "tcp,self")
+    # InfiniBand's module is of no use here, and a library that it brings crashes when the process ends.
+    os.environ.setdefault("UCX_MODULES", "^ib")
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
     api = importlib.import_module("nixl._api")
     return api.nixl_agent(f"kvcache-{os.urandom(8).hex()}", api.nixl_agent_config(backends=["UCX"]))

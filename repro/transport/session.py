@@ -11,7 +11,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -114,6 +115,12 @@ class Session:
         self._finished: dict[int, list[bytes]] = {}  # what was said of it, to be said again after a lost connection
         self._held_bytes = 0
         self._oldest = 0
+        # Blocks that a write by a remote-memory backend may still reach: by the slot whose connection broke off, and how
+        # many such writes each has; those that nobody needs any more but for that.
+        self._generations: dict[int, int] = {}
+        self._reachable: dict[int, list[Block]] = {}
+        self._writes: Counter[Block] = Counter()
+        self._unneeded: set[Block] = set()
 
     @property
     def held_bytes(self) -> int:
@@ -178,6 +185,31 @@ class Session:
         if complete:
             self._complete(transfer)
 
+    def opened(self, slot: int) -> int:
+        """A data connection of that slot is here: its sender's writes on the one before have returned. Its generation."""
+        with self._lock:
+            for block in self._reachable.pop(slot, ()):
+                self._writes[block] -= 1
+                if self._writes[block]:
+                    continue
+                del self._writes[block]
+                if block in self._unneeded:
+                    self._unneeded.remove(block)
+                    self._arena.free(block)
+            self._generations[slot] = generation = self._generations.get(slot, 0) + 1
+        return generation
+
+    def broken_off(self, slot: int, generation: int, claims: Iterable[Claim]) -> None:
+        """The connection ended with places reserved that somebody may write to until the slot's next connection is here."""
+        claims = tuple(claims)
+        with self._lock:
+            if self._generations.get(slot) == generation:
+                blocks = [claim.piece.block for claim in claims]
+                self._reachable[slot] = blocks
+                self._writes.update(blocks)
+        for claim in claims:
+            self.filled(claim, None)
+
     def close_with(self, envelope: Envelope, packed: bytearray) -> None:
         """The manifest has come."""
         try:
@@ -210,7 +242,7 @@ class Session:
         """Decode has taken the request's bytes: its memory may be used again."""
         with self._lock:
             for block in whole.blocks:
-                self._arena.free(block)
+                self._free(block)
             self._held_bytes -= whole.manifest.payload_bytes
             self._say(Envelope(Kind.RELEASED, whole.transfer), remember=whole.transfer)
 
@@ -237,6 +269,8 @@ class Session:
             for transfer in list(self._transfers.values()):
                 if not transfer.dropped:
                     self._refuse(transfer, reason)
+        for slot in list(self._reachable):
+            self.opened(slot)
 
     # Below, the lock is held.
 
@@ -293,10 +327,16 @@ class Session:
         if any(incoming.users for incoming in transfer.pieces.values()):
             return
         for incoming in transfer.pieces.values():
-            self._arena.free(incoming.block)
+            self._free(incoming.block)
         self._held_bytes -= transfer.expected_bytes
         del self._transfers[transfer.number]
         self._say(Envelope(Kind.RELEASED, transfer.number), remember=transfer.number)
+
+    def _free(self, block: Block) -> None:
+        if self._writes[block]:
+            self._unneeded.add(block)
+        else:
+            self._arena.free(block)
 
     def _say(self, envelope: Envelope, remember: int | None = None) -> None:
         packed = envelope.pack()
