@@ -50,17 +50,30 @@ class Request:
 
 @dataclass(frozen=True)
 class Handover:
-    """What decode must know beside the state. It travels in the manifest, so it cannot be had without the state."""
+    """What decode must know beside the state. It travels in the manifest, so it cannot be had without the state.
+
+    What grows with each token was not sent for the first `held_tokens`, which the prefix cache knows by the name `held_key`:
+    decode has it, or refuses.
+    """
 
     request_id: int
     last_token: int
     input_tokens: int
     output_tokens: int
+    held_tokens: int = 0
+    held_key: int = 0
 
     @staticmethod
-    def of(request: Request) -> Handover:
+    def of(request: Request, held_tokens: int = 0, held_key: int = 0) -> Handover:
         """The hand-over of a request whose first l − 1 tokens have become state."""
-        return Handover(request.request_id, request.prompt[-1], len(request.prompt), request.output_tokens)
+        return Handover(
+            request.request_id,
+            request.prompt[-1],
+            len(request.prompt),
+            request.output_tokens,
+            held_tokens,
+            held_key,
+        )
 
     def as_meta(self) -> dict[str, int]:
         """Plain values for the manifest."""
@@ -84,6 +97,7 @@ class Prefilled:
 
     end_s: float
     cached_tokens: int
+    handover: Handover
     keep: Callable[[], None]
     release: Callable[[], None]
 
@@ -91,12 +105,18 @@ class Prefilled:
 class PrefillEngine(Protocol):
     """Turns prompts into state, one at a time."""
 
-    def prefill(self, request: Request, emit: Emit, log: SpanLog) -> Prefilled:
-        """Compute the state of the first l − 1 tokens; `emit` gets every piece as soon as it is final, in any one thread."""
+    def prefill(self, request: Request, emit: Emit, log: SpanLog, held_tokens: int = 0) -> Prefilled:
+        """Compute the state of the first l − 1 tokens; `emit` gets every piece as soon as it is final, in any one thread.
+
+        The decode side holds what grows with each of the first `held_tokens`: no piece of that is made.
+        """
 
 
 class DecodeEngine(Protocol):
     """Holds the running batch."""
+
+    def reserve(self, request: Request) -> int:
+        """Tokens at the beginning of a prompt whose growing state is here, and stays until the request has left."""
 
     def join(self, handover: Handover, pieces: Sequence[Piece]) -> None:
         """Put a request's state together and take it into the batch."""

@@ -12,8 +12,8 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -59,10 +59,15 @@ class EngineSpec:
             )
 
 
+_MAX_RESERVED = 1024
+
+
 @dataclass
 class _Decoding:
     cache: Any
     token: int
+    seen_tokens: int
+    prefix: Prefix
 
 
 class TorchEngine:
@@ -77,6 +82,7 @@ class TorchEngine:
         self._config = cast(PreTrainedConfig, self._model.config)
         self._copies = copies_of(spec.device)
         self._batch: dict[int, _Decoding] = {}
+        self._reserved: dict[int, Prefix] = {}
 
     @cached_property
     def _staging(self) -> Staging:
@@ -85,13 +91,21 @@ class TorchEngine:
     @cached_property
     def prefixes(self) -> PrefixCache | None:
         """The prefix cache of this engine's prefills, where it has one."""
+        return self._prefix_cache(blocks_only=False)
+
+    @cached_property
+    def held(self) -> PrefixCache | None:
+        """What this engine keeps of the requests that were handed over to it, where it keeps anything."""
+        return self._prefix_cache(blocks_only=True) if self._spec.prefix_cache.increments else None
+
+    def _prefix_cache(self, *, blocks_only: bool) -> PrefixCache | None:
         spec = self._spec.prefix_cache
         if not spec.capacity_bytes:
             return None
         identity = json.dumps([asdict(self._spec.model), self._spec.chunk_tokens], sort_keys=True)
-        return PrefixCache(spec, layout(self._model), self._config, identity)
+        return PrefixCache(spec, layout(self._model), self._config, identity, blocks_only=blocks_only)
 
-    def prefill(self, request: Request, emit: Emit, log: SpanLog) -> Prefilled:
+    def prefill(self, request: Request, emit: Emit, log: SpanLog, held_tokens: int = 0) -> Prefilled:
         """Compute the state of the first l − 1 tokens, as far as no earlier prompt left it; `emit` gets each layer's pieces.
 
         What was cached leaves before anything is computed. `emit` is called from a thread of its own, and may wait: the
@@ -100,15 +114,23 @@ class TorchEngine:
         tokens = request.prompt[: request.state_tokens]
         prefix = self.prefixes.open(tokens, request.cache_salt) if self.prefixes else Prefix()
         try:
-            cache, end_s = self._prefill(request, prefix, emit, log)
+            handover = Handover.of(request, held_tokens, prefix.key(held_tokens))
+            cache, end_s = self._prefill(request, prefix, emit, log, held_tokens)
         except BaseException:
             prefix.close()
             raise
-        return Prefilled(end_s, prefix.cached_tokens, lambda: prefix.keep(cache), prefix.close)
+        keep = partial(prefix.keep, cache, request.state_tokens)
+        return Prefilled(end_s, prefix.cached_tokens, handover, keep, prefix.close)
 
-    def _prefill(self, request: Request, prefix: Prefix, emit: Emit, log: SpanLog) -> tuple[Cache, float]:
+    def _prefill(
+        self, request: Request, prefix: Prefix, emit: Emit, log: SpanLog, held_tokens: int
+    ) -> tuple[Cache, float]:
         request_id, tokens, cached = request.request_id, request.state_tokens, prefix.cached_tokens
         pieces = itertools.count()
+
+        def is_sent(state: State) -> bool:
+            # Blocks end where chunks end, so a piece lies on one side of what the decode side holds.
+            return state.end > held_tokens if grows(state.kind) else state.end == tokens
 
         def deliver(state: State, put_s: float, copied_s: float) -> None:
             log.add(Span("copy", request_id, put_s, copied_s, layer=state.layer, kv_bytes=state.nbytes))
@@ -116,11 +138,11 @@ class TorchEngine:
 
         with self._staging.lane(deliver) as lane:
             for state in prefix.states:
-                if grows(state.kind) or cached == tokens:
+                if is_sent(state):
                     lane.put(state, settled=True)
 
             def take(state: State) -> None:
-                if grows(state.kind) or state.end == tokens:
+                if is_sent(state):
                     lane.put(state)
                 if not grows(state.kind) and state.end in prefix.checkpoints:
                     prefix.note(state)
@@ -151,14 +173,48 @@ class TorchEngine:
         with _LayerClock(self._model, request, self._spec.chunk_tokens, log) as clock:
             ids, chunk_tokens = self._ids(request), self._spec.chunk_tokens
             chunked_prefill(self._model, ids, chunk_tokens, cache, on_chunk=lambda start, *_: clock.chunk(start))
-        self._batch[request.request_id] = _Decoding(cache, request.prompt[-1])
+        self._batch[request.request_id] = _Decoding(cache, request.prompt[-1], request.state_tokens, Prefix())
+
+    def reserve(self, request: Request) -> int:
+        """Tokens whose growing state is here, and stays until the request has left; 0 where nothing is kept."""
+        if self.held is None:
+            return 0
+        if len(self._reserved) >= _MAX_RESERVED:  # requests that never came
+            self._reserved.pop(next(iter(self._reserved))).close()
+        if (before := self._reserved.pop(request.request_id, None)) is not None:
+            before.close()
+        prefix = self.held.open(request.prompt[: request.state_tokens], request.cache_salt)
+        self._reserved[request.request_id] = prefix
+        return prefix.cached_tokens
 
     def lock(self, memory: memoryview) -> None:
         """Page-lock memory that received pieces will lie in, where there is a GPU to copy them to."""
         self._copies.lock(memory)
 
     def join(self, handover: Handover, pieces: Sequence[Piece]) -> None:
-        """Put a request's cache together and take it into the batch. The pieces' memory is free afterwards."""
+        """Put a request's cache together and take it into the batch. The pieces' memory is free afterwards.
+
+        Raises UserError where state is missing, that included which the sender believed to be here.
+        """
+        prefix = self._reserved.pop(handover.request_id, None) or Prefix()
+        try:
+            cache = self._restored(handover, pieces, prefix)
+        except UserError:
+            prefix.close()
+            raise
+        seen_tokens = handover.input_tokens - 1
+        self._batch[handover.request_id] = _Decoding(cache, handover.last_token, seen_tokens, prefix)
+
+    def _restored(self, handover: Handover, pieces: Sequence[Piece], prefix: Prefix) -> Cache:
+        held: list[State] = []
+        if handover.held_tokens:
+            if handover.held_tokens != prefix.cached_tokens or handover.held_key != prefix.key(prefix.cached_tokens):
+                raise UserError(
+                    f"held_tokens: request {handover.request_id} came without its first {handover.held_tokens} tokens, "
+                    f"and {prefix.cached_tokens} are reserved here"
+                )
+            on_device = self._copies.to_device([state.tensor for state in prefix.states])
+            held = [replace(state, tensor=tensor) for state, tensor in zip(prefix.states, on_device, strict=True)]
         tensors = self._copies.to_device([tensor_of(piece) for piece in pieces])
         states = [
             State(
@@ -171,8 +227,7 @@ class TorchEngine:
             )
             for piece, tensor in zip(pieces, tensors, strict=True)
         ]
-        cache = restore(states, self._config, handover.input_tokens - 1, self._spec.device)
-        self._batch[handover.request_id] = _Decoding(cache, handover.last_token)
+        return restore([*held, *states], self._config, handover.input_tokens - 1, self._spec.device)
 
     @torch.no_grad()
     def step(self) -> list[tuple[int, int]]:
@@ -182,12 +237,15 @@ class TorchEngine:
             ids = torch.tensor([[decoding.token]], device=self._spec.device)
             logits = self._model(input_ids=ids, past_key_values=decoding.cache, use_cache=True).logits
             decoding.token = int(logits[0, -1].argmax())
+            decoding.seen_tokens += 1
             stepped.append((request_id, decoding.token))
         return stepped
 
     def leave(self, request_id: int) -> None:
-        """Drop a request and its cache."""
-        del self._batch[request_id]
+        """Drop a request and its cache, of which the prefix cache may keep its prompt's blocks."""
+        decoding = self._batch.pop(request_id)
+        decoding.prefix.keep(decoding.cache, decoding.seen_tokens)
+        decoding.prefix.close()
 
     def _ids(self, request: Request) -> torch.Tensor:
         return torch.tensor([request.prompt[:-1]], device=self._spec.device)

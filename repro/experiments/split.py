@@ -9,7 +9,8 @@ machine's.
 Prefill turns all tokens of a prompt but the last into state, so a request of l tokens ships S_kv(l − 1). Requests are
 served one at a time: TTFT has no queueing. A first request of each model warms it up and is not recorded.
 
-What a prefix cache of real state (§3.2) saves of T_prefill, each mode with a cache of its own:
+What a prefix cache of real state (§3.2) saves of T_prefill, each mode with a cache of its own (and of what crosses the link, with
+`+options.prefix_cache.increments=true`):
 
     python -m repro experiment=split +options.shared_prefix_tokens=768 +options.input_tokens=[1025] \\
         +options.prefix_cache.capacity_bytes=1e9 +options.prefix_cache.checkpoint_blocks=1
@@ -32,7 +33,6 @@ from repro.experiments.split_model import (
     ModelRun,
     codec_metrics,
     engine_of,
-    expected_bytes,
     prompts,
     row,
     serve,
@@ -143,14 +143,15 @@ def model_metrics(context: Context, model: ModelRun, lengths: Sequence[int]) -> 
 def _size_metrics(context: Context, model: ModelRun, length: int) -> list[Metric]:
     size, case = model.layout.kv_bytes(length - 1), f"{model.name}/{length}"
     prefill = [served.prefill_s for served in model.served("unsplit", length)]
-    shipped = model.served("layerwise", length)[0].kv_bytes
+    served = model.served("layerwise", length)[0]
+    shipped, expected_bytes = served.kv_bytes, model.expected_bytes(served)
     rows = [
         row(context, case, "prefill_s", prefill, "s"),
         row(context, case, "phi_kv_bps", [8 * size / seconds for seconds in prefill], "bit/s"),
         row(context, case, "kv_bytes", [sum(shipped.values())], "bytes"),
-        row(context, case, "kv_bytes_layout", [size], "bytes", "computed"),
+        row(context, case, "kv_bytes_layout", [sum(expected_bytes.values())], "bytes", "computed"),
     ]
-    for kind, expected in expected_bytes(model.layout, length - 1).items():
+    for kind, expected in expected_bytes.items():
         rows.append(row(context, case, f"kv_bytes_{kind}", [shipped.get(kind, 0)], "bytes"))
         rows.append(row(context, case, f"kv_bytes_{kind}_layout", [expected], "bytes", "computed"))
     return rows
@@ -170,6 +171,7 @@ def _time_metrics(context: Context, model: ModelRun, mode: str, length: int) -> 
         ]
         if any(served.cached_tokens for served in model.runs[mode].served):
             rows += [
+                row(context, case, "held_tokens", [served.held_tokens for served in found], "tokens"),
                 row(context, case, "cached_tokens", [served.cached_tokens for served in found], "tokens"),
                 row(context, case, "prefill_s", [served.prefill_s for served in found], "s"),
             ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -54,7 +55,7 @@ class ModelRun:
             queue_s=served.queue_s,
             prefill_s=served.prefill_s,
             first_piece_s=served.first_piece_s - served.prefill_start_s,
-            kv_bytes=self.layout.kv_bytes(served.request.state_tokens),
+            kv_bytes=sum(self.expected_bytes(served).values()),
             goodput_bps=self.goodput_bps,
             rtt_s=self.measured.rtt_s,
             step_s=served.tpot_s if served.request.output_tokens > 1 else served.first_step_s,
@@ -77,15 +78,15 @@ class ModelRun:
 
     def bytes_match(self, mode: str) -> bool:
         """Whether every request shipped what the layout says, to the byte and for each kind of state."""
-        return all(
-            served.kv_bytes == expected_bytes(self.layout, served.request.state_tokens)
-            for served in self.runs[mode].served
-        )
+        return all(served.kv_bytes == self.expected_bytes(served) for served in self.runs[mode].served)
 
-
-def expected_bytes(layout: StateLayout, tokens: int) -> dict[str, int]:
-    """The layout's S_kv by kind, under the names that a run uses; kinds that hold nothing are left out."""
-    return {kind.name.lower(): size for kind, size in layout.by_kind(tokens).items() if size}
+    def expected_bytes(self, served: Served) -> dict[str, int]:
+        """The layout's S_kv by kind, under the names that a run uses, without what the decode side held; nothing that is empty."""
+        sizes = Counter(self.layout.by_kind(served.request.state_tokens))
+        for state in self.layout.states:
+            if state.window_tokens is None:
+                sizes[state.kind] -= state.bytes_per_token * served.held_tokens
+        return {kind.name.lower(): size for kind, size in sizes.items() if size}
 
 
 def prompts(

@@ -4,6 +4,9 @@ The pool and its rules are those of the simulator; here its entries carry tensor
 hashes, each over all tokens up to its block's end, so that equal prefixes share and nothing else does. Per-token states go into the
 block-level group, recurrent states and windows into request-level groups, as checkpoints of the positions at which they were taken.
 
+The decode side keeps blocks too, so that only the increment crosses the link. It needs no checkpoints: state that stands for a whole
+prefix is sent with every request.
+
 Blocks end where chunks of prefill end. What is computed after a hit is then the same operations on the same numbers that it would
 have been without the cache: tokens and states are equal bit for bit, not merely close.
 """
@@ -29,16 +32,18 @@ from repro.models.layout import StateLayout
 
 @dataclass(frozen=True)
 class PrefixCacheSpec:
-    """The prefix cache of one worker, in its host memory. `capacity_bytes` 0 turns it off.
+    """The prefix cache of a prefill worker, in its host memory. `capacity_bytes` 0 turns it off.
 
     Checkpoints of recurrent states and windows are taken at the last full block of every prefill, and every
-    `checkpoint_blocks` blocks before it (0: only there).
+    `checkpoint_blocks` blocks before it (0: only there). With `increments` the decode worker keeps as many bytes of blocks, and
+    what it has of a prompt is not sent again.
     """
 
     capacity_bytes: float = 0.0
     block_tokens: int = 256
     checkpoint_blocks: int = 0
     eviction: Literal["lru", "length_aware"] = "lru"
+    increments: bool = False
 
     def __post_init__(self) -> None:
         if self.capacity_bytes < 0:
@@ -90,20 +95,40 @@ class Prefix:
     def note(self, state: State) -> None:
         """Copy a changing state as it is at a checkpoint."""
 
-    def keep(self, cache: Cache) -> None:
-        """Prefill left its state in `cache` (None where nothing was to do): keep full blocks and checkpoints that find room."""
+    def key(self, tokens: int) -> int:
+        """The name of the prompt's first `tokens` tokens, full blocks; 0 for none."""
+        assert tokens == 0
+        return 0
+
+    def keep(self, cache: Cache, seen_tokens: int) -> None:
+        """`cache` has seen the prompt and maybe more: keep the prompt's full blocks and its checkpoints that find room.
+
+        It may be None where all of the prompt was found.
+        """
 
     def close(self) -> None:
-        """The prompt's state has been delivered: nothing of the cache is held for it any more. Once is enough."""
+        """Nothing of the cache is needed for this prompt any more. More than once does no harm."""
 
 
 class PrefixCache:
     """One worker's pool. Thread-safe: a prompt is prefilled in one thread and reported as delivered in another."""
 
-    def __init__(self, spec: PrefixCacheSpec, layout: StateLayout, config: PreTrainedConfig, identity: str) -> None:
-        """`identity` names all that states depend on beside the tokens: prefixes are shared only where it is equal."""
+    def __init__(
+        self,
+        spec: PrefixCacheSpec,
+        layout: StateLayout,
+        config: PreTrainedConfig,
+        identity: str,
+        *,
+        blocks_only: bool = False,
+    ) -> None:
+        """`identity` names all that states depend on beside the tokens: prefixes are shared only where it is equal.
+
+        With `blocks_only` it is the decode side's, to which the rest is sent with every request, and which sends nothing.
+        """
+        self.blocks_only = blocks_only
         # Entries own their memory and nothing is aligned: pages of one byte, so that what is accounted is what is held.
-        groups = groups_of(layout)
+        groups = tuple(group for group in groups_of(layout) if group.kind == "block" or not blocks_only)
         self.pool = HybridPool(
             CacheSpec(groups, spec.capacity_bytes, spec.block_tokens, 1, spec.checkpoint_blocks, spec.eviction)
         )
@@ -121,7 +146,7 @@ class PrefixCache:
 
 class _Pooled(Prefix):
     def __init__(self, owner: PrefixCache, chain: tuple[int, ...], tokens: int) -> None:
-        self._owner, self._chain, self._tokens = owner, chain, tokens
+        self._owner, self._chain = owner, chain
         self._noted: dict[tuple[str, int], list[State]] = {}
         pool, block_tokens = owner.pool, owner.pool.spec.block_tokens
         # What is sent but not kept. Where it finds no room here, the bound of the transport must do.
@@ -131,7 +156,7 @@ class _Pooled(Prefix):
             self.states = self._found()
             pool.touch(chain, self._hit)
             pool.pin(chain, self._hit)
-            self._lease = pool.lease(tail_bytes)
+            self._lease = None if owner.blocks_only else pool.lease(tail_bytes)
             wanted = [n for n in pool.checkpoints(len(chain)) if n > self._hit]
         self.cached_tokens = self._hit * block_tokens
         self.checkpoints = frozenset(n * block_tokens for n in wanted)
@@ -147,11 +172,14 @@ class _Pooled(Prefix):
     def note(self, state: State) -> None:
         self._noted.setdefault((_group(state.kind), state.end), []).append(_on_host(state))
 
-    def keep(self, cache: Cache) -> None:
+    def key(self, tokens: int) -> int:
+        return self._chain[tokens // self._owner.pool.spec.block_tokens - 1] if tokens else 0
+
+    def keep(self, cache: Cache, seen_tokens: int) -> None:
         owner, groups, block_tokens = self._owner, self._owner.pool.spec.groups, self._owner.pool.spec.block_tokens
         if self._hit == len(self._chain):
             return
-        filled = [state for state in extract(cache, owner.config, self._tokens) if grows(state.kind)]
+        filled = [state for state in extract(cache, owner.config, seen_tokens) if grows(state.kind)]
 
         def payload(group: int, blocks: int) -> tuple[State, ...]:
             end = blocks * block_tokens

@@ -74,14 +74,17 @@ def work(channel: Channel, config: Message) -> None:
             elif item["kind"] == "stop":
                 receiver.close()
                 return
+            elif item["kind"] == "reserve":
+                request = Request.from_json(item["request"])
+                channel.send("reserved", request_id=request.request_id, held_tokens=engine.reserve(request))
             else:
                 _prefill_here(Request.from_json(item["request"]), engine, batch, channel, log)
-        for request in batch.step():
+        for generation in batch.step():
             channel.send(
                 "finished",
-                request_id=request.handover.request_id,
-                tokens=request.tokens,
-                times_s=request.times_s,
+                request_id=generation.handover.request_id,
+                tokens=generation.tokens,
+                times_s=generation.times_s,
                 spans=spans_to_json(log.take()),
             )
 

@@ -4,7 +4,7 @@ It prefills one request after another and gives every piece of state to the tran
 moment it is final, so the link carries it while later layers and chunks are computed (§3.3); in bulk, all pieces wait
 for the end of prefill. That is the only difference between the two modes, which makes them comparable.
 
-With a prefix cache (§3.2) only what no earlier prompt left is computed; all of the state is sent, as decode has none of it.
+With a prefix cache (§3.2) only what no earlier prompt left is computed, and all that the decode side does not hold is sent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from repro import configuration
-from repro.engine.base import Handover, Prefilled, Request
+from repro.engine.base import Prefilled, Request
 from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
 from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.kvcache.codecs import CodecSpec, encode
@@ -84,7 +84,7 @@ def work(channel: Channel, config: Message) -> None:
     while (message := inbox.get())["kind"] != "stop":
         request = Request.from_json(message["request"])
         try:
-            _serve(request, message["mode"] == "layerwise", engine, sender, spec, channel, log)
+            _serve(request, message, engine, sender, spec, channel, log)
         except TransferFailed as error:  # in the middle of prefill: the rest of it would be computed for nobody
             channel.send("undelivered", request_id=error.request_id, error=str(error))
     sender.close()
@@ -92,7 +92,7 @@ def work(channel: Channel, config: Message) -> None:
 
 def _serve(
     request: Request,
-    layerwise: bool,
+    message: Message,
     engine: TorchEngine,
     sender: Sender | SenderProcess,
     spec: PrefillConfig,
@@ -100,14 +100,15 @@ def _serve(
     log: SpanLog,
 ) -> None:
     request_id = request.request_id
-    outbox = _Outbox(sender, layerwise, spec.codec, log)
+    outbox = _Outbox(sender, message["mode"] == "layerwise", spec.codec, log)
     sender.begin(request_id, deadline_s=spec.deadline_s)
     start_s = now_s()
-    prefilled = engine.prefill(request, outbox.emit, log)
+    held_tokens = message.get("held_tokens", 0)
+    prefilled = engine.prefill(request, outbox.emit, log, held_tokens)
     log.add(Span("prefill", request_id, start_s, prefilled.end_s))
     try:
         outbox.release()
-        sender.finish(Manifest.of(request_id, outbox.headers, Handover.of(request).as_meta()))
+        sender.finish(Manifest.of(request_id, outbox.headers, prefilled.handover.as_meta()))
     except TransferFailed:
         prefilled.release()
         raise
@@ -124,6 +125,7 @@ def _serve(
         start_s=start_s,
         end_s=prefilled.end_s,
         cached_tokens=prefilled.cached_tokens,
+        held_tokens=held_tokens,
         first_piece_s=outbox.first_piece_s,
         pieces=len(outbox.headers),
         kv_bytes=+kv_bytes,  # without kinds that are there and empty, as Lightning attention's convolution

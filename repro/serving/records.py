@@ -24,6 +24,7 @@ def _row(served: Served, origin_s: float) -> dict[str, Any]:
         "arrival_s": served.arrival_s - origin_s,
         "input_tokens": len(served.request.prompt),
         "cached_tokens": served.cached_tokens,
+        "held_tokens": served.held_tokens,
         "output_tokens": len(served.tokens),
         "route": ROUTES[served.mode],
         "queue_s": served.queue_s,

@@ -49,7 +49,8 @@ class Served:
     `first_piece_s` is when prefill had the first piece of state ready, in bulk mode as well; `complete_s` when the manifest
     was complete at the decode side. In an unsplit run both are the end of prefill.
     `kv_bytes` holds the state that was shipped, by kind and before any codec, `encoded_bytes` what the codec left of it;
-    `pieces` counts the frames. `cached_tokens` of the prompt were in the prefill side's prefix cache.
+    `pieces` counts the frames. `cached_tokens` of the prompt were in the prefill side's prefix cache; of
+    the first `held_tokens` the decode side held all that grows with each token, which was not shipped.
     """
 
     request: Request
@@ -67,6 +68,7 @@ class Served:
     encoded_bytes: int
     pieces: int
     cached_tokens: int
+    held_tokens: int
 
     @property
     def total_kv_bytes(self) -> int:
@@ -215,9 +217,10 @@ class System:
             raise UserError(f"mode: {mode!r} is unknown; accepted: {', '.join(MODES)}")
         if in_flight < 1:
             raise UserError(f"in_flight: {in_flight}; a whole number of at least 1 is accepted")
-        entry = self._workers["decode" if mode == "unsplit" else "prefill"]
+        prefill, decode = (self._workers[side] for side in SIDES)
+        increments = mode != "unsplit" and self._engine.prefix_cache.increments
         needed = {"prefilled", "finished"} if mode == "unsplit" else {"prefilled", "sent", "joined", "finished"}
-        waiting = list(reversed(requests))
+        waiting, by_id = list(reversed(requests)), {request.request_id: request for request in requests}
         arrivals: dict[int, float] = {}
         heard: dict[int, dict[str, Message]] = {}
         spans: dict[str, list[Span]] = {side: [] for side in (*SIDES, "router")}
@@ -226,7 +229,10 @@ class System:
             while waiting and len(arrivals) - complete < in_flight:
                 request = waiting.pop()
                 arrivals[request.request_id], heard[request.request_id] = now_s(), {}
-                entry.send("request", request=request.as_json(), mode=mode)
+                if increments:
+                    decode.send("reserve", request=request.as_json())
+                else:
+                    (decode if mode == "unsplit" else prefill).send("request", request=request.as_json(), mode=mode)
             event = self._supervisor.next_event(self._request_timeout_s)
             of_request = heard.get(event.message["request_id"])
             if of_request is None:
@@ -235,6 +241,9 @@ class System:
                 continue
             if event.message["kind"] in ("undelivered", "refused"):
                 raise RequestFailedError(event.message["request_id"], event.message["error"])
+            if event.message["kind"] == "reserved":
+                asked, held_tokens = by_id[event.message["request_id"]], event.message["held_tokens"]
+                prefill.send("request", request=asked.as_json(), mode=mode, held_tokens=held_tokens)
             of_request[event.message["kind"]] = event.message
             spans[event.worker].extend(spans_from_json(event.message.pop("spans", ())))
             complete += needed <= of_request.keys()
@@ -270,4 +279,5 @@ def _served(request: Request, mode: str, arrival_s: float, heard: Mapping[str, M
         encoded_bytes=prefilled.get("encoded_bytes", 0),
         pieces=prefilled.get("pieces", 0),
         cached_tokens=prefilled.get("cached_tokens", 0),
+        held_tokens=prefilled.get("held_tokens", 0),
     )

@@ -34,8 +34,9 @@ def plain(name: str) -> TorchEngine:
 def cached(name: str, **changes: object) -> TorchEngine:
     """The plain engine's model with a prefix cache of its own."""
     engine = TorchEngine.__new__(TorchEngine)
-    engine.__dict__.update(plain(name).__dict__)
-    engine.__dict__.pop("prefixes", None)
+    engine.__dict__.update(plain(name).__dict__, _batch={}, _reserved={})
+    for own in ("prefixes", "held"):
+        engine.__dict__.pop(own, None)
     engine._spec = replace(plain(name)._spec, prefix_cache=replace(ROOM, **changes))  # type: ignore[arg-type]
     return engine
 
@@ -218,6 +219,63 @@ def test_nobody_writes_to_what_the_pool_holds(name: str) -> None:
         decoded(engine, asked, pieces)
     after = {id(state): xxh3_64_intdigest(bytes_of(state.tensor)) for state in held(engine)}
     assert before.items() <= after.items()
+
+
+def handed_over(near: TorchEngine, far: TorchEngine, asked: Request) -> tuple[int, int, list[int]]:
+    """Tokens that decode held, bytes that were sent, and tokens that came out."""
+    held_tokens, pieces = far.reserve(asked), list[Piece]()
+    prefilled = near.prefill(asked, pieces.append, SpanLog(), held_tokens)
+    prefilled.keep()
+    prefilled.release()
+    far.join(Handover.from_meta(prefilled.handover.as_meta()), pieces)
+    found = [far.step()[0][1] for _ in range(OUTPUT_TOKENS)]
+    far.leave(asked.request_id)
+    return held_tokens, sum(piece.header.payload_bytes for piece in pieces), found
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_decode_goes_on_from_the_blocks_that_it_holds_and_the_increment_that_it_gets(name: str) -> None:
+    near, far, shared = cached(name), cached(name, increments=True), tokens(BLOCK, 21)
+    layout = layout_of(name, "tiny")
+    for number, held_before in ((1, 0), (2, BLOCK)):
+        asked = request(number, shared, tokens(75, 21 + number))
+        held_tokens, sent_bytes, found = handed_over(near, far, asked)
+        assert held_tokens == held_before  # recurrent state is sent anyway, so decode needs no checkpoint for a hit
+        assert sent_bytes == layout.kv_bytes(asked.state_tokens) - layout.bytes_per_token * held_before
+        reference = plain(name)
+        assert found == decoded(reference, asked, prefill(reference, asked)[1])
+    assert far.held is not None
+    payloads = [state for entry in far.held.pool._entries.values() for state in entry.payload]  # type: ignore[attr-defined]
+    assert sum(state.nbytes for state in payloads) == far.held.pool.used_pages == layout.bytes_per_token * 3 * BLOCK
+
+
+def test_decode_refuses_a_request_that_lacks_what_is_not_reserved_here() -> None:
+    near, far, shared = cached("qwen3_235b"), cached("qwen3_235b", increments=True), tokens(BLOCK, 24)
+    handed_over(near, far, request(1, shared, tokens(10, 25)))
+    asked, pieces = request(2, shared, tokens(20, 26)), list[Piece]()
+    assert far.reserve(asked) == BLOCK
+    handover = near.prefill(asked, pieces.append, SpanLog(), BLOCK).handover
+    for wrong in (replace(handover, held_key=1), replace(handover, held_tokens=2 * BLOCK), handover):
+        with pytest.raises(UserError, match=r"held_tokens: request 2 came without its first"):
+            far.join(wrong, pieces)  # the first failure ends the reservation: the right one comes too late
+    assert far.held is not None
+    assert far.held.pool.lease(far.held.pool.pages) is not None  # nothing is pinned any more
+    assert far.reserve(asked) == 0
+
+
+def test_what_is_reserved_stays_until_the_request_has_left() -> None:
+    layout = layout_of("qwen3_235b", "tiny")
+    near = cached("qwen3_235b")
+    far = cached("qwen3_235b", increments=True, capacity_bytes=1.5 * layout.bytes_per_token * BLOCK)
+    asked, other = request(1, tokens(BLOCK + 9, 27)), request(2, tokens(BLOCK + 9, 28))
+    handed_over(near, far, asked)
+    assert far.reserve(asked) == BLOCK
+    handed_over(near, far, other)  # finds no room, since what is reserved may not go
+    assert handed_over(near, far, replace(asked, request_id=3))[0] == BLOCK
+    assert far.reserve(asked) == BLOCK  # once more, for the same request: the old reservation is given up
+    far._reserved.pop(1).close()
+    assert handed_over(near, far, other)[0] == 0
+    assert handed_over(near, far, other)[0] == BLOCK
 
 
 def test_prompts_of_another_salt_or_another_model_share_nothing() -> None:

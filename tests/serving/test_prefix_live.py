@@ -61,6 +61,23 @@ def test_each_turn_of_a_conversation_computes_only_what_is_new(name: str, link: 
     assert [served.total_kv_bytes for served in run.served] == [layout.kv_bytes(r.state_tokens) for r in requests]
 
 
+def test_only_the_increment_crosses_the_link_where_decode_holds_the_prefix(link: Link, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    requests = conversation(3, (130, 210, 290, 257, 257))
+    for name in ("kimi_linear", "qwen3_235b"):
+        spec = engine_spec(name)
+        spec = replace(spec, prefix_cache=replace(spec.prefix_cache, increments=True))
+        layout = layout_of(name, "tiny")
+        with System(spec, TRANSPORT, link, tmp_path) as system:
+            expected = tokens(system.serve(requests, "unsplit"))
+            run = system.serve(requests, "layerwise")
+        assert tokens(run) == expected
+        assert [served.held_tokens for served in run.served] == [0, 128, 192, 256, 256]
+        sent = [layout.kv_bytes(s.request.state_tokens) - layout.bytes_per_token * s.held_tokens for s in run.served]
+        assert [served.total_kv_bytes for served in run.served] == sent
+        if name == "qwen3_235b":
+            assert sent[-1] == 0  # the whole prompt is held: nothing but the manifest crosses
+
+
 def test_shared_prefixes_of_the_split_experiment_are_the_same_in_all_prompts_and_the_rest_is_not() -> None:
     plain, shared = ([r for repeat in prompts((20, 30), 2, 4, 512, 0, n) for r in repeat] for n in (0, 12))
     assert len({request.prompt[:12] for request in shared}) == 1
