@@ -118,7 +118,7 @@ class Simulation:
             last_arrival_s=last_arrival_s,
             last_finish_s=books.last_finish_s,
             peak_in_system=books.peak,
-            egress_bytes=sum(site.link.settle(now) for site in self.sites),
+            egress_bytes=sum((site.link.settle(now) for site in self.sites), 0.0),
             samples=tuple(self._control.samples),
             copies=self.rebalancing.copies if self.rebalancing else 0,
             copied_bytes=self.rebalancing.copied_bytes if self.rebalancing else 0.0,
