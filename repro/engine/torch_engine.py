@@ -132,9 +132,15 @@ class TorchEngine:
             # Blocks end where chunks end, so a piece lies on one side of what the decode side holds.
             return state.end > held_tokens if grows(state.kind) else state.end == tokens
 
+        def is_noted(state: State) -> bool:
+            return not grows(state.kind) and state.end in prefix.checkpoints
+
         def deliver(state: State, put_s: float, copied_s: float) -> None:
             log.add(Span("copy", request_id, put_s, copied_s, layer=state.layer, kv_bytes=state.nbytes))
-            emit(seal(state, request_id, next(pieces)))
+            if is_noted(state):
+                prefix.note(state)
+            if is_sent(state):
+                emit(seal(state, request_id, next(pieces)))
 
         with self._staging.lane(deliver) as lane:
             for state in prefix.states:
@@ -142,10 +148,8 @@ class TorchEngine:
                     lane.put(state, settled=True)
 
             def take(state: State) -> None:
-                if is_sent(state):
+                if is_sent(state) or is_noted(state):
                     lane.put(state)
-                if not grows(state.kind) and state.end in prefix.checkpoints:
-                    prefix.note(state)
 
             cache = None
             if cached < tokens:

@@ -93,7 +93,7 @@ class Prefix:
     checkpoints: frozenset[int] = frozenset()
 
     def note(self, state: State) -> None:
-        """Copy a changing state as it is at a checkpoint."""
+        """Copy a changing state as it was at a checkpoint."""
 
     def key(self, tokens: int) -> int:
         """The name of the prompt's first `tokens` tokens, full blocks; 0 for none."""

@@ -12,10 +12,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from repro import configuration
-from repro.engine.base import Prefilled, Request
+from repro.engine.base import Request
 from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
 from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.kvcache.codecs import CodecSpec, encode
@@ -114,7 +115,10 @@ def _serve(
         raise
     # The next request's prefill does not wait for this one's last acknowledgement.
     threading.Thread(
-        target=_confirm, args=(request_id, prefilled, sender, channel, log), name=f"confirm {request_id}", daemon=True
+        target=_confirm,
+        args=(request_id, prefilled.release, sender, channel, log),
+        name=f"confirm {request_id}",
+        daemon=True,
     ).start()
     kv_bytes: Counter[str] = Counter()
     for header in outbox.headers:
@@ -136,7 +140,7 @@ def _serve(
 
 
 def _confirm(
-    request_id: int, prefilled: Prefilled, sender: Sender | SenderProcess, channel: Channel, log: SpanLog
+    request_id: int, release: Callable[[], None], sender: Sender | SenderProcess, channel: Channel, log: SpanLog
 ) -> None:
     """Report the delivery once the decode side has acknowledged it, or that there will be none."""
     try:
@@ -145,7 +149,7 @@ def _confirm(
         channel.send("undelivered", request_id=request_id, error=str(error))
         return
     finally:
-        prefilled.release()
+        release()
     for piece in delivery.pieces:
         log.add(
             Span(

@@ -1,5 +1,6 @@
 """Prefill with a prefix cache of real state: the same bits as without it, only what every layer group can serve, within its bytes."""
 
+import weakref
 from dataclasses import replace
 from functools import cache
 
@@ -142,8 +143,10 @@ def test_what_was_evicted_is_computed_again_to_the_same_bits(name: str) -> None:
     size = layout_of(name, "tiny").kv_bytes(2 * BLOCK)
     engine, asked = cached(name, capacity_bytes=1.2 * size), request(1, tokens(BLOCK + 9, 9))
     prefill(engine, asked)
+    evicted = [weakref.ref(state.tensor) for state in held(engine)]
     prefill(engine, request(2, tokens(2 * BLOCK + 1, 10)))
     assert pool_of(engine).pool.evicted
+    assert not any(tensor() is not None for tensor in evicted)  # their memory is free, not only accounted so
     prefilled, pieces = prefill(engine, asked)
     assert prefilled.cached_tokens == 0
     check_same(name, asked, pieces)
