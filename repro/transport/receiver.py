@@ -33,6 +33,7 @@ from repro.transport.wire import (
     PeerError,
     close,
     hang_up,
+    hold_buffer,
     read_exactly,
     read_into,
     set_timeouts,
@@ -42,6 +43,7 @@ log = logging.getLogger("repro.transport")
 
 _MAX_STRANGERS = 64
 _MAX_FAILURES = 10_000
+_SHORT_RECEIVE_BUFFER_BYTES = 2 << 20
 _BITE_BYTES = 1 << 20  # read, then checksummed while the processor's cache still holds it
 
 
@@ -269,6 +271,8 @@ class Receiver:
                 session.speak_through(outbox, hello.oldest)
                 self._speak(current, outbox)
             else:
+                if not self._spec.receive_buffer_bytes:
+                    hold_buffer(current, socket.SO_RCVBUF, _SHORT_RECEIVE_BUFFER_BYTES)
                 self._read(current, session, hello.slot)
         except PeerError as error:
             if not self._closed.is_set():
