@@ -18,10 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
+
 from repro.configuration import build
 from repro.kvcache.frames import DType, Manifest, Piece, StateKind
 from repro.serving.channel import die_with_parent
-from repro.transport import TransportSpec, open_receiver, open_sender
+from repro.transport import Sender, TransportSpec, open_receiver, open_sender
 from repro.transport.arena import Arena
 
 REQUEST_BYTES = 128 << 20
@@ -31,7 +33,10 @@ _answers = sys.stdout
 
 @dataclass(frozen=True)
 class Job:
-    """What both ends are told. `contender` is `sockets` or `transport`; `host` is the receiving end's address."""
+    """What both ends are told. `contender` is `sockets` or `transport`; `host` is the receiving end's address.
+
+    `own_process`: the transport's sockets live in another process than the one that sends and receives requests.
+    """
 
     contender: str
     host: str
@@ -39,6 +44,7 @@ class Job:
     warm_s: float
     piece_bytes: int
     spec: TransportSpec
+    own_process: bool = False
 
 
 def main(argv: list[str]) -> int:
@@ -67,9 +73,10 @@ def say(result: dict[str, Any]) -> None:
 
 
 def cpu_s() -> float:
-    """User and system seconds of this process and the children it has waited for."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    """User and system seconds of this process and of those that it has started."""
+    here = psutil.Process()
+    times = [process.cpu_times() for process in (here, *here.children(recursive=True))]
+    return sum(time.user + time.system for time in times)
 
 
 def prefaulted(size_bytes: int) -> memoryview:
@@ -92,7 +99,7 @@ def measure(job: Job, confirmed_bytes: Callable[[], int]) -> dict[str, Any]:
 
 
 def configure(sock: socket.socket, spec: TransportSpec) -> None:
-    """The same socket options that the transport sets."""
+    """The socket options that its specification asks for; what it leaves open is the kernel's choice."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if spec.congestion_control:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, spec.congestion_control.encode())
@@ -169,7 +176,7 @@ def send_by_sockets(job: Job, port: int) -> dict[str, Any]:
 
 def receive_by_transport(job: Job) -> dict[str, Any]:
     """Takes whole requests and releases them, as decode does once it has restored them."""
-    with open_receiver(job.spec, job.host) as receiver:
+    with open_receiver(job.spec, job.host, own_process=job.own_process) as receiver:
         say({"port": receiver.port})
         cpu = cpu_s()
         total = 0
@@ -190,8 +197,9 @@ def send_by_transport(job: Job, port: int) -> dict[str, Any]:
     model = [_piece(payload, index) for index, payload in enumerate(payloads)]
     over = threading.Event()
     total = 0
-    with open_sender(job.spec, (job.host, port)) as sender:
-        sender.register(source)
+    with open_sender(job.spec, (job.host, port), own_process=job.own_process) as sender:
+        if isinstance(sender, Sender):
+            sender.register(source)
         say({"ready": True})
         cpu = cpu_s()
 

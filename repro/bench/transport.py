@@ -56,9 +56,10 @@ class Contender:
     name: str
     kind: str
     spec: TransportSpec = field(default_factory=TransportSpec)
+    own_process: bool = False
 
 
-def contenders(base: TransportSpec, connections: Sequence[int], certificates: str) -> list[Contender]:
+def contenders(base: TransportSpec, connections: Sequence[int], certificates: str, *, local: bool) -> list[Contender]:
     """Everything that can be compared here; a backend that is not installed is left out with a line on stderr."""
     chosen = []
     for count in connections:
@@ -69,6 +70,11 @@ def contenders(base: TransportSpec, connections: Sequence[int], certificates: st
             Contender(f"tcp_{count}", "transport", spec),
         ]
     middle = replace(base, connections=sorted(connections)[len(connections) // 2])
+    if local:
+        # Plain sockets with the buffers that the transport chooses on short paths: what that choice alone is worth.
+        buffers = replace(middle, send_buffer_bytes=1 << 20, receive_buffer_bytes=2 << 20)
+        chosen.append(Contender(f"tuned_{middle.connections}", "sockets", buffers))
+    chosen.append(Contender(f"own_process_{middle.connections}", "transport", middle, own_process=True))
     chosen.append(Contender(f"tls_{middle.connections}", "transport", replace(middle, tls=certificates)))
     for backend in ("mooncake", "nixl"):
         if reason := missing(backend):
@@ -85,7 +91,7 @@ def measure(contender: Contender, link: Link, job: Job) -> dict[str, float]:
     """One run: goodput in bit/s, and CPU seconds per 10⁹ bytes of the sending and of the receiving end."""
     if contender.kind == "iperf3":
         return _iperf3(contender.spec, link, job)
-    told = replace(job, contender=contender.kind, spec=contender.spec)
+    told = replace(job, contender=contender.kind, spec=contender.spec, own_process=contender.own_process)
     end = [sys.executable, "-m", "repro.bench._transport_ends"]
     with _Process(link.command("decode", [*end, "receive", json.dumps(asdict(told))])) as receiving:
         host, port = link.dial(receiving.line()["port"])
@@ -183,6 +189,8 @@ def rounds(chosen: list[Contender], run: Callable[[Contender], dict[str, float]]
                 f"{values['cpu_s_per_gb']:.3f} CPU s/GB",
                 file=sys.stderr,
             )
+    if not rows:
+        raise UserError("bench transport: no contender got a byte confirmed; --seconds may be too short for --piece-bytes")
     return pd.DataFrame(rows)
 
 
@@ -266,7 +274,7 @@ def main(argv: list[str]) -> int:
             counts = [int(count) for count in arguments.connections.split(",")]
             chosen = [
                 contender
-                for contender in contenders(base, counts, f"{scratch}/tls")
+                for contender in contenders(base, counts, f"{scratch}/tls", local=local)
                 if not wanted or any(contender.name == word or contender.name.startswith(f"{word}_") for word in wanted)
             ]
             if link.backend == "relay" and any(contender.spec.backend != "tcp" for contender in chosen):
