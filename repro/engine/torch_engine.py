@@ -177,6 +177,7 @@ class TorchEngine:
         with _LayerClock(self._model, request, self._spec.chunk_tokens, log) as clock:
             ids, chunk_tokens = self._ids(request), self._spec.chunk_tokens
             chunked_prefill(self._model, ids, chunk_tokens, cache, on_chunk=lambda start, *_: clock.chunk(start))
+        self._copies.computed()
         self._batch[request.request_id] = _Decoding(cache, request.prompt[-1], request.state_tokens, Prefix())
 
     def reserve(self, request: Request) -> int:
@@ -203,7 +204,7 @@ class TorchEngine:
         prefix = self._reserved.pop(handover.request_id, None) or Prefix()
         try:
             cache = self._restored(handover, pieces, prefix)
-        except UserError:
+        except BaseException:
             prefix.close()
             raise
         seen_tokens = handover.input_tokens - 1

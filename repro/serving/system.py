@@ -137,7 +137,7 @@ def joined(runs: Sequence[Run]) -> Run:
 class System:
     """A prefill and a decode worker on the two sides of a link; a context manager, after which both are gone.
 
-    Pieces of state cross the link encoded by `codec`, which takes its time on prefill's own thread. With
+    Pieces of state cross the link encoded by `codec`, in prefill's process but beside its computation. With
     `transport_process` each worker's sockets live in a process of their own, so that Python's lock never makes a forward
     pass wait for them, nor the other way round; it costs memory and a start-up.
 
