@@ -115,7 +115,10 @@ class Recent(Collection[float]):
 def _priced(lengths: Iterable[float], n: int, costs: Costs) -> FloatArray:
     """Lengths, and what each costs: prefill at PrfaaS, bytes on the link, local prefill."""
     tokens = np.fromiter(lengths, np.int64, n)
-    return np.stack((tokens, costs.prfaas_s(tokens), costs.kv_bytes(tokens), costs.pd_s(tokens)))
+    priced = np.empty((4, n))
+    priced[0] = tokens
+    priced[1], priced[2], priced[3] = costs.prfaas_s(tokens), costs.kv_bytes(tokens), costs.pd_s(tokens)
+    return priced
 
 
 def curve(lengths: Collection[float], costs: Costs) -> Curve:
@@ -208,5 +211,7 @@ def _in_time(at: Curve, per_load: FloatArray, capacity: Capacity, horizon_s: flo
     late = at.slice_s - patience_s
     np.minimum(late, 0.0, out=late)
     late /= np.where(at.slice_local, wait_s[2][:, None], away_s[:, None])
+    # Where no more than e⁻⁵⁰ is late, nobody is; exp would spend most of its time on such values.
+    np.maximum(late, -50.0, out=late)
     np.exp(late, out=late)
     return np.asarray(1.0 - late @ at.slice_share)
