@@ -281,7 +281,8 @@ class Connections:
         head = memoryview(bytearray(ENVELOPE_BYTES))
         while (sock := self._connect(Role.CONTROL, 0)) is not None:
             try:
-                while (self._control is sock or self._admit(sock, None)) and read_into(sock, head):
+                open_now = self._admit(sock, None)
+                while open_now and read_into(sock, head):
                     envelope = Envelope.unpack(head)
                     text = ""
                     if envelope.kind is Kind.REFUSED:
