@@ -122,9 +122,9 @@ class Dispatch:
         self.dispatch(now_s, job, route)
 
     def _assign(self, now_s: float, job: Job) -> None:
-        stage = job.site.prefill if job.offloaded else job.home.prefill
+        place: Site | Home = job.site if job.offloaded else job.home
         try:
-            stage.assign(now_s, job)
+            place.prefill.assign(now_s, job)
         except LookupError:
             other = job.home.prefill if job.offloaded else (self._sites[0].prefill if self._sites else None)
             if other is None or not other.serving:

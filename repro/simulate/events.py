@@ -6,7 +6,6 @@ what is under way.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from heapq import heappush
 from typing import Any
@@ -19,8 +18,9 @@ class Agenda:
 
     def __init__(self) -> None:
         self.heap: list[tuple[float, int, Handler, Any]] = []
-        self._order = itertools.count().__next__
+        self._asked = 0
 
     def at(self, time_s: float, handler: Handler, argument: Any = None) -> None:
         """Call `handler(time_s, argument)` when the clock reaches `time_s`."""
-        heappush(self.heap, (time_s, self._order(), handler, argument))
+        self._asked += 1
+        heappush(self.heap, (time_s, self._asked, handler, argument))

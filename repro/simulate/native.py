@@ -94,7 +94,10 @@ def build() -> Path:
     target = folder()
     if target.is_dir():
         return target
-    target.parent.mkdir(exist_ok=True)
+    try:
+        target.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"compile: {target.parent} cannot be written ({error.strerror})") from error
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="compiling-") as made:
         done = subprocess.run(
             [sys.executable, "-c", _SCRIPT, made, *(str(path.relative_to(_HERE.parents[1])) for path in sources())],

@@ -5,10 +5,15 @@ Each method is what one stage calls when it is done with a job; none decides any
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from repro.kvcache.pool import HybridPool
 from repro.simulate.books import Books
 from repro.simulate.events import Agenda
 from repro.simulate.job import Job
+
+if TYPE_CHECKING:
+    from repro.simulate.clusters import Home, Site
 
 
 class Path:
@@ -21,16 +26,18 @@ class Path:
 
     def remote_began(self, now_s: float, job: Job) -> None:
         """The first piece of an offloaded prefill exists."""
-        job.flow = job.site.link.produce(
+        site: Site = job.site
+        job.flow = site.link.produce(
             now_s, job.prefill_worker, job.kv_bytes, job.kv_bytes / job.work_s, self._sent, job
         )
 
     def remote_ended(self, now_s: float, job: Job) -> None:
         """An offloaded prefill has ended; what is unsent drains."""
-        if job.site.cache is not None and job.chain is not None:
-            _keep(job.site.cache, job)
+        site: Site = job.site
+        if site.cache is not None and job.chain is not None:
+            _keep(site.cache, job)
         if self._whole:
-            job.site.link.drain(now_s, job.flow)
+            site.link.drain(now_s, job.flow)
         elif not job.parts:
             self._sent(now_s, job)
 
@@ -49,26 +56,29 @@ class Path:
             self._sent(now_s, job)
 
     def _sent(self, now_s: float, job: Job) -> None:
+        site: Site = job.site
         job.flow = None
-        self._agenda.at(now_s + job.site.half_rtt_s, self._delivered, job)
+        self._agenda.at(now_s + site.half_rtt_s, self._delivered, job)
 
     def _delivered(self, now_s: float, job: Job) -> None:
+        home: Home = job.home
         job.delivered_s = now_s
-        if job.home.cache is not None and job.chain is not None:
+        if home.cache is not None and job.chain is not None:
             # One state has crossed, that at the end: no checkpoint inside the prompt appears.
-            job.home.cache.insert(job.chain, len(job.chain))
-        job.home.decode.ready(now_s, job)
+            home.cache.insert(job.chain, len(job.chain))
+        home.decode.ready(now_s, job)
 
     def local_ended(self, now_s: float, job: Job) -> None:
         """A prefill in the PD cluster has ended; its RDMA is no bottleneck (equation 4)."""
-        if job.home.cache is not None and job.chain is not None:
-            _keep(job.home.cache, job)
+        home: Home = job.home
+        if home.cache is not None and job.chain is not None:
+            _keep(home.cache, job)
         job.delivered_s = now_s
-        job.home.decode.ready(now_s, job)
+        home.decode.ready(now_s, job)
 
     def finished(self, now_s: float, job: Job) -> None:
         """The last token is out."""
-        home = job.home
+        home: Home = job.home
         home.finished += 1
         home.finished_tokens += job.output_tokens
         if job.kept_chain and home.cache is not None:
