@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from repro.engine.spans import SpanLog
 from repro.errors import UserError
 from repro.kvcache.frames import Piece
+from repro.kvcache.state import State
 
 Emit = Callable[[Piece], None]
 
@@ -118,7 +119,10 @@ class DecodeEngine(Protocol):
     def reserve(self, request: Request) -> int:
         """Tokens at the beginning of a prompt whose growing state is here, and stays until the request has left."""
 
-    def join(self, handover: Handover, pieces: Sequence[Piece]) -> None:
+    def fetch(self, pieces: Sequence[Piece]) -> list[State]:
+        """Bring a request's state to the device. Any thread may call it, beside a step; the pieces' memory is free afterwards."""
+
+    def join(self, handover: Handover, states: Sequence[State]) -> None:
         """Put a request's state together and take it into the batch."""
 
     def step(self) -> list[tuple[int, int]]:

@@ -24,7 +24,7 @@ now_s = time.monotonic
 class Span:
     """One thing that took time, for one request. Times are CLOCK_MONOTONIC in seconds.
 
-    `what` is one of queue, prefill, compute, copy, send, keep, transfer, receive, restore, decode_queue, decode. `layer` and
+    `what` is one of queue, prefill, compute, copy, send, keep, transfer, receive, fetch, restore, decode_queue, decode. `layer` and
     `chunk` are set where the span belongs to one layer or one chunk of the prompt, `kv_bytes` where bytes moved.
     """
 

@@ -196,32 +196,10 @@ class TorchEngine:
         """Page-lock memory that received pieces will lie in, where there is a GPU to copy them to."""
         self._copies.lock(memory)
 
-    def join(self, handover: Handover, pieces: Sequence[Piece]) -> None:
-        """Put a request's cache together and take it into the batch. The pieces' memory is free afterwards.
-
-        Raises UserError where state is missing, that included which the sender believed to be here.
-        """
-        prefix = self._reserved.pop(handover.request_id, None) or Prefix()
-        try:
-            cache = self._restored(handover, pieces, prefix)
-        except BaseException:
-            prefix.close()
-            raise
-        seen_tokens = handover.input_tokens - 1
-        self._batch[handover.request_id] = _Decoding(cache, handover.last_token, seen_tokens, prefix)
-
-    def _restored(self, handover: Handover, pieces: Sequence[Piece], prefix: Prefix) -> Cache:
-        held: list[State] = []
-        if handover.held_tokens:
-            if handover.held_tokens != prefix.cached_tokens or handover.held_key != prefix.key(prefix.cached_tokens):
-                raise UserError(
-                    f"held_tokens: request {handover.request_id} came without its first {handover.held_tokens} tokens, "
-                    f"and {prefix.cached_tokens} are reserved here"
-                )
-            on_device = self._copies.to_device([state.tensor for state in prefix.states])
-            held = [replace(state, tensor=tensor) for state, tensor in zip(prefix.states, on_device, strict=True)]
+    def fetch(self, pieces: Sequence[Piece]) -> list[State]:
+        """Copies of the pieces as states on the device, made beside the batch's steps where this is another thread."""
         tensors = self._copies.to_device([tensor_of(piece) for piece in pieces])
-        states = [
+        return [
             State(
                 layer=piece.header.layer,
                 kind=piece.header.kind,
@@ -232,6 +210,31 @@ class TorchEngine:
             )
             for piece, tensor in zip(pieces, tensors, strict=True)
         ]
+
+    def join(self, handover: Handover, states: Sequence[State]) -> None:
+        """Put a request's cache together, of what was fetched, and take it into the batch.
+
+        Raises UserError where state is missing, that included which the sender believed to be here.
+        """
+        prefix = self._reserved.pop(handover.request_id, None) or Prefix()
+        try:
+            cache = self._restored(handover, states, prefix)
+        except BaseException:
+            prefix.close()
+            raise
+        seen_tokens = handover.input_tokens - 1
+        self._batch[handover.request_id] = _Decoding(cache, handover.last_token, seen_tokens, prefix)
+
+    def _restored(self, handover: Handover, states: Sequence[State], prefix: Prefix) -> Cache:
+        held: list[State] = []
+        if handover.held_tokens:
+            if handover.held_tokens != prefix.cached_tokens or handover.held_key != prefix.key(prefix.cached_tokens):
+                raise UserError(
+                    f"held_tokens: request {handover.request_id} came without its first {handover.held_tokens} tokens, "
+                    f"and {prefix.cached_tokens} are reserved here"
+                )
+            on_device = self._copies.to_device([state.tensor for state in prefix.states])
+            held = [replace(state, tensor=tensor) for state, tensor in zip(prefix.states, on_device, strict=True)]
         return restore([*held, *states], self._config, handover.input_tokens - 1, self._spec.device)
 
     @torch.no_grad()

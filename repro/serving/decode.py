@@ -1,6 +1,7 @@
 """The decode worker: `python -m repro.serving.decode`, the process that stands for the local PD cluster.
 
-One thread takes requests from the transport; the main thread restores them and steps the batch. A request joins only
+One thread takes requests from the transport and brings their state to the device, beside the batch that is running; the
+main thread restores them and steps the batch. A request joins only
 when its manifest is complete, never on part of its state. A request that comes as a prompt, from the supervisor, is
 prefilled
 here: the unsplit run, with the same engine, chunks and order of operations as the split one, but its state never leaves
@@ -24,7 +25,8 @@ from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
 from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.errors import UserError
 from repro.kvcache import codecs
-from repro.kvcache.frames import CodecId, Piece
+from repro.kvcache.frames import CodecId, Manifest, Piece
+from repro.kvcache.state import State
 from repro.serving.channel import Channel, Message, run_worker
 from repro.serving.decoding import RunningBatch
 from repro.transport import Received, TransportSpec, open_receiver
@@ -48,12 +50,12 @@ def work(channel: Channel, config: Message) -> None:
     engine.lock(receiver.memory)
     log = SpanLog()
     batch = RunningBatch(engine, log)
-    inbox: queue.SimpleQueue[Received | Message | Exception] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[_Arrived | Message | Exception] = queue.SimpleQueue()
 
     def receive() -> None:
         try:
             while True:
-                inbox.put(receiver.receive())
+                inbox.put(_arrived(receiver.receive(), engine, log))
         except Exception as error:
             inbox.put(error)
 
@@ -65,11 +67,11 @@ def work(channel: Channel, config: Message) -> None:
             item = inbox.get()
             if isinstance(item, Exception):
                 raise item
-            if isinstance(item, Received):
+            if isinstance(item, _Arrived):
                 try:
                     _join(item, engine, batch, channel, log)
                 except Exception as error:  # whatever is wrong with one request must not end the others
-                    traceback.print_exc()
+                    traceback.print_exception(error)
                     channel.send("refused", request_id=item.request_id, error=f"the decode side refused it: {error}")
             elif item["kind"] == "stop":
                 receiver.close()
@@ -98,12 +100,20 @@ def _prefill_here(request: Request, engine: TorchEngine, batch: RunningBatch, ch
     channel.send("prefilled", request_id=request.request_id, start_s=start_s, end_s=end_s)
 
 
-def _join(received: Received, engine: TorchEngine, batch: RunningBatch, channel: Channel, log: SpanLog) -> None:
-    request_id, complete_s = received.request_id, received.completed_s
+@dataclass(frozen=True)
+class _Arrived:
+    """A request that arrived whole: its state on the device, or what is wrong with it."""
+
+    request_id: int
+    complete_s: float
+    manifest: Manifest
+    states: Sequence[State] | Exception
+
+
+def _arrived(received: Received, engine: TorchEngine, log: SpanLog) -> _Arrived:
+    """Bring a request's state to the device, and give back the memory that it arrived in."""
+    request_id = received.request_id
     with received:
-        handover = Handover.from_meta(received.manifest.meta)
-        if handover.request_id != request_id or request_id in batch:
-            raise UserError(f"manifest meta: hands request {handover.request_id} over as {request_id}, or once more")
         for arrival in received.arrivals:
             log.add(
                 Span(
@@ -115,10 +125,25 @@ def _join(received: Received, engine: TorchEngine, batch: RunningBatch, channel:
                     kv_bytes=arrival.payload_bytes,
                 )
             )
-        log.add(Span("decode_queue", request_id, complete_s, now_s()))
-        pieces = _expanded(received, log)
-        with log.span("restore", request_id, kv_bytes=sum(piece.payload.nbytes for piece in pieces)):
-            engine.join(handover, pieces)
+        try:
+            pieces = _expanded(received, log)
+            with log.span("fetch", request_id, kv_bytes=sum(piece.payload.nbytes for piece in pieces)):
+                states = engine.fetch(pieces)
+        except Exception as error:
+            return _Arrived(request_id, received.completed_s, received.manifest, error)
+    return _Arrived(request_id, received.completed_s, received.manifest, states)
+
+
+def _join(arrived: _Arrived, engine: TorchEngine, batch: RunningBatch, channel: Channel, log: SpanLog) -> None:
+    request_id, complete_s = arrived.request_id, arrived.complete_s
+    if isinstance(arrived.states, Exception):
+        raise arrived.states
+    handover = Handover.from_meta(arrived.manifest.meta)
+    if handover.request_id != request_id or request_id in batch:
+        raise UserError(f"manifest meta: hands request {handover.request_id} over as {request_id}, or once more")
+    log.add(Span("decode_queue", request_id, complete_s, now_s()))
+    with log.span("restore", request_id, kv_bytes=sum(state.nbytes for state in arrived.states)):
+        engine.join(handover, arrived.states)
     batch.admit(handover)
     channel.send("joined", request_id=request_id, complete_s=complete_s, joined_s=now_s())
 

@@ -75,7 +75,7 @@ def state_bits(engine: TorchEngine, asked: Request, pieces: list[Piece]) -> list
 
 
 def decoded(engine: TorchEngine, asked: Request, pieces: list[Piece]) -> list[int]:
-    engine.join(Handover.of(asked), pieces)
+    engine.join(Handover.of(asked), engine.fetch(pieces))
     found = [engine.step()[0][1] for _ in range(OUTPUT_TOKENS)]
     engine.leave(asked.request_id)
     return found
@@ -230,7 +230,7 @@ def handed_over(near: TorchEngine, far: TorchEngine, asked: Request) -> tuple[in
     prefilled = near.prefill(asked, pieces.append, SpanLog(), held_tokens)
     prefilled.keep()
     prefilled.release()
-    far.join(Handover.from_meta(prefilled.handover.as_meta()), pieces)
+    far.join(Handover.from_meta(prefilled.handover.as_meta()), far.fetch(pieces))
     found = [far.step()[0][1] for _ in range(OUTPUT_TOKENS)]
     far.leave(asked.request_id)
     return held_tokens, sum(piece.header.payload_bytes for piece in pieces), found
@@ -260,7 +260,7 @@ def test_decode_refuses_a_request_that_lacks_what_is_not_reserved_here() -> None
     handover = near.prefill(asked, pieces.append, SpanLog(), BLOCK).handover
     for wrong in (replace(handover, held_key=1), replace(handover, held_tokens=2 * BLOCK), handover):
         with pytest.raises(UserError, match=r"held_tokens: request 2 came without its first"):
-            far.join(wrong, pieces)  # the first failure ends the reservation: the right one comes too late
+            far.join(wrong, far.fetch(pieces))  # the first failure ends the reservation: the right one comes too late
     assert far.held is not None
     assert far.held.pool.lease(far.held.pool.pages) is not None  # nothing is pinned any more
     assert far.reserve(asked) == 0

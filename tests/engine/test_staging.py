@@ -62,7 +62,7 @@ def staged_engine(name: str, copies: Copies, staging_bytes: int = 64 << 20, devi
 
 
 def decoded(engine: TorchEngine, asked: Request, pieces: list[Piece]) -> list[int]:
-    engine.join(Handover.of(asked), pieces)
+    engine.join(Handover.of(asked), engine.fetch(pieces))
     found = [engine.step()[0][1] for _ in range(4)]
     engine.leave(asked.request_id)
     return found

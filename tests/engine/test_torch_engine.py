@@ -51,7 +51,7 @@ def kimi() -> TorchEngine:
 def test_tokens_after_a_hand_over_equal_those_without_one(name: str) -> None:
     near, far = TorchEngine(engine_spec(name)), TorchEngine(engine_spec(name))
     asked = request(1, 150)
-    far.join(Handover.of(asked), prefill(near, asked))
+    far.join(Handover.of(asked), far.fetch(prefill(near, asked)))
     near.prefill_and_join(asked, SpanLog())
     assert decode(far) == decode(near)
 
@@ -66,7 +66,7 @@ def test_tokens_equal_those_of_transformers_own_generate(name: str) -> None:
     expected = model.generate(  # type: ignore[operator]
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=OUTPUT_TOKENS, do_sample=False, pad_token_id=0
     )
-    engine.join(Handover.of(asked), prefill(engine, asked))
+    engine.join(Handover.of(asked), engine.fetch(prefill(engine, asked)))
     assert decode(engine)[2] == expected[0, ids.shape[1] :].tolist()
 
 
@@ -83,11 +83,11 @@ def test_shipped_bytes_equal_the_layouts_for_every_kind_of_state(name: str) -> N
 def test_tokens_do_not_depend_on_who_else_is_in_the_batch(kimi: TorchEngine) -> None:
     first, second = request(4, 90), request(5, 130)
     alone = TorchEngine(engine_spec("kimi_linear"))
-    alone.join(Handover.of(first), prefill(kimi, first))
+    alone.join(Handover.of(first), alone.fetch(prefill(kimi, first)))
     together = TorchEngine(engine_spec("kimi_linear"))
-    together.join(Handover.of(first), prefill(kimi, first))
+    together.join(Handover.of(first), together.fetch(prefill(kimi, first)))
     early = decode(together, 2)
-    together.join(Handover.of(second), prefill(kimi, second))
+    together.join(Handover.of(second), together.fetch(prefill(kimi, second)))
     late = decode(together, OUTPUT_TOKENS - 2)
     assert early[4] + late[4] == decode(alone)[4]
     together.leave(4)
@@ -98,9 +98,9 @@ def test_a_restored_cache_does_not_need_the_memory_that_it_came_in(kimi: TorchEn
     asked = request(6, 60)  # shorter than a chunk: every state is a single piece, which a cache could alias
     pieces = [Piece(p.header, memoryview(bytearray(p.payload))) for p in prefill(kimi, asked)]
     kept, overwritten = TorchEngine(engine_spec("kimi_linear")), TorchEngine(engine_spec("kimi_linear"))
-    kept.join(Handover.of(asked), pieces)
+    kept.join(Handover.of(asked), kept.fetch(pieces))
     expected = decode(kept)
-    overwritten.join(Handover.of(asked), pieces)
+    overwritten.join(Handover.of(asked), overwritten.fetch(pieces))
     for piece in pieces:
         piece.payload[:] = b"\xff" * piece.payload.nbytes
     assert decode(overwritten) == expected
