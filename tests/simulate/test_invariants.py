@@ -238,7 +238,7 @@ def test_another_instance_and_more_bandwidth_never_lower_lambda_max() -> None:
     def best(n_prfaas: int = 1, n_p: int = 1, n_d: int = 4, gbps: float = 0.06) -> float:
         link = SharedLinkSpec(gbps * 1e9, 0.01, 2e9, 4, 4e8, 12)
         spec = split(TinyProfile(s_per_token=1e-4, batch_max=8), scheduler, link, n_prfaas, n_p, n_d)
-        return lambda_max(spec, light, 1.5, [0]).value
+        return lambda_max(spec, light, 1.5, [0], width=0.004).value
 
     base = best()
     for better in ({"n_prfaas": 2}, {"n_p": 2}, {"n_d": 5}, {"gbps": 0.2}):
@@ -270,11 +270,11 @@ def test_another_rate_moves_the_same_sessions_closer_together() -> None:
 def test_more_cache_never_lowers_lambda_max(router: Router) -> None:
     profile, width = TinyProfile(s_per_token=1e-4, batch_max=8), 0.01
     spec = split(profile, SchedulerSpec(router, 3_000.0), replace(LINK, changes=()))
-    caches = [None, *(CacheSpec(GROUPS, capacity, 256, 4096) for capacity in (3e7, 1e8, math.inf))]
+    caches = [None, *(CacheSpec(GROUPS, capacity, 256, 4096) for capacity in (1e8, math.inf))]
     best = [lambda_max(replace(spec, cache=cache), sessions, 1.0, [0], width).value for cache in caches]
     # Each is within half a width of its own boundary.
     assert all(more >= less * (1 - width) for less, more in itertools.pairwise(best))
-    assert best[2] > 1.1 * best[0]
+    assert best[1] > 1.1 * best[0]
     assert best[-1] > 3 * best[0]
 
 
