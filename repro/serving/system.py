@@ -162,6 +162,11 @@ class System:
                 f"transport.backend: {transport.backend} opens connections of its own, which a relay link does not carry; "
                 f"accepted: tcp, or another link.backend"
             )
+        if transport.backend == "nixl" and link.backend not in ("none", "relay"):
+            raise UserError(
+                f"transport.backend: nixl looks for network devices in /sys/class/net, which does not show those of a "
+                f"{link.backend} link's namespaces; accepted: tcp or mooncake, or link.backend none"
+            )
         self._engine = engine
         self._transport = transport
         self._link = link
