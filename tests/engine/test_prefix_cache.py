@@ -252,6 +252,22 @@ def test_decode_goes_on_from_the_blocks_that_it_holds_and_the_increment_that_it_
     assert sum(state.nbytes for state in payloads) == far.held.pool.used_pages == layout.bytes_per_token * 3 * BLOCK
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the same test runs on CPU above")
+@pytest.mark.parametrize("name", models.names())
+def test_decode_goes_on_from_the_blocks_that_it_holds_on_cuda(name: str) -> None:
+    spec = replace(plain(name)._spec, device="cuda")
+    kept = replace(spec, prefix_cache=replace(ROOM, increments=True, checkpoint_blocks=1))
+    reference, near, far = TorchEngine(spec), TorchEngine(kept), TorchEngine(kept)
+    shared = tokens(BLOCK, 21)
+    for number, held_before in ((1, 0), (2, BLOCK)):
+        asked = request(number, shared, tokens(75, 21 + number))
+        held_tokens, _, found = handed_over(near, far, asked)
+        assert held_tokens == held_before
+        reference.prefill_and_join(asked, SpanLog())
+        assert found == [reference.step()[0][1] for _ in range(OUTPUT_TOKENS)]
+        reference.leave(number)
+
+
 def test_decode_refuses_a_request_that_lacks_what_is_not_reserved_here() -> None:
     near, far, shared = cached("qwen3_235b"), cached("qwen3_235b", increments=True), tokens(BLOCK, 24)
     handed_over(near, far, request(1, shared, tokens(10, 25)))

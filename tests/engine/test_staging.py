@@ -107,11 +107,14 @@ def test_a_state_overwritten_by_later_kernels_arrives_as_it_was_on_cuda() -> Non
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, so nothing to page-lock")
-def test_staged_memory_is_page_locked_and_put_does_not_wait_for_the_device() -> None:
-    pinned: list[bool] = []
+def test_staged_memory_is_page_locked_and_put_does_not_wait_for_the_device_on_cuda() -> None:
+    pinned, ready = (
+        list[bool](),
+        state(1, 1 << 20, device="cuda"),
+    )  # allocated before: an allocation may wait for the device
     with Staging(copies_of("cuda"), 16 << 20).lane(lambda s, *_: pinned.append(s.tensor.is_pinned())) as lane:
         torch.cuda._sleep(2_000_000_000)
-        lane.put(state(1, 1 << 20, device="cuda"))
+        lane.put(ready)
         assert not torch.cuda.current_stream().query()  # the kernel before it is still running
     assert pinned == [True]
 
