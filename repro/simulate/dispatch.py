@@ -17,7 +17,7 @@ from repro.simulate.clusters import Home, Site
 from repro.simulate.events import Agenda
 from repro.simulate.job import NOT_YET, Job
 from repro.simulate.spec import SchedulerSpec
-from repro.workload.stream import Chains
+from repro.workload.stream import Chains, Turn
 
 
 class Dispatch:
@@ -40,14 +40,25 @@ class Dispatch:
         self._limit_s = scheduler.admission.limit_s
         self._asked = asked
 
-    def arrive(self, now_s: float, tokens: int, output: int, chains: Chains | None) -> None:
-        """A new request."""
+    def arrive(
+        self,
+        now_s: float,
+        tokens: int,
+        output: int,
+        chains: Chains | None,
+        turn: Turn | None = None,
+        home: Home | None = None,
+    ) -> None:
+        """A new request, the `turn` that follows its answer, and the home of the conversation if it has one."""
         books = self._books
         number = books.arrived
         books.arrived = number + 1
         homes = self._homes
-        home = homes[0] if len(homes) == 1 else self._home_of(number)
+        if home is None:
+            home = homes[0] if len(homes) == 1 else self._home_of(number)
         job = Job(number, now_s, tokens, output, home)
+        if turn is not None:
+            job.turn = turn
         books.live[number] = job
         home.arrived += 1
         if chains is None or home.cache is None:
@@ -56,6 +67,12 @@ class Dispatch:
         else:
             request = self._match(job, home, chains)
         self.dispatch(now_s, job, self._route(request, home.situation))
+
+    def go_on(self, now_s: float, job: Job) -> None:
+        """The next turn of a conversation, at its own home; none begins after the stream has ended."""
+        turn = job.turn
+        if turn is not None and self._books.arriving:
+            self.arrive(now_s, turn.input_tokens, turn.output_tokens, turn.chains, turn.then, job.home)
 
     def _home_of(self, number: int) -> Home:
         draw = splitmix64(number) / 2.0**64

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from repro.workload.stream import Turn
+
 NOT_YET = -1.0
 
 
@@ -17,6 +19,7 @@ class Job:
     cached_tokens: int = 0
     chain: Sequence[int] | None = None
     kept_chain: Sequence[int] | None = None
+    turn: Turn | None = None
     offloaded: bool = False
     fell_back: bool = False
     site: Any = None

@@ -5,6 +5,7 @@ Each method is what one stage calls when it is done with a job; none decides any
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from repro.kvcache.pool import HybridPool
@@ -17,9 +18,13 @@ if TYPE_CHECKING:
 
 
 class Path:
-    """Hands jobs from stage to stage. `whole`: prefill is not cut into chunks, so its transfer is one overlapped flow."""
+    """Hands jobs from stage to stage. `whole`: prefill is not cut into chunks, so its transfer is one overlapped flow.
+
+    `go_on(now, job)` is called when the turn that follows a job is due.
+    """
 
     def __init__(self, agenda: Agenda, books: Books, whole: bool) -> None:
+        self.go_on: Callable[[float, Job], None] | None = None
         self._agenda = agenda
         self._books = books
         self._whole = whole
@@ -83,6 +88,8 @@ class Path:
         home.finished_tokens += job.output_tokens
         if job.kept_chain and home.cache is not None:
             home.cache.insert(job.kept_chain, len(job.chain or ()))
+        if job.turn is not None and self.go_on is not None:
+            self._agenda.at(now_s + job.turn.after_s, self.go_on, job)
         self._books.finish(now_s, job)
 
 

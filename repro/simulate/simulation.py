@@ -64,6 +64,7 @@ class Simulation:
         self.rebalancing = Rebalancing(rebalance, homes, sites, agenda, books) if rebalance.enabled else None
         asked = self.rebalancing.asked if self.rebalancing else None
         self._dispatch = Dispatch(spec.scheduler, homes, sites, agenda, books, asked)
+        path.go_on = self._dispatch.go_on
         faults = Faults(spec.faults, homes, sites, agenda, self._dispatch)
         self._control = Control(spec.scheduler, homes, sites, agenda, books, faults.give_up_stalled)
 
@@ -85,8 +86,8 @@ class Simulation:
         limit, overloaded = self.spec.limit_requests, False
         live = books.live
         for chunk in chunks:
-            self._cover(int(chunk.input_tokens.max(initial=0)))
-            chains = chunk.chains
+            self._cover(chunk.longest_tokens())
+            chains, turns = chunk.chains, chunk.turns
             for i, (arrival_s, tokens, output) in enumerate(
                 zip(chunk.arrival_s.tolist(), chunk.input_tokens.tolist(), chunk.output_tokens.tolist(), strict=True)
             ):
@@ -98,7 +99,7 @@ class Simulation:
                         f"workload: request {books.arrived} arrives at {arrival_s} s, before the one before it"
                     )
                 now = arrival_s
-                arrive(now, tokens, output, chains[i] if chains else None)
+                arrive(now, tokens, output, chains[i] if chains else None, turns[i] if turns else None)
             if len(live) > limit:
                 overloaded = True
                 break

@@ -1,26 +1,27 @@
 """Multi-turn sessions whose prompts grow: agents and conversations, the workload of prefix caches.
 
 A session begins with one of a few system prompts and a first question; every turn's prompt is the whole conversation so far and
-something new. Block keys name (session, block), or (system prompt, block) where the block is shared by all sessions of a family. Turns
-come at drawn times, not when the answer is out: so the same arrivals meet every policy, at the price that a slow system is not spared.
+something new. Block keys name (session, block), or (system prompt, block) where the block is shared by all sessions of a family. Open-loop
+turns come at drawn times, so that the same arrivals meet every policy, at the price that a slow system is not spared; closed-loop
+turns wait for the answer before them, as people and agents do, at the price that a slow system meets fewer requests.
 When sessions begin and what they say are two random streams of one seed, so that another rate moves the same sessions closer together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from repro.errors import UserError
-from repro.workload.stream import Chains, Chunk, Recorded
+from repro.workload.stream import Chains, Chunk, Recorded, Turn
 
 
 @dataclass(frozen=True)
 class SessionSpec:
     """Sessions arrive at `sessions_per_s`; the number of turns is geometric, the other lengths are exponential around their means.
 
+    A gap of `mean_gap_s` on average lies between the beginnings of two turns, or, `closed_loop`, between an answer's end and the next turn.
     `primed`: every family's system prompt is sent once alone, one a second from the beginning, as frameworks do to warm a cache.
     It leaves a recurrent state at its very end, which a prompt that only begins with it does not.
     """
@@ -36,6 +37,7 @@ class SessionSpec:
     maximum_tokens: int = 131_072
     block_tokens: int = 512
     primed: bool = False
+    closed_loop: bool = False
 
     def __post_init__(self) -> None:
         for key in (
@@ -52,7 +54,7 @@ class SessionSpec:
 
 
 def draw_sessions(spec: SessionSpec, duration_s: float, seed: int) -> Recorded:
-    """All turns that arrive within `duration_s`, of sessions that begin in it.
+    """The sessions that begin within `duration_s`, with the turns that arrive in it, or, closed-loop, with all that may follow.
 
     Raises:
         UserError: when no session begins in that time.
@@ -60,29 +62,43 @@ def draw_sessions(spec: SessionSpec, duration_s: float, seed: int) -> Recorded:
     when, what = (np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(2))
     expected = duration_s * spec.sessions_per_s
     starts = np.cumsum(when.exponential(size=round(1.5 * expected) + 50)) / spec.sessions_per_s
-    rows = list(_priming(spec)) if spec.primed else []
+    rows = [Turn(float(family), *_priming(spec, family)) for family in range(spec.families if spec.primed else 0)]
     for session, start in enumerate(starts[starts < duration_s].tolist()):
-        rows += _turns(spec, session, start, duration_s, what)
+        turns = _turns(spec, session, what)
+        if spec.closed_loop:
+            conversation = None
+            for turn in reversed(turns):
+                conversation = turn._replace(then=conversation)
+            rows += [conversation._replace(after_s=start)] if conversation else []
+            continue
+        at_s = start
+        for turn in turns:
+            at_s += turn.after_s
+            if at_s < duration_s:
+                rows.append(turn._replace(after_s=at_s))
     if not rows:
         raise UserError(f"workload.sessions: none begins within {duration_s} s at {spec.sessions_per_s} per second")
-    rows.sort(key=lambda row: row[0])
-    times, inputs, outputs, chains = zip(*rows, strict=True)
-    return Recorded(Chunk(np.array(times), np.array(inputs, np.int64), np.array(outputs, np.int64), list(chains)))
+    rows.sort(key=lambda row: row.after_s)
+    times, inputs, outputs, chains, then = zip(*rows, strict=True)
+    return Recorded(
+        Chunk(
+            np.array(times), np.array(inputs, np.int64), np.array(outputs, np.int64), list(chains),
+            list(then) if spec.closed_loop else None,
+        )
+    )  # fmt: skip
 
 
-def _priming(spec: SessionSpec) -> Iterator[tuple[float, int, int, Chains]]:
-    for family in range(spec.families):
-        keys = _system_keys(spec, family)
-        yield float(family), spec.system_tokens + 1, 1, (keys, keys)
+def _priming(spec: SessionSpec, family: int) -> tuple[int, int, Chains]:
+    keys = _system_keys(spec, family)
+    return spec.system_tokens + 1, 1, (keys, keys)
 
 
 def _system_keys(spec: SessionSpec, family: int) -> tuple[int, ...]:
     return tuple(family << 20 | block for block in range(spec.system_tokens // spec.block_tokens))
 
 
-def _turns(
-    spec: SessionSpec, session: int, start_s: float, end_s: float, rng: np.random.Generator
-) -> list[tuple[float, int, int, Chains]]:
+def _turns(spec: SessionSpec, session: int, rng: np.random.Generator) -> list[Turn]:
+    """A session's turns, each with the gap before it; none before the first."""
     family = int(rng.integers(spec.families))
     shared = _system_keys(spec, family)
     turns = int(rng.geometric(1 / spec.mean_turns))
@@ -90,17 +106,16 @@ def _turns(
     adds = np.ceil(rng.exponential(spec.turn_tokens, turns)).astype(int)
     outputs = np.ceil(rng.exponential(spec.output_tokens, turns)).astype(int)
     context = spec.system_tokens + int(np.ceil(rng.exponential(spec.first_tokens)))
-    found: list[tuple[float, int, int, Chains]] = []
-    at_s = start_s
+    found: list[Turn] = []
     for turn in range(turns):
-        if at_s >= end_s or context > spec.maximum_tokens:
+        if context > spec.maximum_tokens:
             break
         output = int(outputs[turn])
         after = context + output
         # Blocks of the system prompt are the family's; all later ones the session's own.
         own = range(len(shared), after // spec.block_tokens)
         keys = shared[: after // spec.block_tokens] + tuple(-1 - (session << 20 | block) for block in own)
-        found.append((at_s, context, output, (keys[: context // spec.block_tokens], keys)))
+        gap_s = float(gaps[turn - 1]) if turn else 0.0
+        found.append(Turn(gap_s, context, output, (keys[: context // spec.block_tokens], keys)))
         context = after + int(adds[turn])
-        at_s += float(gaps[turn])
     return found

@@ -25,13 +25,35 @@ CHUNK_REQUESTS = 1 << 15
 Chains = tuple[tuple[int, ...], tuple[int, ...]]
 
 
+class Turn(NamedTuple):
+    """A request that is sent `after_s` after the answer to the one before it is out, and what follows it in turn."""
+
+    after_s: float
+    input_tokens: int
+    output_tokens: int
+    chains: Chains
+    then: Turn | None = None
+
+
 class Chunk(NamedTuple):
-    """Some requests in order of arrival: seconds from the beginning, whole tokens, and block keys where prefixes are shared."""
+    """Some requests in order of arrival: seconds from the beginning, whole tokens, block keys where prefixes are shared, and the turns that
+    wait for answers, where the conversation is closed-loop.
+    """
 
     arrival_s: NDArray[np.float64]
     input_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     chains: list[Chains] | None = None
+    turns: list[Turn | None] | None = None
+
+    def longest_tokens(self) -> int:
+        """The longest input, turns included."""
+        longest = int(self.input_tokens.max(initial=0))
+        for turn in self.turns or ():
+            while turn is not None:
+                longest = max(longest, turn.input_tokens)
+                turn = turn.then
+        return longest
 
 
 class InputLengths(Protocol):
@@ -85,7 +107,8 @@ class Recorded:
         for at in range(0, n, CHUNK_REQUESTS):
             part = slice(at, at + CHUNK_REQUESTS)
             chains = whole.chains[part] if whole.chains is not None else None
-            yield Chunk(whole.arrival_s[part], whole.input_tokens[part], whole.output_tokens[part], chains)
+            turns = whole.turns[part] if whole.turns is not None else None
+            yield Chunk(whole.arrival_s[part], whole.input_tokens[part], whole.output_tokens[part], chains, turns)
 
 
 def replay(requests: pd.DataFrame) -> Recorded:
