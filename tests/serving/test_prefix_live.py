@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from warm_workers import WarmWorkers
 
 from repro.engine.base import Request
 from repro.engine.torch_engine import EngineSpec
@@ -46,9 +48,11 @@ def engine_spec(name: str) -> EngineSpec:
 
 
 @pytest.mark.parametrize("name", ["kimi_linear", "mimo_v2_flash"])
-def test_each_turn_of_a_conversation_computes_only_what_is_new(name: str, link: Link, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_each_turn_of_a_conversation_computes_only_what_is_new(
+    name: str, link: Link, warm: WarmWorkers, tmp_path: Path
+) -> None:
     requests = conversation(1, (130, 210, 290, 290))
-    with System(engine_spec(name), TRANSPORT, link, tmp_path) as system:
+    with System(engine_spec(name), TRANSPORT, warm.on(link), tmp_path) as system:
         expected = tokens(system.serve(requests, "unsplit"))
         run = system.serve(requests, "layerwise")
         together = system.serve(conversation(1, (130, 210, 290, 290), "other"), "bulk", in_flight=2)
@@ -61,13 +65,15 @@ def test_each_turn_of_a_conversation_computes_only_what_is_new(name: str, link: 
     assert [served.total_kv_bytes for served in run.served] == [layout.kv_bytes(r.state_tokens) for r in requests]
 
 
-def test_only_the_increment_crosses_the_link_where_decode_holds_the_prefix(link: Link, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_only_the_increment_crosses_the_link_where_decode_holds_the_prefix(
+    link: Link, warm: WarmWorkers, tmp_path: Path
+) -> None:
     requests = conversation(3, (130, 210, 290, 257, 257))
     for name in ("kimi_linear", "qwen3_235b"):
         spec = engine_spec(name)
         spec = replace(spec, prefix_cache=replace(spec.prefix_cache, increments=True))
         layout = layout_of(name, "tiny")
-        with System(spec, TRANSPORT, link, tmp_path) as system:
+        with System(spec, TRANSPORT, warm.on(link), tmp_path) as system:
             expected = tokens(system.serve(requests, "unsplit"))
             run = system.serve(requests, "layerwise")
         assert tokens(run) == expected

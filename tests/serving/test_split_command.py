@@ -7,13 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 
 COMMAND = [
     sys.executable, "-m", "repro", "experiment=split", "link=loopback", "link.name=loopback", "link.rate_bps=null",
     "link.rtt_s=0", "link.backend=none", "tracking=disabled", "+options.input_tokens=[40]", "+options.repeats=1",
-    "+options.output_tokens=2",
+    "+options.output_tokens=2", "options.codec.default=zstd",
 ]  # fmt: skip
 
 
@@ -49,6 +50,12 @@ def test_a_killed_run_fails_in_words_is_run_again_and_then_is_done(tmp_path: Pat
     assert (folder / "DONE").exists()
     assert not failure.exists()
     assert json.loads((folder / "trace.json").read_text())["traceEvents"]
+    metrics = pd.read_csv(folder / "metrics.csv").set_index(["case", "metric"])["value"]
+    for mode in ("bulk", "layerwise"):
+        assert metrics["kimi_linear/" + mode, "codec_ratio"] > 1
+        assert metrics["kimi_linear/" + mode, "codec_lossless"] == 1
+        assert metrics["kimi_linear/" + mode, "tokens_match"] == 1
+        assert metrics["kimi_linear/" + mode, "kv_bytes_match"] == 1
     written = (folder / "metrics.csv").stat().st_mtime_ns
 
     third = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

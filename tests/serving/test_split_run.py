@@ -148,6 +148,7 @@ def test_requests_become_rows_of_the_shared_form(layerwise: Run) -> None:
     frame = requests_frame(layerwise, layerwise.served[0].arrival_s, model="kimi_linear")
     assert list(frame["id"]) == [0, 1, 2]
     assert (frame["outcome"] == "ok").all()
+    assert (frame["encoded_bytes"] == frame["kv_bytes"]).all()
     assert (frame["ttft_s"] > frame["prefill_s"]).all()
     assert (frame["transfer_exposed_s"] < frame["transfer_s"]).all()
     assert (frame["finish_s"] > frame["arrival_s"] + frame["ttft_s"]).all()
