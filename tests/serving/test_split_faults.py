@@ -173,6 +173,7 @@ def test_tokens_survive_one_connection_reset_every_second(
     assert resets >= 2
     assert after["opened"] - before["opened"] >= resets - 1  # the last may not have come back yet
     assert sum(served.resent_bytes for served in run.served) > 0
+    assert run.wire_bytes > sum(served.total_kv_bytes for served in run.served)  # those on lost connections included
     # The hop stands outside of TLS, where a handshake record is 16 hex; in the clear every connection begins with PRFAAS.
     assert after["first_bytes"].split() == (["16"] if tls else ["50"])
 
