@@ -141,6 +141,8 @@ def _join(arrived: _Arrived, engine: TorchEngine, batch: RunningBatch, channel: 
     handover = Handover.from_meta(arrived.manifest.meta)
     if handover.request_id != request_id or request_id in batch:
         raise UserError(f"manifest meta: hands request {handover.request_id} over as {request_id}, or once more")
+    if handover.output_tokens < 1:
+        raise UserError(f"manifest meta: output_tokens is {handover.output_tokens}; at least 1 is accepted")
     log.add(Span("decode_queue", request_id, complete_s, now_s()))
     with log.span("restore", request_id, kv_bytes=sum(state.nbytes for state in arrived.states)):
         engine.join(handover, arrived.states)

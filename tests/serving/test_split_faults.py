@@ -16,7 +16,8 @@ import pytest
 from warm_workers import WarmWorkers
 
 from repro.engine.base import Handover, Request
-from repro.engine.torch_engine import EngineSpec
+from repro.engine.spans import SpanLog
+from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.errors import UserError
 from repro.kvcache.codecs import CodecSpec
 from repro.kvcache.frames import CodecId, DType, Manifest, Piece, StateKind
@@ -233,6 +234,20 @@ def hostile_requests() -> Iterator[tuple[list[Piece], Manifest]]:
     yield request(905, raw, handover(905), layer=999)
     yield request(906, raw[:16], handover(906), shape=(1, 1, 8, 1))  # of another model
     yield request(907, b"", handover(907), kind=StateKind.RECURRENT, shape=(0,))
+    yield prefilled(908, output_tokens=0)
+    yield prefilled(909, output_tokens=-1)
+
+
+def prefilled(number: int, **meta: int) -> tuple[list[Piece], Manifest]:
+    """State that can be restored, with a hand-over that makes no sense."""
+    pieces: list[Piece] = []
+    request = Request(number, tuple(range(3, 20)), 3)
+    TorchEngine(ENGINE).prefill(request, lambda piece: pieces.append(copied(piece)), SpanLog())
+    return pieces, Manifest.of(number, [piece.header for piece in pieces], Handover.of(request).as_meta() | meta)
+
+
+def copied(piece: Piece) -> Piece:
+    return Piece(piece.header, memoryview(bytes(piece.payload)))
 
 
 @pytest.mark.slow
