@@ -1,7 +1,8 @@
 """How many requests the simulator plays per second on Table 6's PrfaaS-PD deployment, alone or beside other simulators in one run.
 
 `scripts/bench simulate` plays 1,024-token outputs at 90 % load with every queue, link sharing, the PrfaaS router and both control loops
-on; `--requests 10000 100000 1000000 10000000` shows growth in time and memory. Each run has a process of its own.
+on; `--requests 10000 100000 1000000 10000000` shows growth in time and memory. Each run has a process of its own. The hot modules are
+compiled first, as by `python -m repro compile`, where there is a compiler; `--python` leaves that out.
 
 Beside others, which `--peer` names once they are fetched:
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -37,6 +39,7 @@ from repro.bench._simulate_peers import PEERS, Peer, Workload, parse_peer
 from repro.bench.transport import interval
 from repro.errors import UserError
 from repro.record.metrics import Metric
+from repro.simulate import native
 
 #: What is asked of this simulator: so many times the fastest peer, of which 3,500 req/s were known (splitwise-sim).
 FACTOR = 10
@@ -54,7 +57,9 @@ def main(argv: list[str]) -> int:
     for text, peer in zip(options.peer, peers, strict=True):
         argv = [word.replace(text, peer.name) for word in argv]
     options.peer = [peer.name for peer in peers]
-    name = "_".join(["static" if options.static else "two_timescale", str(max(options.requests)), *options.peer])
+    options.compiled = not options.python and _compiled()
+    loops, how = "static" if options.static else "two_timescale", "compiled" if options.compiled else "python"
+    name = "_".join([loops, how, str(max(options.requests)), *options.peer])
     with recorded("simulate", name, options, argv, {"requests": 0, "order": 0}) as directory:
         table = rounds(peers, options)
         rows = summarise(table)
@@ -71,6 +76,7 @@ def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[Peer]]:
     parser.add_argument("--requests", type=int, nargs="+", help=sizes)
     parser.add_argument("--load", type=float, default=0.9, help="share of Λ_max at which requests arrive (default 0.9)")
     parser.add_argument("--static", action="store_true", help="leave both control loops off")
+    parser.add_argument("--python", action="store_true", help="leave the compiled modules aside")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER[:PYTHON]", help=", ".join(PEERS))
     parser.add_argument("--repeats", type=int, help="rounds (default 1; beside peers 5)")
     parser.add_argument("--results", type=Path, default=Path("results"))
@@ -83,6 +89,15 @@ def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[Peer]]:
     if min(options.requests) < 1 or options.repeats < 1:
         raise UserError("--requests, --repeats: below 1; accepted: 1 or more")
     return options, peers
+
+
+def _compiled() -> bool:
+    try:
+        native.build()
+    except UserError as error:
+        print(f"running as Python: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def rounds(peers: Sequence[Peer], options: argparse.Namespace) -> pd.DataFrame:
@@ -114,7 +129,8 @@ def rounds(peers: Sequence[Peer], options: argparse.Namespace) -> pd.DataFrame:
 def _ours(size: int, options: argparse.Namespace) -> dict[str, float]:
     loops = "static" if options.static else "controllers"
     command = [sys.executable, "-m", "repro.bench._simulate_ours", str(size), str(options.load), loops]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"REPRO_COMPILED": str(int(options.compiled))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{size:,} requests: {' '.join(done.stderr.split()[-40:])}")
     values: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
