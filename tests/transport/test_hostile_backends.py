@@ -104,6 +104,7 @@ class Scene:
 @pytest.fixture
 def scene(remote: TransportSpec, caplog: pytest.LogCaptureFixture) -> Iterator[Scene]:
     caplog.set_level(logging.INFO, "repro.transport")
+    remote = replace(remote, connections=1)
     with open_receiver(remote, "127.0.0.1") as receiver, open_sender(remote, ("127.0.0.1", receiver.port)) as honest:
         scene = Scene(remote, receiver, honest, caplog)
         yield scene
