@@ -72,7 +72,7 @@ def contenders(base: TransportSpec, connections: Sequence[int], certificates: st
     middle = replace(base, connections=sorted(connections)[len(connections) // 2])
     if local:
         # Plain sockets with the buffers that the transport chooses on short paths: what that choice alone is worth.
-        buffers = replace(middle, send_buffer_bytes=1 << 20, receive_buffer_bytes=2 << 20)
+        buffers = replace(middle, send_buffer_bytes=512 << 10, receive_buffer_bytes=1 << 20)
         chosen.append(Contender(f"tuned_{middle.connections}", "sockets", buffers))
     chosen.append(Contender(f"own_process_{middle.connections}", "transport", middle, own_process=True))
     chosen.append(Contender(f"tls_{middle.connections}", "transport", replace(middle, tls=certificates)))
@@ -190,7 +190,9 @@ def rounds(chosen: list[Contender], run: Callable[[Contender], dict[str, float]]
                 file=sys.stderr,
             )
     if not rows:
-        raise UserError("bench transport: no contender got a byte confirmed; --seconds may be too short for --piece-bytes")
+        raise UserError(
+            "bench transport: no contender got a byte confirmed; --seconds may be too short for --piece-bytes"
+        )
     return pd.DataFrame(rows)
 
 

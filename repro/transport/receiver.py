@@ -43,7 +43,7 @@ log = logging.getLogger("repro.transport")
 
 _MAX_STRANGERS = 64
 _MAX_FAILURES = 10_000
-_SHORT_RECEIVE_BUFFER_BYTES = 2 << 20
+_SHORT_RECEIVE_BUFFER_BYTES = 1 << 20
 _BITE_BYTES = 1 << 20  # read, then checksummed while the processor's cache still holds it
 
 
