@@ -26,7 +26,7 @@ from repro.errors import UserError
 from repro.kvcache.capture import LayerwiseCapture, decoder_layers
 from repro.kvcache.frames import Piece
 from repro.kvcache.prefix import Prefix, PrefixCache, PrefixCacheSpec, grows
-from repro.kvcache.state import Cache, State, layout, restore, seal
+from repro.kvcache.state import Cache, Outline, State, layout, restore, seal
 from repro.kvcache.tensors import tensor_of
 from repro.models.build import build
 from repro.models.prefill import chunked_prefill
@@ -83,6 +83,10 @@ class TorchEngine:
         self._copies = copies_of(spec.device)
         self._batch: dict[int, _Decoding] = {}
         self._reserved: dict[int, Prefix] = {}
+
+    @cached_property
+    def _outline(self) -> Outline:
+        return Outline(self._model)
 
     @cached_property
     def _staging(self) -> Staging:
@@ -214,8 +218,14 @@ class TorchEngine:
     def join(self, handover: Handover, states: Sequence[State]) -> None:
         """Put a request's cache together, of what was fetched, and take it into the batch.
 
-        Raises UserError where state is missing, that included which the sender believed to be here.
+        Raises UserError where state is missing, that included which the sender believed to be here, or another model's.
         """
+        self._outline.check(states)
+        words = self._config.get_text_config(decoder=True).vocab_size
+        if not 0 <= handover.last_token < words:
+            raise UserError(
+                f"last_token: {handover.last_token} of request {handover.request_id}; accepted: 0 to {words - 1}"
+            )
         prefix = self._reserved.pop(handover.request_id, None) or Prefix()
         try:
             cache = self._restored(handover, states, prefix)

@@ -175,8 +175,17 @@ def layout(model: torch.nn.Module, cache: Cache | None = None) -> StateLayout:
     A model without weights (on the meta device) is enough: nothing but shapes is computed. Raises UserError where the
     model's cache cannot be taken apart.
     """
-    config: PreTrainedConfig = model.config  # type: ignore[assignment]
-    cache = DynamicCache(config=config) if cache is None else cache
+    cache = _probed(model, cache)
+    return layout_of_cache(cache, _configuration(model), _PROBE_TOKENS)
+
+
+def _configuration(model: torch.nn.Module) -> PreTrainedConfig:
+    return model.config  # type: ignore[return-value]
+
+
+def _probed(model: torch.nn.Module, cache: Cache | None = None) -> Cache:
+    """The cache of a forward pass over a few tokens. Raises UserError where the model does not run with it."""
+    cache = DynamicCache(config=_configuration(model)) if cache is None else cache
     ids = torch.ones((1, _PROBE_TOKENS), dtype=torch.long, device=next(model.parameters()).device)
     try:
         with torch.no_grad():
@@ -186,10 +195,38 @@ def layout(model: torch.nn.Module, cache: Cache | None = None) -> StateLayout:
         raise UserError(
             f"model {type(model).__name__}: does not run with a {type(cache).__name__}: {reason}"
         ) from error
-    return layout_of_cache(cache, config, _PROBE_TOKENS)
+    return cache
 
 
 _PROBE_TOKENS: Final = 3
+
+
+class Outline:
+    """What a model's states look like, so that another model's are refused before a decode step fails on them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        states = extract(_probed(model), _configuration(model), _PROBE_TOKENS)
+        self._seen = {_name_of(state): _form_of(state) for state in states if state.kind is not StateKind.AUXILIARY}
+
+    def check(self, states: Iterable[State]) -> None:
+        """Raises UserError naming the first state that is none of this model's."""
+        for state in states:
+            expected, form = self._seen.get(_name_of(state)), _form_of(state)
+            if expected != form and state.kind is not StateKind.AUXILIARY:
+                where = f"layer {state.layer}, {state.kind.name.lower()}, slot {state.slot}"
+                raise UserError(f"state of another model: {where} has {form}; here: {expected or 'no such state'}")
+
+
+def _name_of(state: State) -> tuple[int, StateKind, int]:
+    return state.layer, state.kind, state.slot
+
+
+def _form_of(state: State) -> str:
+    """Type and shape, whatever the number of tokens."""
+    shape: list[int | str] = list(state.tensor.shape)
+    if state.kind.token_axis is not None:
+        shape[state.kind.token_axis] = "tokens"
+    return f"{state.tensor.dtype} [{', '.join(map(str, shape))}]"
 
 
 def layout_of_cache(cache: Cache, config: PreTrainedConfig, tokens: int) -> StateLayout:

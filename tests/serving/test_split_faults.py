@@ -236,6 +236,25 @@ def hostile_requests() -> Iterator[tuple[list[Piece], Manifest]]:
     yield request(907, b"", handover(907), kind=StateKind.RECURRENT, shape=(0,))
     yield prefilled(908, output_tokens=0)
     yield prefilled(909, output_tokens=-1)
+    yield prefilled(910, last_token=1 << 30)
+    pieces, manifest = prefilled(911)
+    narrow = [halved(piece) if piece.header.kind is StateKind.KEY else piece for piece in pieces]
+    yield narrow, Manifest.of(911, [piece.header for piece in narrow], manifest.meta)
+
+
+def halved(piece: Piece) -> Piece:
+    """Keys as of a model with half the head dimension."""
+    head = piece.header
+    return Piece.seal(
+        bytes(piece.payload[: head.payload_bytes // 2]),
+        request_id=head.request_id,
+        piece=head.piece,
+        layer=head.layer,
+        kind=head.kind,
+        dtype=head.dtype,
+        shape=(*head.shape[:-1], head.shape[-1] // 2),
+        tokens=(head.token_start, head.token_end),
+    )
 
 
 def prefilled(number: int, **meta: int) -> tuple[list[Piece], Manifest]:
