@@ -39,7 +39,7 @@ from repro.record.metrics import Metric
 from repro.record.provenance import PROJECT
 from repro.transport import ReceiverLimits, TransportSpec
 from repro.transport.certificates import make_certificates
-from repro.transport.remote_memory import missing
+from repro.transport.remote_memory import missing, started
 
 LINKS = {
     "loopback": LinkSpec(name="loopback", backend="none"),
@@ -92,7 +92,11 @@ def measure(contender: Contender, link: Link, job: Job) -> dict[str, float]:
     if contender.kind == "iperf3":
         return _iperf3(contender.spec, link, job)
     told = replace(job, contender=contender.kind, spec=contender.spec, own_process=contender.own_process)
-    end = [sys.executable, "-m", "repro.bench._transport_ends"]
+    end = started(
+        contender.spec.backend,
+        [sys.executable, "-m", "repro.bench._transport_ends"],
+        namespaced=link.backend not in ("none", "relay"),
+    )
     with _Process(link.command("decode", [*end, "receive", json.dumps(asdict(told))])) as receiving:
         host, port = link.dial(receiving.line()["port"])
         there = json.dumps(asdict(replace(told, host=host)))

@@ -25,7 +25,7 @@ from repro.serving.decode import DecodeConfig
 from repro.serving.prefill import PrefillConfig
 from repro.serving.supervision import Supervisor, Worker
 from repro.serving.timeline import Timeline
-from repro.transport import TransportSpec
+from repro.transport import TransportSpec, remote_memory
 
 log = logging.getLogger("repro.serving")
 
@@ -162,11 +162,6 @@ class System:
                 f"transport.backend: {transport.backend} opens connections of its own, which a relay link does not carry; "
                 f"accepted: tcp, or another link.backend"
             )
-        if transport.backend == "nixl" and link.backend not in ("none", "relay"):
-            raise UserError(
-                f"transport.backend: nixl looks for network devices in /sys/class/net, which does not show those of a "
-                f"{link.backend} link's namespaces; accepted: tcp or mooncake, or link.backend none"
-            )
         self._engine = engine
         self._transport = transport
         self._link = link
@@ -202,7 +197,9 @@ class System:
         }
         self._workers: dict[str, Worker] = {}
         for side in SIDES:
-            command = self._link.command(side, [sys.executable, "-m", f"repro.serving.{side}"])
+            worker = [sys.executable, "-m", f"repro.serving.{side}"]
+            started = remote_memory.started(self._transport.backend, worker, namespaced=self._link.backend != "none")
+            command = self._link.command(side, started)
             self._workers[side] = self._supervisor.start(side, command, configs[side], environment)
         (listening,) = self._supervisor.expect("ready", 1, _START_TIMEOUT_S)
         host, port = self._link.dial(listening.message["port"])

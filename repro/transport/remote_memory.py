@@ -10,10 +10,11 @@ notices (WRITTEN), a whole batch at a time; the payload goes by the engine. Inst
 
 What they cannot do here: encrypt or authenticate the payload (TLS and the secret cover the connections beside it only);
 be paced by `set_rate_cap` or told a congestion control; show TCP_INFO of their own sockets; cross a relay link, which
-carries no ports but the one that was dialled; keep a hostile peer that knows the secret out of other transfers' memory;
-be stopped in the middle of a write, so that memory which such a write may still reach is lent to nobody else until its
-sender has dialled again, which it does only once the write has returned. Both spin while they wait. Payloads outside of
-`register`ed memory are copied once.
+carries no ports but the one that was dialled; keep a hostile peer that knows the secret out of other transfers' memory,
+or from altering its own after a checksum has held; be stopped in the middle of a write, so that memory which such a
+write may still reach is lent to nobody else until its sender has dialled again, which it does only once the write has
+returned. Both spin while they wait. Payloads outside of `register`ed memory are copied once, and a lost connection costs
+a new engine, with mooncake about a second.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from repro.errors import UserError
@@ -72,6 +73,17 @@ def missing(backend: str) -> str | None:
     except ImportError as error:
         return str(error)
     return None
+
+
+def started(backend: str, argv: Sequence[str], *, namespaced: bool) -> list[str]:
+    """How to start a process that will use a backend, within the network namespace of a link where it is one.
+
+    UCX looks for network devices in /sys/class/net, which goes on to show those of the namespace that mounted it: a
+    process that will use nixl gets a /sys of its own. Where that may not be mounted the process ends, and says so.
+    """
+    if backend != "nixl" or not namespaced:
+        return list(argv)
+    return ["unshare", "--mount", "sh", "-c", 'mount -t sysfs sysfs /sys && exec "$@"', "sh", *argv]
 
 
 def open_target(backend: str, memory: memoryview, host: str) -> Target:
@@ -222,6 +234,7 @@ class _NixlTarget:
 
     def close(self) -> None:
         self._agent.deregister_memory(self._handle)
+        del self._agent  # it spins until it is collected
 
 
 class _NixlOrigin(_Registered):
@@ -260,6 +273,7 @@ class _NixlOrigin(_Registered):
             self._agent.deregister_memory(handle)
         self._handles.clear()
         self._agent.remove_remote_agent(self._peer)
+        del self._agent  # it spins until it is collected
 
 
 def _require(backend: str) -> None:
