@@ -45,7 +45,6 @@ _SO_MAX_PACING_RATE = 47
 _UNLIMITED = (1 << 64) - 1
 _MAX_BATCH_BYTES = 8 << 20
 _QUICK_S = 0.02
-_SHORT_SEND_BUFFER_BYTES = 512 << 10
 _WATCH_S = 0.05
 _RETRY_S = (0.0, 0.05, 0.1, 0.25, 0.5)
 
@@ -253,7 +252,7 @@ class Connections:
         """Write batch after batch until there are none."""
         origin = self._open_origin(sock, slot) if self._spec.backend != "tcp" else None
         # Little unsent data in the kernel: what is needed earliest can still overtake.
-        if self._spec.send_buffer_bytes or not hold_buffer(sock, socket.SO_SNDBUF, _SHORT_SEND_BUFFER_BYTES):
+        if self._spec.send_buffer_bytes or not hold_buffer(sock, socket.SO_SNDBUF, self._spec.connections):
             sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, self._spec.segment_bytes)
         limit = smallest = self._spec.segment_bytes
         largest = max(smallest, _MAX_BATCH_BYTES) if origin is None else smallest

@@ -43,7 +43,6 @@ log = logging.getLogger("repro.transport")
 
 _MAX_STRANGERS = 64
 _MAX_FAILURES = 10_000
-_SHORT_RECEIVE_BUFFER_BYTES = 1 << 20
 _BITE_BYTES = 1 << 20  # read, then checksummed while the processor's cache still holds it
 
 
@@ -272,7 +271,7 @@ class Receiver:
                 self._speak(current, outbox)
             else:
                 if not self._spec.receive_buffer_bytes:
-                    hold_buffer(current, socket.SO_RCVBUF, _SHORT_RECEIVE_BUFFER_BYTES)
+                    hold_buffer(current, socket.SO_RCVBUF, self._spec.connections)
                 self._read(current, session, hello.slot)
         except PeerError as error:
             if not self._closed.is_set():

@@ -27,6 +27,7 @@ ENVELOPE_BYTES: Final = _ENVELOPE.size
 HEAD_BYTES: Final = ENVELOPE_BYTES + HEADER_BYTES
 _SO_BUF_LOCK: Final = 72  # Linux 5.14
 _SHORT_RTT_S: Final = 0.001
+_SHORT_BUFFERS_BYTES: Final = {socket.SO_SNDBUF: 2 << 20, socket.SO_RCVBUF: 4 << 20}
 NO_HEADER: Final = bytes(HEADER_BYTES)
 
 
@@ -161,14 +162,16 @@ def close(sock: socket.socket) -> None:
         sock.close()
 
 
-def hold_buffer(sock: socket.socket, option: int, size_bytes: int) -> bool:
-    """Keep a buffer (`SO_SNDBUF`, `SO_RCVBUF`) at a size where the path is shorter than a millisecond; whether it is.
+def hold_buffer(sock: socket.socket, option: int, connections: int) -> bool:
+    """Keep a buffer (`SO_SNDBUF`, `SO_RCVBUF`) small where the path is shorter than a millisecond; whether it is.
 
     Left alone, TCP lets it grow to many megabytes, as a long path needs. On a short one that only sends each byte out to
-    memory and back between the two copies, which costs a sixth of the transfer's CPU.
+    memory and back between the two copies, which costs a tenth of the transfer's CPU and more. What all connections may
+    use together was found by `scripts/bench transport`.
     """
     if tcp_info.read(sock).rtt_s > _SHORT_RTT_S:
         return False
+    size_bytes = _SHORT_BUFFERS_BYTES[option] // max(4, connections)
     sock.setsockopt(socket.SOL_SOCKET, option, size_bytes)
     if (
         sock.getsockopt(socket.SOL_SOCKET, option) < 2 * size_bytes
