@@ -8,6 +8,7 @@ in all of that time. Plain sockets do what any receiver of KVCache must: fill fr
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -50,6 +51,7 @@ class Job:
 def main(argv: list[str]) -> int:
     """`receive JOB` or `send JOB PORT`, JOB as JSON."""
     die_with_parent()
+    gc.freeze()  # as every worker does
     # Libraries print to stdout now and then, and that must not be read as a result: they get stderr.
     global _answers
     _answers = os.fdopen(os.dup(1), "w")

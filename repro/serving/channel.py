@@ -8,6 +8,7 @@ and the end of stdin, which also comes when a wrapper (`nsenter`, `setpriv`) sto
 from __future__ import annotations
 
 import contextlib
+import gc
 import ctypes
 import json
 import os
@@ -77,6 +78,8 @@ def run_worker(work: Callable[[Channel, Message], None]) -> None:
     `os._exit` ends it, because threads that wait in sockets must not hold it back.
     """
     die_with_parent()
+    # What is imported by now stays: collections that walk it stop every thread, for a tenth of a second with torch.
+    gc.freeze()
     channel = Channel()
 
     def fail(error: BaseException | None) -> None:

@@ -9,6 +9,7 @@ process: neither outlives the other.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import logging
@@ -403,6 +404,7 @@ def _outcome(message: Message) -> Delivery | TransferFailed:
 def main(argv: list[str]) -> int:
     """`send FD ARENA` or `receive FD ARENA`: serve the worker at the other end of the socket pair until it ends."""
     logging.basicConfig(level=logging.WARNING, format="transport: %(message)s")
+    gc.freeze()  # what is imported by now stays: no collection need walk it
     role, pipe = argv[0], Pipe(socket.socket(fileno=int(argv[1])))
     try:
         first, _ = pipe.receive()
