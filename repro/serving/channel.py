@@ -8,8 +8,8 @@ and the end of stdin, which also comes when a wrapper (`nsenter`, `setpriv`) sto
 from __future__ import annotations
 
 import contextlib
-import gc
 import ctypes
+import gc
 import json
 import os
 import signal
