@@ -62,7 +62,10 @@ def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> bool:
 
 
 def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_a_worker_gets_its_configuration_and_answers_while_its_prints_stay_in_the_log(
