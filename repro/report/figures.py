@@ -18,8 +18,9 @@ FIGURES = Path("figures")
 
 
 def records(folder: Path) -> list[Record]:
-    """Finished runs below a folder, in order of their path."""
-    return [Record(done.parent) for done in sorted(folder.rglob("DONE"))]
+    """Finished runs of experiments below a folder, in order of their path. A benchmark's record has no name, and draws nothing."""
+    found = [Record(done.parent) for done in sorted(folder.rglob("DONE"))]
+    return [record for record in found if "name" in record.configuration]
 
 
 def redraw(record: Record, folder: Path, *, for_print: bool = False) -> list[Path]:

@@ -17,7 +17,10 @@ _MOST_BYTES = 4 << 20
 
 
 def main(argv: list[str]) -> int:
-    """Copy each run to results/reference/<experiment>/<label>, in place of an earlier one; with its parts, if it has any."""
+    """Copy each run to results/reference/<experiment>/<label>, in place of an earlier one; with its parts, if it has any.
+
+    A benchmark's record goes to results/reference/<benchmark>/<its folder's name>.
+    """
     if not argv:
         raise UserError("keep: needs the path of one or more finished runs")
     for name in argv:
@@ -34,8 +37,11 @@ def keep(source: Path, reference: Path = REFERENCE) -> Path:
     if not (source / "DONE").is_file():
         raise UserError(f"{source}: no finished run (it has no DONE file)")
     record = Record(source)
-    label = str(record.configuration["label"] or record.configuration["tier"])
-    target = reference / str(record.configuration["name"]) / label
+    experiment = record.configuration.get("name")
+    if experiment is None:
+        target = reference / source.resolve().parent.name / source.name
+    else:
+        target = reference / str(experiment) / str(record.configuration["label"] or record.configuration["tier"])
     files = [file for kept in _KEPT for file in sorted([source / kept, *(source / kept).rglob("*")]) if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     if size > _MOST_BYTES:
@@ -48,7 +54,7 @@ def keep(source: Path, reference: Path = REFERENCE) -> Path:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
-    if parts := load(record.configuration["name"]).parts(record):
+    if experiment is not None and (parts := load(str(experiment)).parts(record)):
         kept = [os.path.relpath(keep(part.path, reference), target) for part in parts]
         record.table("parts").assign(path=kept).to_csv(target / "tables" / "parts.csv", index=False)
     return target

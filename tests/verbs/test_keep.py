@@ -11,7 +11,8 @@ from repro.app import register, settings_of
 from repro.errors import UserError
 from repro.experiments.base import CONFIGURATION
 from repro.experiments.case_study import parts
-from repro.record.directory import Record
+from repro.record.directory import Record, RunDirectory
+from repro.report.figures import records
 from repro.runner import run
 from repro.verbs.keep import keep
 
@@ -38,3 +39,14 @@ def test_a_run_that_is_not_finished_is_not_kept(finished: Record, tmp_path: Path
     with pytest.raises(UserError, match="no finished run"):
         keep(finished.path, tmp_path / "reference")
     assert not (tmp_path / "reference").exists()
+
+
+def test_a_benchmarks_record_is_kept_by_its_folders_name_and_draws_no_figure(tmp_path: Path) -> None:
+    run_directory = RunDirectory(tmp_path / "results" / "bench_search" / "all-0123")
+    run_directory.begin({"repeats": 3}, ["bench", "search"], {})
+    run_directory.write_metrics([])
+    record = run_directory.complete()
+    kept = keep(record.path, tmp_path / "reference")
+    assert kept == tmp_path / "reference" / "bench_search" / "all-0123"
+    assert Record(kept).configuration == {"repeats": 3}
+    assert records(tmp_path / "reference") == []
