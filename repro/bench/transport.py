@@ -260,7 +260,8 @@ def main(argv: list[str]) -> int:
         segment_bytes=arguments.segment_bytes,
         congestion_control=arguments.congestion_control or (None if local else "bbr"),
         deadline_s=600,
-        limits=ReceiverLimits(prefault_bytes=512 << 20),
+        # The requests under way and what the pipe holds beside them: less would make the youngest wait for a release.
+        limits=ReceiverLimits(window_bytes=512 << 20, prefault_bytes=512 << 20),
     )
     warm_s = arguments.warm if arguments.warm is not None else 1.0 if local else 3.0
     configuration = {
