@@ -2,8 +2,9 @@
 
 A piece is cut into the blocks of its checksum, which come over several connections in any order. Whichever thread
 brings a block computes its digest while it is warm: reading all of it again at the end would cost a third of the whole
-reception. A piece is sealed when every block is here and nobody writes into it any more. The caller's lock is held in
-every method.
+reception. A piece is sealed when every block is here and nobody writes into it any more. What a connection brought stays
+even where another one, broken off, wrote to the same place: the sender knows of no reason to send it again. Such blocks
+are digested anew from memory when the piece is sealed. The caller's lock is held in every method.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from repro.kvcache.frames import CHECKSUM_BLOCK_BYTES, FrameError, FrameHeader, Piece, checksum_of_blocks
+from repro.kvcache.frames import CHECKSUM_BLOCK_BYTES, FrameError, FrameHeader, Piece, block_digests, checksum_of_blocks
 from repro.transport.arena import Block
-
-_CONFLICT = b"two connections brought different bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,8 @@ class ArrivingPiece:
         """Forget all that has come."""
         self.sealed = False
         self._digests: list[bytes | None] = [None] * self._blocks
+        self._opened: set[int] = set()
+        self._contested: set[int] = set()  # more than one connection was to write these
 
     @property
     def empty(self) -> bool:
@@ -71,22 +72,23 @@ class ArrivingPiece:
     def open(self, blocks: range) -> memoryview:
         """Where a connection writes these blocks; it calls `put` afterwards."""
         self.users += 1
-        self._digests[blocks.start : blocks.stop] = [None] * len(blocks)
-        return self._view[blocks.start * CHECKSUM_BLOCK_BYTES : blocks.stop * CHECKSUM_BLOCK_BYTES]
+        self._contested |= self._opened.intersection(blocks)
+        self._opened.update(blocks)
+        return self._part(blocks)
 
     def put(self, blocks: range, digests: Sequence[bytes] | None) -> bool:
-        """The blocks have been written, or not wholly (None). Returns whether this seals the piece.
-
-        Where two connections wrote the same blocks at once, both must have brought the same bytes: nobody can tell
-        otherwise which of them lie there.
-        """
+        """The blocks have been written, or not wholly (None). Returns whether this seals the piece."""
         self.users -= 1
-        brought: Sequence[bytes | None] = digests if digests is not None else [None] * len(blocks)
-        for at, digest in zip(blocks, brought, strict=True):
-            held = self._digests[at]
-            self._digests[at] = digest if held in (None, digest) or digest is None else _CONFLICT
-        self.sealed = not self.users and None not in self._digests
+        if digests is not None:
+            self._digests[blocks.start : blocks.stop] = digests
+        if not self.users and None not in self._digests:
+            for at in self._contested:
+                (self._digests[at],) = block_digests(self._part(range(at, at + 1)))
+            self.sealed = True
         return self.sealed
+
+    def _part(self, blocks: range) -> memoryview:
+        return self._view[blocks.start * CHECKSUM_BLOCK_BYTES : blocks.stop * CHECKSUM_BLOCK_BYTES]
 
     def arrived(self) -> ArrivedPiece:
         """The sealed piece, with the checksum that it came with."""

@@ -1,11 +1,12 @@
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transport_rig import make_request
 
 from repro.kvcache.frames import CHECKSUM_BLOCK_BYTES as BLOCK
-from repro.kvcache.frames import block_digests
+from repro.kvcache.frames import FrameError, block_digests
 from repro.transport.arena import Block
 from repro.transport.arriving import ArrivingPiece
 
@@ -57,25 +58,47 @@ def test_a_piece_is_not_sealed_while_anyone_may_still_write_into_it() -> None:
     piece.arrived().verify()
 
 
-def test_a_block_that_a_broken_connection_may_have_spoiled_is_wanted_again() -> None:
+def test_what_one_connection_brought_stays_when_another_breaks_off_at_the_same_place() -> None:
+    """After an outage, what a broken connection had claimed comes over another one, before the break is noticed here."""
+    piece, payload, _ = arriving(3 * BLOCK)
+    broken = piece.open(range(3))
+    broken[: BLOCK + 9] = payload[: BLOCK + 9]
+    again = piece.open(range(3))
+    assert not piece.put(range(3), bring(payload, range(3), again))
+    assert piece.put(range(3), None)
+    piece.arrived().verify()
+
+
+def test_a_late_segment_that_breaks_off_takes_nothing_away() -> None:
+    piece, payload, _ = arriving(3 * BLOCK)
+    piece.put(range(2), bring(payload, range(2), piece.open(range(2))))
+    piece.open(range(3))
+    piece.put(range(3), None)
+    assert piece.put(range(2, 3), bring(payload, range(2, 3), piece.open(range(2, 3))))
+    piece.arrived().verify()
+
+
+def test_bytes_that_a_broken_connection_spoiled_do_not_pass_the_checksum() -> None:
     piece, payload, _ = arriving(BLOCK)
     slow, fast = piece.open(range(1)), piece.open(range(1))
     piece.put(range(1), bring(payload, range(1), fast))
     slow[:10] = bytes(10)
-    assert not piece.put(range(1), None)
-    assert piece.wants(range(1))
+    assert piece.put(range(1), None)
+    with pytest.raises(FrameError, match="checksum"):
+        piece.arrived().verify()
+    piece.restart()
     assert piece.put(range(1), bring(payload, range(1), piece.open(range(1))))
     piece.arrived().verify()
 
 
-def test_two_connections_that_bring_different_bytes_at_once_spoil_the_piece() -> None:
-    piece, payload, _ = arriving(BLOCK)
+def test_of_two_connections_that_bring_different_bytes_at_once_the_bytes_in_memory_count() -> None:
+    piece, payload, memory = arriving(BLOCK)
     first, second = piece.open(range(1)), piece.open(range(1))
-    second[:] = bytes(BLOCK)
-    forged = block_digests(second)
     right = bring(payload, range(1), first)
-    piece.put(range(1), forged)
+    second[:] = bytes(BLOCK)
+    piece.put(range(1), block_digests(second))
     assert piece.put(range(1), right)
+    assert memory != payload
     assert piece.arrived().computed != piece.header.checksum
 
 
