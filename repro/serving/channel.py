@@ -78,7 +78,7 @@ def run_worker(work: Callable[[Channel, Message], None]) -> None:
     `os._exit` ends it, because threads that wait in sockets must not hold it back.
     """
     die_with_parent()
-    # What is imported by now stays: collections that walk it stop every thread, for a tenth of a second with torch.
+    # What is imported by now stays, and a collection that walked it would stop every thread meanwhile.
     gc.freeze()
     channel = Channel()
 

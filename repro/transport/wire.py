@@ -166,10 +166,9 @@ def hold_buffer(sock: socket.socket, option: int, connections: int) -> bool:
     """Keep a buffer (`SO_SNDBUF`, `SO_RCVBUF`) small where the path is shorter than a millisecond; whether it is.
 
     Left alone, TCP lets it grow to many megabytes, as a long path needs. On a short one that only sends each byte out to
-    memory and back between the two copies, which costs a tenth of the transfer's CPU and more. What all connections may
-    use together was found by `scripts/bench transport`.
+    memory and back between the two copies: `tuned` beside `sockets` in `scripts/bench transport` is what that costs.
     """
-    if tcp_info.read(sock).rtt_s > _SHORT_RTT_S:
+    if not 0 < tcp_info.read(sock).rtt_s <= _SHORT_RTT_S:
         return False
     size_bytes = _SHORT_BUFFERS_BYTES[option] // max(4, connections)
     sock.setsockopt(socket.SOL_SOCKET, option, size_bytes)
