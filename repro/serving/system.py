@@ -125,6 +125,11 @@ class Run:
     memory_bytes: int
     wire_bytes: int
 
+    @property
+    def tokens(self) -> list[tuple[int, ...]]:
+        """What was generated, request by request."""
+        return [served.tokens for served in self.served]
+
 
 def joined(runs: Sequence[Run]) -> Run:
     """Runs of one system, one after another, as one."""

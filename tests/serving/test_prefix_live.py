@@ -18,7 +18,7 @@ from repro.link import Link, LinkSpec, open_link
 from repro.models import spec as models
 from repro.models.architectures import layout_of
 from repro.serving.records import requests_frame
-from repro.serving.system import Run, System
+from repro.serving.system import System
 from repro.transport import TransportSpec
 
 TRANSPORT = TransportSpec(connections=4, secret="of this test")
@@ -38,10 +38,6 @@ def conversation(seed: int, turns: tuple[int, ...], salt: str = "") -> list[Requ
     return [Request(100 * seed + number, said[:length], 4, salt) for number, length in enumerate(turns)]
 
 
-def tokens(run: Run) -> list[tuple[int, ...]]:
-    return [served.tokens for served in run.served]
-
-
 def engine_spec(name: str) -> EngineSpec:
     model = models.load(name, "tiny")
     return EngineSpec(replace(model, parameters=float(model.parameters)), chunk_tokens=64, prefix_cache=CACHE)
@@ -53,10 +49,10 @@ def test_each_turn_of_a_conversation_computes_only_what_is_new(
 ) -> None:
     requests = conversation(1, (130, 210, 290, 290))
     with System(engine_spec(name), TRANSPORT, warm.on(link), tmp_path) as system:
-        expected = tokens(system.serve(requests, "unsplit"))
+        expected = system.serve(requests, "unsplit").tokens
         run = system.serve(requests, "layerwise")
         together = system.serve(conversation(1, (130, 210, 290, 290), "other"), "bulk", in_flight=2)
-    assert tokens(run) == tokens(together) == expected
+    assert run.tokens == together.tokens == expected
     assert [served.cached_tokens for served in run.served] == [0, 128, 192, 256]
     assert list(requests_frame(run, 0.0)["cached_tokens"]) == [0, 128, 192, 256]
     chunks = [{span.chunk for span in run.timeline.of("prefill", "compute", r.request_id)} for r in requests]
@@ -74,9 +70,9 @@ def test_only_the_increment_crosses_the_link_where_decode_holds_the_prefix(
         spec = replace(spec, prefix_cache=replace(spec.prefix_cache, increments=True))
         layout = layout_of(name, "tiny")
         with System(spec, TRANSPORT, warm.on(link), tmp_path) as system:
-            expected = tokens(system.serve(requests, "unsplit"))
+            expected = system.serve(requests, "unsplit").tokens
             run = system.serve(requests, "layerwise")
-        assert tokens(run) == expected
+        assert run.tokens == expected
         assert [served.held_tokens for served in run.served] == [0, 128, 192, 256, 256]
         sent = [layout.kv_bytes(s.request.state_tokens) - layout.bytes_per_token * s.held_tokens for s in run.served]
         assert [served.total_kv_bytes for served in run.served] == sent

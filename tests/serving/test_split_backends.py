@@ -12,7 +12,7 @@ from repro.engine.torch_engine import EngineSpec
 from repro.errors import UserError
 from repro.link import Link, LinkSpec, open_link
 from repro.models import spec as models
-from repro.serving.system import Run, System
+from repro.serving.system import System
 from repro.transport import TransportSpec
 from repro.transport.remote_memory import missing
 
@@ -33,10 +33,6 @@ def opened(name: str) -> Link:
 def requests() -> list[Request]:
     rng = np.random.default_rng(5)
     return [Request(number, tuple(rng.integers(3, 512, length).tolist()), 3) for number, length in enumerate((90, 41))]
-
-
-def tokens(run: Run) -> list[tuple[int, ...]]:
-    return [served.tokens for served in run.served]
 
 
 def engine_spec(name: str) -> EngineSpec:
@@ -61,11 +57,11 @@ def test_tokens_equal_the_unsplit_runs_by_another_engine(
         # A warm worker is forked into the network of a link, but not into the mounts.
         System(engine_spec("qwen3_5_397b"), transport, link if own_devices else warm.on(link), tmp_path) as system,
     ):
-        expected = tokens(system.serve(requests(), "unsplit"))
+        expected = system.serve(requests(), "unsplit").tokens
         before = link.signals().forward.forwarded_bytes
         for mode in ("bulk", "layerwise"):
             run = system.serve(requests(), mode, in_flight=2)
-            assert tokens(run) == expected
+            assert run.tokens == expected
         crossed = link.signals().forward.forwarded_bytes - before
     if link_name != "none":
         assert crossed > 2 * sum(served.total_kv_bytes for served in run.served)

@@ -23,7 +23,7 @@ from repro.kvcache.codecs import CodecSpec
 from repro.kvcache.frames import CodecId, DType, Manifest, Piece, StateKind
 from repro.link import Link, LinkChange, LinkSpec, open_link
 from repro.models import spec as models
-from repro.serving.system import RequestFailedError, Run, System
+from repro.serving.system import RequestFailedError, System
 from repro.transport import TransportSpec, open_sender
 from repro.transport.certificates import make_certificates
 
@@ -39,10 +39,6 @@ OUTAGE_S = 1.5
 HOP = Path(__file__).with_name("resetting_hop.py")
 
 
-def tokens(run: Run) -> list[tuple[int, ...]]:
-    return [served.tokens for served in run.served]
-
-
 @pytest.fixture(scope="module")
 def expected(warm: WarmWorkers, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, ...]]:
     """The tokens of the unsplit run."""
@@ -51,7 +47,7 @@ def expected(warm: WarmWorkers, tmp_path_factory: pytest.TempPathFactory) -> lis
         open_link(LinkSpec(backend="none"), run="test-faults") as link,
         System(ENGINE, TRANSPORT, warm.on(link), logs) as system,
     ):
-        return tokens(system.serve(REQUESTS, "unsplit"))
+        return system.serve(REQUESTS, "unsplit").tokens
 
 
 def opened(spec: LinkSpec) -> Link:
@@ -93,7 +89,7 @@ def test_tokens_survive_an_outage_in_the_middle_of_a_transfer(
         run = system.serve(REQUESTS, mode, in_flight=3)
         watch.join()
         (began_s,) = watch.began  # type: ignore[attr-defined]
-    assert tokens(run) == expected
+    assert run.tokens == expected
     arrived = [span.end_s for span in run.timeline.of("decode", "receive")]
     assert min(arrived) < began_s
     assert max(arrived) > began_s + OUTAGE_S
@@ -114,7 +110,7 @@ def test_an_outage_beyond_the_deadline_fails_the_request_and_not_the_workers(
         with pytest.raises(RequestFailedError, match=r"request 0 failed: .*deadline.* pieces acknowledged"):
             system.serve(REQUESTS[:1], "layerwise")
         watch.join()
-        assert tokens(system.serve(REQUESTS[1:], "layerwise")) == expected[1:]
+        assert system.serve(REQUESTS[1:], "layerwise").tokens == expected[1:]
 
 
 class ThroughHop:
@@ -169,7 +165,7 @@ def test_tokens_survive_one_connection_reset_every_second(
             before = link.seen()
             run = system.serve(REQUESTS, mode, in_flight=3)
             after = link.seen()
-    assert tokens(run) == expected
+    assert run.tokens == expected
     resets = after["resets"] - before["resets"]
     assert resets >= 2
     assert after["opened"] - before["opened"] >= resets - 1  # the last may not have come back yet
@@ -282,4 +278,4 @@ def test_requests_that_cannot_be_restored_end_neither_the_decode_worker_nor_the_
                     hostile.send(piece)
                 hostile.finish(manifest)
                 hostile.wait(manifest.request_id, 10)
-            assert tokens(system.serve(REQUESTS, "layerwise", in_flight=3)) == expected
+            assert system.serve(REQUESTS, "layerwise", in_flight=3).tokens == expected

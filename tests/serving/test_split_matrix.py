@@ -23,7 +23,7 @@ from repro.kvcache.codecs import CODECS, CodecSpec
 from repro.link import LinkSpec, open_link
 from repro.models import spec as models
 from repro.models.architectures import layout_of
-from repro.serving.system import Run, System
+from repro.serving.system import System
 from repro.transport import TransportSpec
 from repro.transport.certificates import make_certificates
 
@@ -77,10 +77,6 @@ def test_the_cases_cover_every_pair_that_can_meet_and_each_model_several_times()
 def requests() -> list[Request]:
     rng = np.random.default_rng(11)
     return [Request(number, tuple(rng.integers(3, 250, length).tolist()), 3) for number, length in enumerate((75, 34))]
-
-
-def tokens(run: Run) -> list[tuple[int, ...]]:
-    return [served.tokens for served in run.served]
 
 
 def engine_spec(name: str) -> EngineSpec:
@@ -140,10 +136,10 @@ def test_tokens_equal_the_unsplit_runs(
         engine_spec(model), transport, link, tmp_path, codec=CodecSpec(codec), transport_process=own_process
     ) as system:
         if model not in unsplit:
-            unsplit[model] = tokens(system.serve(requests(), "unsplit"))
+            unsplit[model] = system.serve(requests(), "unsplit").tokens
         for mode in ("bulk", "layerwise"):
             run = system.serve(requests(), mode, in_flight=2)
-            assert tokens(run) == unsplit[model]
+            assert run.tokens == unsplit[model]
             for served in run.served:
                 layout = layout_of(model, "tiny").by_kind(served.request.state_tokens)
                 assert served.kv_bytes == {kind.name.lower(): size for kind, size in layout.items() if size}

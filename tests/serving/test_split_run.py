@@ -45,10 +45,6 @@ def requests(lengths: tuple[int, ...] = LENGTHS, output_tokens: int = 5) -> list
     ]
 
 
-def tokens(run: Run) -> list[tuple[int, ...]]:
-    return [served.tokens for served in run.served]
-
-
 @pytest.fixture(scope="module")
 def link() -> Iterator[Link]:
     with open_link(RELAY, run="test-split") as link:
@@ -72,16 +68,16 @@ def layerwise(system: System) -> Run:
 
 
 def test_layerwise_tokens_equal_the_unsplit_runs(layerwise: Run, unsplit: Run) -> None:
-    assert tokens(layerwise) == tokens(unsplit)
-    assert all(len(found) == 5 for found in tokens(unsplit))
+    assert layerwise.tokens == unsplit.tokens
+    assert all(len(found) == 5 for found in unsplit.tokens)
 
 
 def test_bulk_tokens_equal_the_unsplit_runs(system: System, unsplit: Run) -> None:
-    assert tokens(system.serve(requests(), "bulk")) == tokens(unsplit)
+    assert system.serve(requests(), "bulk").tokens == unsplit.tokens
 
 
 def test_requests_that_decode_together_get_the_tokens_that_they_get_alone(system: System, unsplit: Run) -> None:
-    assert tokens(system.serve(requests(), "layerwise", in_flight=3)) == tokens(unsplit)
+    assert system.serve(requests(), "layerwise", in_flight=3).tokens == unsplit.tokens
 
 
 def test_everything_that_an_unsplit_run_needs_stays_in_its_process(system: System, link: Link) -> None:
@@ -192,7 +188,7 @@ def test_tokens_equal_the_unsplit_runs_with_the_transport_in_processes_of_its_ow
     link: Link, unsplit: Run, tmp_path: Path
 ) -> None:
     with System(engine_spec("kimi_linear"), TRANSPORT, link, tmp_path, transport_process=True) as system:
-        assert tokens(system.serve(requests(), "layerwise", in_flight=3)) == tokens(unsplit)
+        assert system.serve(requests(), "layerwise", in_flight=3).tokens == unsplit.tokens
         children = [child.pid for child in psutil.Process(system.pid("prefill")).children()]
         assert children
     assert not [pid for pid in children if psutil.pid_exists(pid)]

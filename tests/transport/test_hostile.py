@@ -7,40 +7,21 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path as FilePath
 
 import pytest
-from transport_rig import assert_same, eventually, make_request, send_all
+from transport_rig import HonestTraffic, assert_same, eventually, make_request, send_all
 
 from repro.errors import UserError
-from repro.transport import Receiver, Sender, TransportSpec, open_receiver, open_sender
+from repro.transport import TransportSpec, open_receiver, open_sender
 from repro.transport.certificates import make_certificates
 from repro.transport.handshake import Hello, Role, introduce
 from repro.transport.wire import HEAD_BYTES, Envelope, Kind, PeerError
 
 
-@dataclass
-class Scene:
-    spec: TransportSpec
-    receiver: Receiver
-    honest: Sender
-    log: pytest.LogCaptureFixture
-    served: int = 0
-
-    def still_serves(self) -> None:
-        self.served += 1
-        pieces, manifest = make_request(self.served, [50_000, 7])
-        send_all(self.honest, pieces, manifest)
-        with self.receiver.receive(10) as received:
-            assert_same(received, pieces)
-        self.honest.wait(self.served, 10)
-
-    def refused_for(self, words: str) -> None:
-        assert eventually(lambda: words in self.log.text), f"{words!r} is not in the log:\n{self.log.text}"
-        self.still_serves()
-
+class Scene(HonestTraffic):
     def stranger(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.receiver.port))
 

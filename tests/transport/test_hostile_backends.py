@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from transport_rig import Path, assert_same, eventually, make_request, send_all
+from transport_rig import HonestTraffic, Path, assert_same, eventually, make_request, send_all
 
 from repro.errors import UserError
 from repro.kvcache.frames import Manifest, Piece
@@ -72,14 +72,7 @@ class Insider:
         return True
 
 
-@dataclass
-class Scene:
-    spec: TransportSpec
-    receiver: Receiver
-    honest: Sender
-    log: pytest.LogCaptureFixture
-    served: int = 0
-
+class Scene(HonestTraffic):
     def insider(self, session: bytes = b"insider-session!", slot: int = 0) -> Insider:
         sock = socket.create_connection(("127.0.0.1", self.receiver.port))
         backend = BACKENDS.index(self.spec.backend)
@@ -88,25 +81,13 @@ class Scene:
         assert "base" in read_description(sock, 5)
         return Insider(sock)
 
-    def refused_for(self, words: str) -> None:
-        assert eventually(lambda: words in self.log.text), f"{words!r} is not in the log:\n{self.log.text}"
-        self.still_serves()
-
-    def still_serves(self) -> None:
-        self.served += 1
-        pieces, manifest = make_request(self.served, [300_000, 7])
-        send_all(self.honest, pieces, manifest)
-        with self.receiver.receive(10) as received:
-            assert_same(received, pieces)
-        self.honest.wait(self.served, 10)
-
 
 @pytest.fixture
 def scene(remote: TransportSpec, caplog: pytest.LogCaptureFixture) -> Iterator[Scene]:
     caplog.set_level(logging.INFO, "repro.transport")
     remote = replace(remote, connections=1)
     with open_receiver(remote, "127.0.0.1") as receiver, open_sender(remote, ("127.0.0.1", receiver.port)) as honest:
-        scene = Scene(remote, receiver, honest, caplog)
+        scene = Scene(remote, receiver, honest, caplog, size=300_000)
         yield scene
         assert eventually(lambda: receiver.stats()["arena_used_bytes"] == 0), receiver.stats()
         assert receiver.stats()["held_bytes"] == 0

@@ -9,9 +9,12 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
 
 from repro.kvcache.frames import DType, Manifest, Piece, StateKind
-from repro.transport import Received
+from repro.transport import Received, Receiver, Sender, TransportSpec
 
 
 def make_request(request_id: int, sizes: list[int], seed: int = 0) -> tuple[list[Piece], Manifest]:
@@ -53,6 +56,30 @@ def eventually(condition: Callable[[], bool], patience_s: float = 10.0) -> bool:
             return True
         time.sleep(0.01)
     return condition()
+
+
+@dataclass
+class HonestTraffic:
+    """A receiver and an honest sender of it, which must be served whatever others do; `log` is the transport's."""
+
+    spec: TransportSpec
+    receiver: Receiver
+    honest: Sender
+    log: pytest.LogCaptureFixture
+    size: int = 50_000
+    served: int = 0
+
+    def still_serves(self) -> None:
+        self.served += 1
+        pieces, manifest = make_request(self.served, [self.size, 7])
+        send_all(self.honest, pieces, manifest)
+        with self.receiver.receive(10) as received:
+            assert_same(received, pieces)
+        self.honest.wait(self.served, 10)
+
+    def refused_for(self, words: str) -> None:
+        assert eventually(lambda: words in self.log.text), f"{words!r} is not in the log:\n{self.log.text}"
+        self.still_serves()
 
 
 class Path:
