@@ -40,6 +40,7 @@ from repro.record.provenance import PROJECT
 from repro.transport import ReceiverLimits, TransportSpec
 from repro.transport.certificates import make_certificates
 from repro.transport.remote_memory import missing, started
+from repro.transport.wire import LOCAL_BUFFER_BYTES
 
 LINKS = {
     "loopback": LinkSpec(name="loopback", backend="none"),
@@ -71,8 +72,8 @@ def contenders(base: TransportSpec, connections: Sequence[int], certificates: st
         ]
     middle = replace(base, connections=sorted(connections)[len(connections) // 2])
     if local:
-        # Plain sockets with the buffers that the transport chooses on short paths: what that choice alone is worth.
-        buffers = replace(middle, send_buffer_bytes=512 << 10, receive_buffer_bytes=1 << 20)
+        # Plain sockets with the buffers that the transport chooses within a machine: what that choice alone is worth.
+        buffers = replace(middle, send_buffer_bytes=LOCAL_BUFFER_BYTES, receive_buffer_bytes=LOCAL_BUFFER_BYTES)
         chosen.append(Contender(f"tuned_{middle.connections}", "sockets", buffers))
     chosen.append(Contender(f"own_process_{middle.connections}", "transport", middle, own_process=True))
     chosen.append(Contender(f"tls_{middle.connections}", "transport", replace(middle, tls=certificates)))

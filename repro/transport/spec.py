@@ -54,8 +54,8 @@ class TransportSpec:
     `secret` is shared by both sides: the text itself, or `env:NAME` or `file:PATH`, which keep it out of records.
     `tls` is a folder written by `scripts/make_certificates`: mutual TLS 1.3. `segment_bytes` is what one connection
     carries at a time at least (several times that where the link is fast), `turn_bytes` what a request may send before
-    another has its turn. `rate_cap_bps` and the socket buffers are left to the kernel where None, but for paths shorter
-    than a millisecond (see `wire.hold_buffer`); buffers must hold bandwidth × RTT ÷ connections to fill the link.
+    another has its turn. `rate_cap_bps` and the socket buffers are left to the kernel where None, but for paths within
+    a machine (see `wire.hold_buffer`); buffers must hold bandwidth × RTT ÷ connections to fill the link.
     `stall_s` without an acknowledgement from the peer's TCP gives a connection up; a new one takes its place.
     """
 

@@ -18,16 +18,13 @@ from enum import IntEnum
 from typing import Final, NamedTuple
 
 from repro.kvcache.frames import HEADER_BYTES
-from repro.link import tcp_info
 
 _MAGIC: Final = b"PKT1"
 # magic, kind, reserved | transfer | oldest | offset | piece, length
 _ENVELOPE: Final = struct.Struct("<4sHHQQQII")
 ENVELOPE_BYTES: Final = _ENVELOPE.size
 HEAD_BYTES: Final = ENVELOPE_BYTES + HEADER_BYTES
-_SO_BUF_LOCK: Final = 72  # Linux 5.14
-_SHORT_RTT_S: Final = 0.001
-_SHORT_BUFFERS_BYTES: Final = {socket.SO_SNDBUF: 2 << 20, socket.SO_RCVBUF: 4 << 20}
+LOCAL_BUFFER_BYTES: Final = 64 << 10  # of payload; Linux keeps as much again for its own books
 NO_HEADER: Final = bytes(HEADER_BYTES)
 
 
@@ -163,21 +160,15 @@ def close(sock: socket.socket) -> None:
 
 
 def hold_buffer(sock: socket.socket, option: int, connections: int) -> bool:
-    """Keep a buffer (`SO_SNDBUF`, `SO_RCVBUF`) small where the path is shorter than a millisecond; whether it is.
+    """Keep a buffer (`SO_SNDBUF`, `SO_RCVBUF`) small on one of several connections within this machine; whether it is.
 
-    Left alone, TCP lets it grow to many megabytes, as a long path needs. On a short one that only sends each byte out to
-    memory and back between the two copies: `tuned` beside `sockets` in `scripts/bench transport` is what that costs.
+    Left alone, TCP lets it grow to megabytes, as a long path needs. Within a machine there is no path to fill, and what
+    lies between the two copies should still lie in the processor's cache when the second is made: `tuned` beside
+    `sockets` in `scripts/bench transport` is what that is worth. A connection alone needs more, to keep both ends busy.
     """
-    if not 0 < tcp_info.read(sock).rtt_s <= _SHORT_RTT_S:
+    if connections == 1 or sock.getpeername()[0] != sock.getsockname()[0]:
         return False
-    size_bytes = _SHORT_BUFFERS_BYTES[option] // max(4, connections)
-    sock.setsockopt(socket.SOL_SOCKET, option, size_bytes)
-    if (
-        sock.getsockopt(socket.SOL_SOCKET, option) < 2 * size_bytes
-    ):  # Linux doubles what it is given, up to the system's limit
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, 0)  # too little to be of use: let TCP choose again
-        return False
+    sock.setsockopt(socket.SOL_SOCKET, option, LOCAL_BUFFER_BYTES)
     return True
 
 
