@@ -53,11 +53,6 @@ class ArrivingPiece:
         self._opened: set[int] = set()
         self._contested: set[int] = set()  # more than one connection was to write these
 
-    @property
-    def empty(self) -> bool:
-        """Nothing has come, and nobody brings anything."""
-        return not self.users and not any(self._digests)
-
     def blocks(self, offset: int, length: int) -> range | None:
         """The blocks that a segment covers, or None where it does not consist of whole blocks of this piece."""
         size, block, end = len(self._view), CHECKSUM_BLOCK_BYTES, offset + length

@@ -260,7 +260,7 @@ class Session:
                 for piece, incoming in transfer.pieces.items():
                     if incoming.acknowledged:
                         self._say(Envelope(Kind.ACK, transfer.number, piece))
-                    elif incoming.attempts and incoming.empty:
+                    elif incoming.attempts:
                         self._say(Envelope(Kind.AGAIN, transfer.number, piece))
 
     def abandon(self, reason: str) -> None:
