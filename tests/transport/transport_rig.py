@@ -114,7 +114,8 @@ class Path:
             while data := source.recv(1 << 16):
                 self.open.wait()
                 sink.sendall(data)
-                self.carried += len(data)
+                with self._lock:
+                    self.carried += len(data)
         for sock in (source, sink):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
