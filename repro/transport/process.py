@@ -9,14 +9,10 @@ process: neither outlives the other.
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
-import json
-import logging
 import os
 import queue
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -30,54 +26,14 @@ from repro.kvcache.frames import HEADER_BYTES, FrameHeader, Manifest, Piece
 from repro.link.tcp_info import TcpInfo
 from repro.transport.arena import Arena, Block
 from repro.transport.outgoing import Delivery, PieceDelivery, SenderStats, TransferFailed
-from repro.transport.receiver import Received, Receiver, once, receive_arena
-from repro.transport.sender import Sender
+from repro.transport.pipe import Message, Pipe
+from repro.transport.receiver import Received, once, receive_arena
 from repro.transport.session import Failure, PieceArrival
 from repro.transport.signals import ConnectionSignal
-from repro.transport.spec import ReceiverLimits, TransportSpec
+from repro.transport.spec import TransportSpec
 
-Message = dict[str, Any]
-
-_SIZES = struct.Struct("<II")
 _REPLY_PATIENCE_S = 10.0
 _START_PATIENCE_S = 60.0
-
-
-class Pipe:
-    """Messages with bytes beside them, over one end of a socket pair. `send` is safe from any thread."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._lock = threading.Lock()
-
-    def send(self, message: Message, beside: bytes = b"") -> None:
-        """Raises OSError when the other process has gone."""
-        text = json.dumps(message, separators=(",", ":")).encode()
-        with self._lock:
-            self._sock.sendall(_SIZES.pack(len(text), len(beside)) + text + beside)
-
-    def receive(self) -> tuple[Message, bytes]:
-        """Raises EOFError when the other process has gone."""
-        text_bytes, beside_bytes = _SIZES.unpack(self._exactly(_SIZES.size))
-        message: Message = json.loads(self._exactly(text_bytes))
-        return message, self._exactly(beside_bytes)
-
-    def close(self) -> None:
-        """The other process takes this as the order to end."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-
-    def _exactly(self, size: int) -> bytes:
-        parts = bytearray()
-        while len(parts) < size:
-            try:
-                part = self._sock.recv(min(size - len(parts), 1 << 20))
-            except OSError:
-                part = b""
-            if not part:
-                raise EOFError
-            parts += part
-        return bytes(parts)
 
 
 class _Child:
@@ -88,7 +44,7 @@ class _Child:
         package = str(Path(__file__).resolve().parents[2])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "repro.transport.process", role, str(far.fileno()), str(arena.fd)],
+            [sys.executable, "-m", "repro.transport.process_main", role, str(far.fileno()), str(arena.fd)],
             pass_fds=(far.fileno(), arena.fd),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -396,129 +352,3 @@ def _outcome(message: Message) -> Delivery | TransferFailed:
         return TransferFailed(message["request"], message["reason"], message["detail"])
     values = message["delivery"]
     return Delivery(**{**values, "pieces": tuple(PieceDelivery(**piece) for piece in values["pieces"])})
-
-
-# The other process.
-
-
-def main(argv: list[str]) -> int:
-    """`send FD ARENA` or `receive FD ARENA`: serve the worker at the other end of the socket pair until it ends."""
-    logging.basicConfig(level=logging.WARNING, format="transport: %(message)s")
-    gc.freeze()  # what is imported by now stays: no collection need walk it
-    role, pipe = argv[0], Pipe(socket.socket(fileno=int(argv[1])))
-    try:
-        first, _ = pipe.receive()
-        values = first["spec"]
-        spec = TransportSpec(**{**values, "limits": ReceiverLimits(**values["limits"])})
-        retain = spec.limits.window_bytes if role == "receive" else first["capacity_bytes"]
-        arena = Arena(
-            first["capacity_bytes"],
-            retain_bytes=2 * retain,
-            prefault_bytes=spec.limits.prefault_bytes,
-            fd=int(argv[2]),
-        )
-        try:
-            if role == "send":
-                _serve_sender(pipe, spec, arena, tuple(first["address"]))
-            else:
-                _serve_receiver(pipe, spec, arena, first["host"], first["port"])
-        except (UserError, OSError) as error:
-            pipe.send({"error": str(error)})
-    except (EOFError, BrokenPipeError):
-        pass
-    return 0
-
-
-def _serve_sender(pipe: Pipe, spec: TransportSpec, arena: Arena, address: tuple[str, int]) -> None:
-    events: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-    with Sender(spec, address, observer=lambda event: events.put(_described(event))) as sender:
-        pipe.send({"ready": True})
-        threading.Thread(target=_forward, args=(pipe, events), daemon=True).start()
-        try:
-            while True:
-                message, beside = pipe.receive()
-                try:
-                    _obey(sender, arena, message, beside, pipe)
-                except TransferFailed:
-                    pass  # the worker has heard of it as an event, or is about to
-                except ValueError as error:
-                    logging.getLogger("repro.transport").warning("the worker's %s: %s", message["do"], error)
-        finally:
-            events.put(None)
-
-
-def _obey(sender: Sender, arena: Arena, message: Message, beside: bytes, pipe: Pipe) -> None:
-    match message["do"]:
-        case "begin":
-            sender.begin(message["request"], deadline_s=message["deadline_s"], priority=message["priority"])
-        case "send":
-            offset, size = message["offset"], message["size"]
-            sender.send(Piece(FrameHeader.unpack(beside), arena.whole[offset : offset + size]))
-        case "finish":
-            sender.finish(Manifest.unpack(beside))
-        case "cancel":
-            sender.cancel(message["request"])
-        case "set_priority":
-            sender.set_priority(message["request"], message["priority"])
-        case "set_rate_cap":
-            sender.set_rate_cap(message["bps"])
-        case "signals":
-            pipe.send({"reply": message["number"], "value": [asdict(signal) for signal in sender.signals()]})
-        case "stats":
-            pipe.send({"reply": message["number"], "value": sender.stats()})
-
-
-def _described(event: tuple[int, int] | Delivery | TransferFailed) -> Message:
-    if isinstance(event, Delivery):
-        return {"event": "delivered", "request": event.request_id, "delivery": asdict(event)}
-    if isinstance(event, TransferFailed):
-        return {"event": "failed", "request": event.request_id, "reason": event.reason, "detail": event.detail}
-    return {"event": "acked", "request": event[0], "piece": event[1]}
-
-
-def _forward(pipe: Pipe, events: queue.SimpleQueue[Message | None]) -> None:
-    with contextlib.suppress(OSError):
-        while (message := events.get()) is not None:
-            pipe.send(message)
-
-
-def _serve_receiver(pipe: Pipe, spec: TransportSpec, arena: Arena, host: str, port: int) -> None:
-    held: dict[int, Received] = {}
-    with Receiver(spec, host, port, arena=arena) as receiver:
-        pipe.send({"port": receiver.port})
-
-        def hand_over() -> None:
-            numbers = itertools.count()
-            with contextlib.suppress(OSError):
-                while True:
-                    received = receiver.receive()
-                    number = next(numbers)
-                    held[number] = received
-                    headers = b"".join(piece.header.pack() for piece in received.pieces)
-                    message = {
-                        "number": number,
-                        "offsets": [block.offset for block in received.blocks],
-                        "arrivals": [
-                            [a.piece, a.layer, a.payload_bytes, a.first_byte_s, a.last_byte_s]
-                            for a in received.arrivals
-                        ],
-                        "completed_s": received.completed_s,
-                    }
-                    pipe.send(message, headers + received.manifest.pack())
-
-        threading.Thread(target=hand_over, daemon=True).start()
-        while True:
-            message, _ = pipe.receive()
-            match message["do"]:
-                case "release":
-                    held.pop(message["number"]).release()
-                case "failures":
-                    pipe.send({"reply": message["number"], "value": [asdict(f) for f in receiver.failures()]})
-                case "stats":
-                    pipe.send({"reply": message["number"], "value": receiver.stats()})
-
-
-if __name__ == "__main__":
-    # Threads that wait in sockets must not hold the end of the process up.
-    status = main(sys.argv[1:])
-    os._exit(status)
