@@ -1,11 +1,10 @@
 """The decode worker: `python -m repro.serving.decode`, the process that stands for the local PD cluster.
 
 One thread takes requests from the transport and brings their state to the device, beside the batch that is running; the
-main thread restores them and steps the batch. A request joins only
-when its manifest is complete, never on part of its state. A request that comes as a prompt, from the supervisor, is
-prefilled
-here: the unsplit run, with the same engine, chunks and order of operations as the split one, but its state never leaves
-the process. Prefill goes before decode steps, as in a server without chunked mixing.
+main thread restores them and steps the batch. A request joins only when its manifest is complete, never on part of its
+state. A request that comes as a prompt, from the supervisor, is prefilled here: the unsplit run, with the same engine,
+chunks and order of operations as the split one, but its state never leaves the process. Prefill goes before decode
+steps, as in a server without chunked mixing.
 
 A request that arrives whole may still be none: state of another model, a codec's output that does not decode, a
 hand-over that is no hand-over. It is refused by name, and the batch goes on.
