@@ -155,6 +155,9 @@ def _hydra(arguments: list[str]) -> int:
 def _in_order(arguments: list[str]) -> list[str]:
     """Options before overrides, the one order that Hydra's parser takes.
 
+    An experiment's own options may be set whether its file names them or leaves them at their defaults: the schema knows
+    them all, Hydra only the file. So they are forced.
+
     Raises:
         UserError: for what is neither an option nor an override; Hydra would answer with a page of usage.
     """
@@ -172,7 +175,8 @@ def _in_order(arguments: list[str]) -> list[str]:
             raise UserError(
                 f"{word!r}: neither a verb nor key=value; verbs: {', '.join(verbs()) or 'none'}; see --help"
             )
-    return [*(word for word in arguments if word not in overrides), *overrides]
+    forced = (f"++{word}" if word.startswith("options.") else word for word in overrides)
+    return [*(word for word in arguments if word not in overrides), *forced]
 
 
 def _sweep_folder(arguments: list[str]) -> Path:

@@ -90,6 +90,18 @@ def test_a_mistake_ends_in_one_line_that_names_the_key_and_what_is_accepted(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_option_that_the_experiments_file_leaves_at_its_default_is_set_like_any_other(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    code, _, err = call("experiment=overlap", "options.repeats=0")
+    assert code == 2
+    assert err.startswith("error: options.repeats"), err
+    code, _, err = call("experiment=overlap", "options.bogus=1")
+    assert code == 2
+    assert err.startswith("error: options.bogus: no such key; accepted: chunk_tokens, codec, device"), err
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_values_that_do_not_go_together_are_refused(
     call: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:

@@ -10,10 +10,10 @@ Prefill turns all tokens of a prompt but the last into state, so a request of l 
 served one at a time: TTFT has no queueing. A first request of each model warms it up and is not recorded.
 
 What a prefix cache of real state (§3.2) saves of T_prefill, each mode with a cache of its own (and of what crosses the link, with
-`+options.prefix_cache.increments=true`):
+`options.prefix_cache.increments=true`):
 
-    python -m repro experiment=split +options.shared_prefix_tokens=768 +options.input_tokens=[1025] \\
-        +options.prefix_cache.capacity_bytes=1e9 +options.prefix_cache.checkpoint_blocks=1
+    python -m repro experiment=split options.shared_prefix_tokens=768 options.input_tokens=[1025] \\
+        options.prefix_cache.capacity_bytes=1e9 options.prefix_cache.checkpoint_blocks=1
 """
 
 from __future__ import annotations
