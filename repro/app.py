@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from repro.errors import UserError
-from repro.experiments.base import CONFIGURATION, names
+from repro.presets import CONF, GLOBAL_GROUPS, choices, groups
 
-_SCHEMA = "settings_schema"
 _TERMINATED = "terminated"
 
 
@@ -60,61 +59,23 @@ def verbs() -> dict[str, str]:
 
 
 def _help() -> str:
-    groups = sorted(
-        path.name
-        for path in CONFIGURATION.iterdir()
-        if path.is_dir() and path.name not in ("experiment", "hydra", "sweep")
-    )
     lines = [
         "usage: python -m repro [experiment=<name>] [<group>=<choice> …] [<key>=<value> …]     one experiment (default: the case study)",
         "       python -m repro -m experiment=<a>,<b> [<key>=<value>,<value> …]                 a sweep",
-        "       python -m repro +sweep=<name> [overrides]                                       a sweep from conf/sweep",
+        "       python -m repro sweep=<name> [overrides]                                        a sweep from conf/sweep",
         "       python -m repro --cfg job [overrides]                                           print the composed configuration",
         "       python -m repro <verb> …                                                        a tool",
-        "",
-        "experiments:",
     ]
-    width = max(map(len, names())) + 2
-    lines += [f"  {name:<{width}}{line}" for name, line in names().items()]
-    lines += ["", "sweeps:"]
-    lines += [f"  {name:<{width}}{line}" for name, line in names("sweep").items()]
+    width = max(map(len, choices("experiment"))) + 2
+    for title, group in (("experiments", "experiment"), ("sweeps", "sweep")):
+        lines += ["", f"{title}:", *(f"  {name:<{width}}{line}" for name, line in choices(group).items())]
     lines += ["", "groups:"]
-    for group in groups:
-        choices = ", ".join(sorted(path.stem for path in (CONFIGURATION / group).glob("*.yaml")))
-        lines.append(f"  {group:<{width}}{choices}")
+    for group in groups():
+        if group not in GLOBAL_GROUPS or group == "tier":
+            lines.append(f"  {group:<{width}}{', '.join(choices(group))}")
     lines += ["", "verbs:"]
     lines += [f"  {name:<{width}}{line}" for name, line in verbs().items()]
     return "\n".join(lines)
-
-
-def register() -> None:
-    """Put the schema of the whole configuration into Hydra's ConfigStore."""
-    from hydra.core.config_store import ConfigStore
-
-    from repro.configuration import twin
-    from repro.settings import Settings
-
-    ConfigStore.instance().store(name=_SCHEMA, node=twin(Settings))
-
-
-def settings_of(composed: Any) -> Any:
-    """Frozen settings from what Hydra composed.
-
-    Raises:
-        UserError: naming the key.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from repro.configuration import build
-    from repro.settings import Settings
-
-    try:
-        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(_one_line(error)) from error
-    assert isinstance(values, dict)
-    return build(Settings, {str(key): value for key, value in values.items()})
 
 
 def _hydra(arguments: list[str]) -> int:
@@ -123,6 +84,8 @@ def _hydra(arguments: list[str]) -> int:
     from hydra.errors import HydraException
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
+
+    from repro.composition import explain, register
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as exceptions, to be said in one line
     arguments = _in_order(arguments)
@@ -139,12 +102,12 @@ def _hydra(arguments: list[str]) -> int:
         except UserError as error:  # Hydra would put a line of its own before it
             mistakes.append(error)
 
-    application = hydra.main(version_base="1.3", config_path=str(CONFIGURATION), config_name="config")(job)
+    application = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)
     before, sys.argv = sys.argv, ["repro", *arguments, f"hydra.sweep.dir='{folder}'"]
     try:
         application()
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error)) from error
+        raise UserError(explain(error)) from error
     finally:
         sys.argv = before
     if mistakes:
@@ -163,6 +126,8 @@ def _in_order(arguments: list[str]) -> list[str]:
     """
     from hydra._internal.utils import get_args_parser
 
+    from repro.composition import forced
+
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
@@ -175,8 +140,7 @@ def _in_order(arguments: list[str]) -> list[str]:
             raise UserError(
                 f"{word!r}: neither a verb nor key=value; verbs: {', '.join(verbs()) or 'none'}; see --help"
             )
-    forced = (f"++{word}" if word.startswith("options.") else word for word in overrides)
-    return [*(word for word in arguments if word not in overrides), *forced]
+    return [*(word for word in arguments if word not in overrides), *map(forced, overrides)]
 
 
 def _sweep_folder(arguments: list[str]) -> Path:
@@ -188,11 +152,12 @@ def _sweep_folder(arguments: list[str]) -> Path:
 
 
 def _job(composed: Any) -> None:
-    from repro import runner
+    from hydra.core.hydra_config import HydraConfig
 
-    settings = settings_of(composed)
-    record = runner.run(settings, _command())
-    print(runner.summary(settings, record))
+    from repro import composition, runner
+
+    record = runner.run(composition.of(composed, HydraConfig.get().overrides.task), _command())
+    print(runner.summary(record))
     print(record.path, flush=True)
 
 
@@ -208,10 +173,12 @@ def _sweep_job(composed: Any) -> None:
     configuration = HydraConfig.get()
     outcome: dict[str, Any] = {"overrides": list(configuration.overrides.task)}
     try:
-        from repro import runner
+        from repro import composition, runner
 
         # The job's own overrides are the command that repeats it, whichever process it runs in.
-        outcome["path"] = str(runner.run(settings_of(composed), ["repro", *outcome["overrides"]]).path)
+        outcome["path"] = str(
+            runner.run(composition.of(composed, outcome["overrides"]), ["repro", *outcome["overrides"]]).path
+        )
     except UserError as error:
         outcome["error"] = str(error)
         print(f"error: {' '.join(outcome['overrides'])}: {error}", file=sys.stderr)
@@ -234,39 +201,3 @@ def _sweep_summary(folder: Path) -> int:
         print(f"  failed: {' '.join(outcome['overrides'])}: {outcome['error']}", file=sys.stderr)
     print(folder)
     return 1 if failed or not outcomes else 0
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _explain(error: BaseException) -> str:
-    """Hydra's and OmegaConf's messages in one line that names the key, the value and what is accepted."""
-    from hydra.errors import MissingConfigException, OverrideParseException
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
-
-    from repro.configuration import accepted
-    from repro.settings import Settings
-
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options:
-            group, _, choice = str(cause.missing_cfg_file).rpartition("/")
-            return f"{group}: {choice!r} does not exist; accepted: {', '.join(cause.options)}"
-        if isinstance(cause, OverrideParseException):
-            return f"{cause.override}: cannot be read as key=value ({_one_line(cause).split(' See https')[0]})"
-        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-            key = str(cause.full_key)
-            if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
-                return f"{key}: no such key; accepted: {', '.join(_siblings(cause))}"
-            if isinstance(cause, ValidationError):
-                return f"{key}: {str(cause).splitlines()[0]}; accepted: {accepted(Settings, key)}"
-        cause = cause.__cause__
-    return _one_line(error)
-
-
-def _siblings(error: Any) -> list[str]:
-    from omegaconf import DictConfig
-
-    parent = error.parent_node
-    return sorted(map(str, parent.keys())) if isinstance(parent, DictConfig) else ["see --cfg job"]

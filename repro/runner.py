@@ -1,18 +1,23 @@
-"""One experiment from settings to a finished run directory: skip what is done, record what runs, say clearly what failed."""
+"""One experiment from its composition to a finished run directory: skip what is done, record what runs, say clearly what failed."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from repro.composition import Composition, compose
 from repro.configuration import build, plain
 from repro.errors import UserError
 from repro.experiments import base
-from repro.experiments.deployment import deployment, operating_points
+from repro.models.checkpoint import checkpoint_files
+from repro.presets import GLOBAL_GROUPS, choices, groups, preset
 from repro.record import tracking
 from repro.record.directory import Record, RunDirectory, configuration_hash
 from repro.report import document
@@ -29,63 +34,166 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def prepare(settings: Settings) -> tuple[base.Experiment, Settings, RunDirectory]:
-    """The experiment, its settings with every option resolved, and its directory; nothing is written.
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is known to be possible: its experiment, settings with every option resolved, and its directory, still unwritten.
+
+    `configuration` is what the record holds: the keys that are read. `other_configuration` are those of them that differ from the
+    experiment's own file, so that the paper's claims do not apply. `parts` are the prepared runs that a composite consists of, `unread`
+    the keys of chosen presets that have no meaning on this tier.
+    """
+
+    experiment: base.Experiment
+    settings: Settings
+    options: Any
+    directory: RunDirectory
+    configuration: Mapping[str, Any]
+    other_configuration: tuple[str, ...] = ()
+    parts: tuple[Prepared, ...] = ()
+    unread: tuple[str, ...] = ()
+
+
+def prepare(composition: Composition) -> Prepared:
+    """Everything that can be known before a run; nothing is written.
 
     Raises:
-        UserError: for an experiment, tier, option or profile that does not exist, or a deployment that cannot serve.
+        UserError: for an experiment, tier, option or profile that does not exist, a key that is not read, or settings that cannot run.
     """
+    settings = composition.settings
     experiment = base.load(settings.name)
     if settings.tier not in experiment.tiers:
         raise UserError(
             f"tier: {settings.tier!r} is not offered by experiment={settings.name}; accepted: {', '.join(experiment.tiers)}"
         )
     options: Any = build(experiment.options, settings.options, "options")
+    base.refuse_unread(experiment, settings.tier, composition.asked)
     settings = replace(settings, options=plain(options))
-    # What no tier can run must end before a directory exists: the model refuses it in milliseconds.
-    operating_points(deployment(settings), settings)
-    outcome_keys = {key: value for key, value in plain(settings).items() if key not in PRESENTATION}
-    digest = configuration_hash(outcome_keys, experiment.inputs(settings))
+    _refuse_hidden(settings, composition.asked)
+    experiment.check(settings, options)
+    parts = tuple(prepare(compose(_words_for(part, composition.words))) for part in _chosen(experiment, options))
+    configuration = base.restricted(plain(settings), experiment, settings.tier)
+    if parts:
+        configuration["parts"] = {part.settings.name: part.directory.path.name for part in parts}
+    outcome_keys = {key: value for key, value in configuration.items() if key not in PRESENTATION}
+    digest = configuration_hash(outcome_keys, [*checkpoint_files(settings.model), *experiment.inputs(settings)])
     folder = Path(settings.results) / settings.name / f"{settings.label or settings.tier}-{digest}"
-    return experiment, settings, RunDirectory(folder)
+    unread = () if parts else _unread_of_choices(composition, experiment)
+    others = _other_configuration(experiment, settings, configuration)
+    return Prepared(experiment, settings, options, RunDirectory(folder), configuration, others, parts, unread)
 
 
-def run(settings: Settings, command: list[str], progress: Progress = to_stderr) -> Record:
+def _refuse_hidden(settings: Settings, asked: Sequence[str]) -> None:
+    """Refuse a cluster's own profile beside `profile`, which takes the place of both."""
+    for key in ("cluster.prfaas.profile", "cluster.pd.profile"):
+        if settings.profile is not None and key in asked:
+            raise UserError(f"{key}: has no effect beside profile={settings.profile}; accepted: one of the two")
+
+
+def _unread_of_choices(composition: Composition, experiment: base.Experiment) -> tuple[str, ...]:
+    """Of presets that were chosen on the command line: keys that they set and the experiment does not read."""
+    found = []
+    for word in composition.words:
+        group, _, choice = word.partition("=")
+        if group not in groups() or group in GLOBAL_GROUPS or group == "model" or choice not in choices(group):
+            continue
+        for key in _flat(preset(group, choice), group):
+            if key.rpartition(".")[2] not in base.DESCRIPTIONS and not experiment.reads_key(
+                key, composition.settings.tier
+            ):
+                found.append(key)
+    return tuple(found)
+
+
+def _chosen(experiment: base.Experiment, options: Any) -> Sequence[str]:
+    """The parts of a composite that are to run."""
+    if not isinstance(options, base.PartsOptions) or options.parts is None:
+        return experiment.parts
+    for part in options.parts:
+        if part not in experiment.parts:
+            raise UserError(f"options.parts: {part!r} is no part; accepted: {', '.join(experiment.parts)}")
+    return options.parts
+
+
+def _words_for(part: str, words: Sequence[str]) -> list[str]:
+    """The words of a composite that its part takes: those whose key it reads, and where results go."""
+    experiment, tier = base.load(part), base.part_tier(part)
+    own = ("experiment", "tier", "label", "sweep")
+    kept = []
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0].replace("/", ".")
+        if key not in own and not key.startswith(("options", "hydra")) and experiment.reads_key(key, tier):
+            kept.append(word)
+    return [f"experiment={part}", *kept]
+
+
+def _other_configuration(
+    experiment: base.Experiment, settings: Settings, configuration: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Keys in which a run differs from what its experiment's file says, effort and descriptions aside."""
+    usual = compose([f"experiment={experiment.name}", f"tier={settings.tier}"]).settings
+    usual = replace(usual, options=plain(build(experiment.options, usual.options, "options")))
+    own, papers = _flat(configuration), _flat(base.restricted(plain(usual), experiment, settings.tier))
+    aside = (*PRESENTATION, *experiment.effort, "parts")
+    found = {key for key in {**own, **papers} if own.get(key) != papers.get(key)}
+    return tuple(
+        sorted(
+            key
+            for key in found
+            if key.rpartition(".")[2] not in base.DESCRIPTIONS
+            and not any(key == out or key.startswith(f"{out}.") for out in aside)
+        )
+    )
+
+
+def _flat(values: Mapping[str, Any], key: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        where = f"{key}.{name}" if key else name
+        found |= _flat(value, where) if isinstance(value, Mapping) else {where: value}
+    return found
+
+
+def run(composition: Composition, command: list[str], progress: Progress = to_stderr) -> Record:
     """Run one experiment, or find that it has run.
 
     Raises:
         UserError: from the experiment; FAILED.json then says the same.
     """
-    experiment, settings, directory = prepare(settings)
-    if directory.finished():
+    return _run(prepare(composition), command, progress)
+
+
+def _run(prepared: Prepared, command: list[str], progress: Progress) -> Record:
+    experiment, settings, directory = prepared.experiment, prepared.settings, prepared.directory
+    if directory.finished() and all(part.directory.finished() for part in prepared.parts):
         progress(f"{settings.name}: already done, nothing to run")
         return Record(directory.path)
+    if prepared.unread:
+        progress(f"{settings.name}: tier={settings.tier} does not read {', '.join(prepared.unread)} of what was chosen")
     started = time.monotonic()
     try:
         try:
-            directory.begin(plain(settings), command, {"seed": settings.seed})
+            directory.begin(prepared.configuration, command, {"seed": settings.seed})
         except OSError as error:
             raise UserError(f"results: {settings.results} cannot be written ({error.strerror})") from error
         with tracking.Mirror(settings.tracking, directory.path) as mirror:
-            if settings.tier not in MEASURED_TIERS:
+            if settings.tier not in MEASURED_TIERS and not prepared.parts:
                 mirror.load()
-            options: Any = build(experiment.options, settings.options, "options")
             context = base.Context(
-                settings, options, directory.path, lambda line: progress(f"{settings.name}: {line}"), tuple(command[1:])
+                settings, prepared.options, directory.path, lambda line: progress(f"{settings.name}: {line}")
             )
-            outcome = experiment.run(context)
+            outcome = _run_parts(prepared, context, progress) if prepared.parts else experiment.run(context)
             directory.write_metrics(outcome.metrics)
             for name, table in outcome.tables.items():
                 directory.write_table(name, table)
             if outcome.requests is not None:
                 directory.write_requests(outcome.requests)
-            directory.add_provenance({**outcome.provenance, "elapsed_s": round(time.monotonic() - started, 3)})
+            known = {"other_configuration": list(prepared.other_configuration)}
+            directory.add_provenance({**outcome.provenance, **known, "elapsed_s": round(time.monotonic() - started, 3)})
             record = Record(directory.path)
             figures = draw(experiment, record)
-            document.write(
-                directory.path, settings.name, base.names()[settings.name], [record, *experiment.parts(record)]
-            )
-            mirror.log(record, plain(settings), figures)
+            question = choices("experiment")[settings.name]
+            document.write(directory.path, settings.name, question, [record, *parts_of(record)])
+            mirror.log(record, dict(prepared.configuration), figures)
         directory.complete()
     except BaseException as error:
         directory.fail(error)
@@ -94,19 +202,36 @@ def run(settings: Settings, command: list[str], progress: Progress = to_stderr) 
     return record
 
 
+def _run_parts(prepared: Prepared, context: base.Context, progress: Progress) -> base.Outcome:
+    """Run or find every part of a composite; its own record holds where they are."""
+    rows = []
+    for index, part in enumerate(prepared.parts, 1):
+        name = part.settings.name
+        context.progress(f"[{index}/{len(prepared.parts)}] {name}: {choices('experiment')[name]}")
+        record = _run(part, ["repro", f"experiment={name}"], progress)
+        rows.append({"experiment": name, "path": os.path.relpath(record.path, context.folder)})
+    return base.Outcome([], {"parts": pd.DataFrame(rows)})
+
+
+def parts_of(record: Record) -> list[Record]:
+    """The records that a composite's record consists of; none for any other."""
+    if not base.load(record.configuration["name"]).parts:
+        return []
+    return [Record(Path(os.path.normpath(record.path / path))) for path in record.table("parts")["path"]]
+
+
 def draw(experiment: base.Experiment, record: Record) -> list[Path]:
     """Every figure of an experiment into its run directory; returns the PNGs."""
     from repro.report import figures
 
-    return (
-        figures.redraw(record, record.path / "figures") if experiment.figures_for(record.configuration["tier"]) else []
-    )
+    drawn = experiment.figures_for(record.configuration["tier"])
+    return figures.redraw(record, record.path / "figures", drawn) if drawn else []
 
 
-def summary(settings: Settings, record: Record) -> str:
+def summary(record: Record) -> str:
     """What a person wants to see at the end: the paper's claims against this record, and where the report is."""
     from repro.report import comparison
 
-    claims = comparison.console(comparison.compare([record, *base.load(settings.name).parts(record)]))
+    claims = comparison.console(comparison.compare([record, *parts_of(record)]))
     report = f"report: {record.path / 'report.html'}"
     return f"{claims}\n{report}" if claims else report

@@ -21,14 +21,15 @@ TIERS = ("model", "simulate", "emulate", "execute")
 class Settings:
     """One experiment on one tier.
 
-    `size` and `pretrained` are handed to `model`. `profile` replaces the profiles of both clusters by one that was
+    `model` holds the models by name: one, or several where an experiment compares; `size` and `pretrained` were handed to each
+    of them. `profile` replaces the profiles of both clusters by one that was
     measured; `options` is the experiment's own part, checked against the dataclass that the experiment declares.
     `label` names the run directory beside its hash and changes nothing else.
     """
 
     name: str
     tier: Literal["model", "simulate", "emulate", "execute"]
-    model: ModelSpec
+    model: dict[str, ModelSpec]
     cluster: ClusterSpec
     link: LinkSpec
     workload: WorkloadSpec
@@ -51,5 +52,5 @@ class Settings:
             raise UserError(f"label: {self.label!r} cannot name a folder")
 
 
-#: Keys that say where a run is written and shown, and cannot change its outcome.
+#: Keys that say where a run is written and shown, and cannot change its outcome. Every experiment takes them.
 PRESENTATION = ("tracking", "label", "results")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from repro import app
-from repro.experiments import base
+from repro.presets import choices
 from repro.record import provenance
 
 #: What mistakes are made in.
@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[
 def test_help_lists_every_experiment_and_verb_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert app.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name, answer in {**base.names(), **app.verbs()}.items():
+    for name, answer in {**choices("experiment"), **app.verbs()}.items():
         assert answer
         assert any(line.split() == [name, *answer.split()] for line in lines), name
 
@@ -157,9 +157,9 @@ def test_a_run_ends_with_its_directory_and_a_second_call_changes_nothing(
 
 
 def test_what_only_presents_a_result_does_not_name_another_run(call: Callable[..., tuple[int, str, str]]) -> None:
-    first = Path(call(*QUICK)[1].splitlines()[-1])
-    other = Path(call(*QUICK, "seed=1")[1].splitlines()[-1])
-    labelled = Path(call(*QUICK, "label=mine", "tracking=offline", "tracking.project=x")[1].splitlines()[-1])
+    first = Path(call(*TABLE_6)[1].splitlines()[-1])
+    other = Path(call(*TABLE_6, "seed=1")[1].splitlines()[-1])
+    labelled = Path(call(*TABLE_6, "label=mine", "tracking=offline", "tracking.project=x")[1].splitlines()[-1])
     assert first != other
     assert labelled.name == f"mine-{first.name.rpartition('-')[2]}"
 
@@ -177,7 +177,12 @@ def test_a_run_of_other_code_is_made_again(
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_a_sweep_runs_every_job_and_names_the_ones_that_failed(tmp_path: Path, launcher: str) -> None:
-    arguments = [*QUICK, "policy.threshold_tokens=10000,20,20000", f"hydra/launcher={launcher}"]
+    arguments = [
+        "experiment=egress",
+        "tracking=disabled",
+        "policy.threshold_tokens=10000,20,20000",
+        f"hydra/launcher={launcher}",
+    ]
     process = start(tmp_path, *arguments, "-m")
     out, err = process.communicate()
     assert process.returncode == 1

@@ -1,43 +1,26 @@
 """Every file of conf/ composes to settings that hold, and says in its first lines what it is."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from repro import runner
-from repro.app import register, settings_of
+from repro.composition import compose
 from repro.configuration import build, plain
 from repro.errors import UserError
 from repro.experiments import base
-from repro.experiments.base import CONFIGURATION
+from repro.presets import CONF, choices
 from repro.settings import Settings
 
-EXPERIMENTS = sorted((CONFIGURATION / "experiment").glob("*.yaml"))
-SWEEPS = sorted((CONFIGURATION / "sweep").glob("*.yaml"))
-CHOICES = sorted(
-    path for path in CONFIGURATION.glob("*/*.yaml") if path.parent.name not in ("experiment", "sweep", "hydra")
-)
-
-#: Choices that cannot stand alone, with what else they need.
-COMPANIONS = {"model/pretrained": ["model.pretrained=some/checkpoint"]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hydra() -> Iterator[None]:
-    register()
-    with initialize_config_dir(str(CONFIGURATION), version_base="1.3"):
-        yield
+EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
+SWEEPS = sorted((CONF / "sweep").glob("*.yaml"))
+CHOICES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("experiment", "sweep", "hydra"))
 
 
 def settings(*overrides: str) -> Settings:
-    found = settings_of(compose("config", overrides=list(overrides)))
-    assert isinstance(found, Settings)
-    return found
+    return compose(overrides).settings
 
 
 def name_of(path: Path) -> str:
@@ -59,10 +42,12 @@ def test_the_defaults_are_the_case_study_of_the_paper() -> None:
 
 def test_the_values_of_config_yaml_stand_before_an_experiments_deltas() -> None:
     """With `_self_` behind `experiment`, config.yaml would silently override every experiment."""
-    defaults = yaml.safe_load((CONFIGURATION / "config.yaml").read_text())["defaults"]
+    defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
     keys = [entry if isinstance(entry, str) else next(iter(entry)) for entry in defaults]
     assert keys.index("_self_") < keys.index("experiment")
-    groups = [key for key in keys if key not in ("_self_", "experiment", "settings_schema") and "override" not in key]
+    groups = [
+        key for key in keys if key not in ("_self_", "experiment", "sweep", "settings_schema") and "override" not in key
+    ]
     assert keys[0] == "settings_schema"
     assert max(map(keys.index, groups)) < keys.index("_self_")
 
@@ -86,7 +71,7 @@ def test_an_experiment_file_is_global_and_says_in_one_line_what_it_answers(path:
     assert first == "# @package _global_"
     assert second.startswith("# ")
     assert second.endswith(".")
-    assert base.names()[path.stem] == second[2:]
+    assert choices("experiment")[path.stem] == second[2:]
 
 
 def test_every_experiment_module_has_its_file() -> None:
@@ -103,21 +88,18 @@ def test_a_sweep_is_global_and_every_job_of_its_grid_composes(path: Path) -> Non
     first, second, *_ = path.read_text().splitlines()
     assert first == "# @package _global_"
     assert second.startswith("# ")
-    composed: Any = compose("config", overrides=[f"+sweep={path.stem}"], return_hydra_config=True)
-    parameters = OmegaConf.to_container(composed.hydra.sweeper.params, resolve=True)
-    assert isinstance(parameters, dict), "a sweep file sets hydra.sweeper.params"
-    assert parameters
+    parameters = yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"]
+    assert parameters["experiment"], "a sweep names its experiment"
     for job in _corners({str(key): str(value) for key, value in parameters.items()}):
-        on_corner = settings(f"+sweep={path.stem}", *job)
-        experiment = base.load(on_corner.name)
-        assert on_corner.tier in experiment.tiers
-        build(experiment.options, on_corner.options, "options")
+        composition = compose([f"sweep={path.stem}", *job])
+        experiment = base.load(composition.settings.name)
+        assert composition.settings.tier in experiment.tiers
+        build(experiment.options, composition.settings.options, "options")
+        base.refuse_unread(experiment, composition.settings.tier, composition.asked)
 
 
 def _corners(parameters: dict[str, str]) -> list[list[str]]:
     """Every value of every parameter at least once; the whole grid could be thousands."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     values = {}
     for key, text in parameters.items():
         (override,) = OverridesParser.create().parse_overrides([f"{key}={text}"])
@@ -129,7 +111,7 @@ def _corners(parameters: dict[str, str]) -> list[list[str]]:
 @pytest.mark.parametrize("path", CHOICES, ids=name_of)
 def test_a_choice_of_a_group_composes_and_says_what_it_is(path: Path) -> None:
     group, choice = path.parent.name, path.stem
-    composed = settings(f"{group}={choice}", *COMPANIONS.get(f"{group}/{choice}", []))
+    composed = settings(f"{group}={choice}")
     assert plain(composed)
     line = description(path)
     assert line.startswith("# ")
@@ -153,7 +135,7 @@ def test_a_choice_of_a_group_composes_and_says_what_it_is(path: Path) -> None:
 )
 def test_what_cannot_run_is_refused_before_a_directory_is_made(overrides: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        runner.run(settings("experiment=table6", f"results={tmp_path}", *overrides), [])
+        runner.run(compose(["experiment=table6", f"results={tmp_path}", *overrides]), [])
     key = overrides[0].split("=")[0]
     assert key.split(".")[0] in str(caught.value) or key == "name"
     assert "accepted" in str(caught.value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from repro.experiments import simulated
-from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.scheduling.admission import AdmissionSpec
 from repro.scheduling.policies import LengthAware, RandomSplit
@@ -57,4 +57,6 @@ def run(context: Context) -> Outcome:
     )  # fmt: skip
 
 
-EXPERIMENT = Experiment("ablation", ("simulate",), run, simulated.FIGURES, Options, profile_files)
+EXPERIMENT = Experiment(
+    "ablation", {"simulate": (*SIMULATED, "options")}, run, simulated.FIGURES, Options, simulated.check, profile_files
+)

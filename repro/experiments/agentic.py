@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from matplotlib.figure import Figure
 
 from repro.experiments import simulated
-from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
 from repro.experiments.caches import CacheOptions
 from repro.experiments.deployment import profile_files
 from repro.experiments.scale import multiplied
@@ -112,4 +112,6 @@ def draw_goodput(record: Record) -> Figure:
 
 
 FIGURES = {"over_time": simulated.draw_over_time, "goodput": draw_goodput, "rebalancing": draw_rebalancing}
-EXPERIMENT = Experiment("agentic", ("simulate",), run, FIGURES, Options, profile_files)
+EXPERIMENT = Experiment(
+    "agentic", {"simulate": (*SIMULATED, "options")}, run, FIGURES, Options, simulated.check, profile_files
+)

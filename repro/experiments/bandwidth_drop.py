@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments import simulated
-from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.record.directory import Record
 from repro.record.metrics import Metric
@@ -128,4 +128,12 @@ def draw(record: Record) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment("bandwidth_drop", ("simulate",), run, {"gain": draw}, Options, profile_files)
+EXPERIMENT = Experiment(
+    "bandwidth_drop",
+    {"simulate": (*SIMULATED, "options")},
+    run,
+    {"gain": draw},
+    Options,
+    simulated.check,
+    profile_files,
+)

@@ -1,15 +1,18 @@
-"""What an experiment is: a run that yields rows, and figures drawn from the rows alone.
+"""What an experiment is: the keys that it reads, a run that yields rows, and figures drawn from the rows alone.
 
 Each module of this folder ends in `EXPERIMENT = Experiment(…)` and has a file of the same name in conf/experiment, whose second line says
 in a sentence what it answers (`--help` prints it). A figure gets the record and nothing else, so it can be redrawn years later
 without running anything.
+
+`reads` is the contract between an experiment and the configuration: on each tier, the keys that can change its result. A key that somebody
+sets and the experiment does not read is refused by name; the record holds the keys that are read, and no other.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +20,33 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from repro.errors import UserError
+from repro.presets import choices
 from repro.record.directory import Record
 from repro.record.metrics import Metric
+from repro.settings import PRESENTATION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from repro.settings import Settings
+
+#: Keys of the models that a run builds or counts.
+MODEL = ("model", "size", "pretrained")
+#: What the equations 3–8 take: the clusters' profiles, the link's rate, lengths, and how threshold and split are found.
+EQUATIONS = (
+    "profile", "cluster.prfaas", "cluster.pd", "link.rate_bps", "workload.lengths", "workload.output_tokens",
+    "policy.threshold_tokens", "policy.n_p", "policy.threshold_step_tokens", "policy.lengths",
+)  # fmt: skip
+#: The cluster that both are compared with.
+HOMOGENEOUS = "cluster.homogeneous_instances"
+#: What a simulated deployment takes beside the equations: what the link does over time, both parts of the SLO, the scheduler.
+SIMULATED = (
+    *(key for key in EQUATIONS if key != "policy.lengths"), "link.rtt_s", "link.schedule", "workload.slo", "seed",
+)  # fmt: skip
+#: The emulated link and what crosses it.
+WIRE = ("link", "transport")
+#: Texts that describe a choice. They are kept where the node is read, and change nothing.
+DESCRIPTIONS = ("name", "title", "source")
 
 
 @dataclass(frozen=True)
@@ -32,17 +55,20 @@ class NoOptions:
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a run is given: its settings, its own options, a folder for side products and a way to say how far it is.
+class PartsOptions:
+    """Of a composite: which of its parts to run, all of them by default."""
 
-    `overrides` are the words of the command line, for an experiment that runs others.
-    """
+    parts: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a run is given: its settings, its own options, a folder for side products and a way to say how far it is."""
 
     settings: Settings
     options: Any
     folder: Path
     progress: Callable[[str], None]
-    overrides: tuple[str, ...] = ()
 
     def metric(
         self,
@@ -86,37 +112,96 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One artefact: `run` answers it on any of `tiers`, `figures` draw it from its record.
+    """One artefact: `run` answers it on any of the tiers that `reads` has keys for, `figures` draw it from its record.
 
-    `options` is a frozen dataclass of the experiment's own settings (the configuration's `options` node); `inputs` names the files outside
-    the configuration whose contents change the outcome; `tier_figures` replaces `figures` on a tier whose record has another form; `parts`
-    are the records of other experiments that the report of this one shows.
+    `reads` names keys or whole nodes; `options` stands for all of the experiment's own. `effort` are keys that say how long or how
+    often, not what: the paper's claims are judged whatever they are. `options` is a frozen dataclass of the experiment's own settings
+    (the configuration's `options` node); `check` refuses settings that cannot run before anything is written; `inputs` names the
+    files outside the configuration whose contents change the outcome; `tier_figures` replaces `figures` on a tier whose record has
+    another form. `parts` are other experiments that run in place of `run`, with the keys that each reads; their records are in the
+    report.
     """
 
     name: str
-    tiers: tuple[str, ...]
+    reads: Mapping[str, tuple[str, ...]]
     run: Callable[[Context], Outcome]
     figures: Mapping[str, Callable[[Record], Figure]] = field(default_factory=dict)
     options: type = NoOptions
+    check: Callable[[Settings, Any], object] = lambda settings, options: None
     inputs: Callable[[Settings], Sequence[Path]] = lambda settings: ()
     tier_figures: Mapping[str, Mapping[str, Callable[[Record], Figure]]] = field(default_factory=dict)
-    parts: Callable[[Record], Sequence[Record]] = lambda record: ()
+    effort: tuple[str, ...] = ("seed", "options.seeds", "options.repeats")
+    parts: tuple[str, ...] = ()
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The tiers that it runs on."""
+        return tuple(self.reads)
 
     def figures_for(self, tier: str) -> Mapping[str, Callable[[Record], Figure]]:
         """The figures that a record of this tier can draw."""
         return self.tier_figures.get(tier, self.figures)
 
+    def reads_key(self, key: str, tier: str) -> bool:
+        """Whether a key can change the result on that tier, or, for a node, whether something below it can."""
+        return any(_within(key, read) or _within(read, key) for read in (*self.reads[tier], *_ALWAYS))
 
-CONFIGURATION = Path(__file__).resolve().parents[2] / "conf"
+
+def composite(context: Context) -> Outcome:
+    """What an experiment with `parts` has for `run`: the runner runs the parts, each into a directory of its own."""
+    raise AssertionError(f"{context.settings.name} is run by its parts")
 
 
-def names(group: str = "experiment") -> dict[str, str]:
-    """Every experiment's (or sweep's) name and its one line, from the comments of its file in conf."""
-    found = {}
-    for path in sorted((CONFIGURATION / group).glob("*.yaml")):
-        comments = [line[1:].strip() for line in path.read_text().splitlines()[:4] if line.startswith("#")]
-        found[path.stem] = next((line for line in comments if not line.startswith("@package")), "")
-    return found
+_ALWAYS = ("name", "tier", *PRESENTATION)
+
+
+def _within(key: str, node: str) -> bool:
+    return key == node or key.startswith((f"{node}.", f"{node}["))
+
+
+def part_tier(part: str) -> str:
+    """The tier that an experiment runs on as a part of another: its first."""
+    return load(part).tiers[0]
+
+
+def refuse_unread(experiment: Experiment, tier: str, asked: Iterable[str]) -> None:
+    """Refuse the first asked key that the experiment does not read on this tier.
+
+    Raises:
+        UserError: naming the key and the experiments that read it.
+    """
+    for key in asked:
+        if experiment.reads_key(key, tier):
+            continue
+        if any(load(part).reads_key(key, part_tier(part)) for part in experiment.parts):
+            continue
+        readers = []
+        for name in choices("experiment"):
+            other = load(name)
+            tiers = [reading for reading in other.tiers if not other.parts and other.reads_key(key, reading)]
+            if tiers and key.split(".")[0] != "options":
+                readers.append(f"{name} ({', '.join(tiers)})")
+        known = f"; read by: {', '.join(readers)}" if readers else ""
+        raise UserError(f"{key}: not read by experiment={experiment.name} on tier={tier}{known}")
+
+
+def restricted(values: Mapping[str, Any], experiment: Experiment, tier: str) -> dict[str, Any]:
+    """The part of a plain configuration that the experiment reads on this tier: what a record holds and a hash covers."""
+    keys = (*_ALWAYS, *experiment.reads[tier])
+
+    def kept(value: Any, key: str) -> Any:
+        if any(_within(key, read) for read in keys):
+            return value
+        if isinstance(value, Mapping) and any(_within(read, key) for read in keys):
+            return {name: kept(item, f"{key}.{name}") for name, item in value.items() if wanted(f"{key}.{name}")}
+        return value
+
+    def wanted(key: str) -> bool:
+        node, _, last = key.rpartition(".")
+        beside = last in DESCRIPTIONS and any(_within(read, node) for read in keys)
+        return beside or any(_within(key, read) or _within(read, key) for read in keys)
+
+    return {name: kept(value, name) for name, value in values.items() if wanted(name)}
 
 
 def load(name: str) -> Experiment:
@@ -125,8 +210,8 @@ def load(name: str) -> Experiment:
     Raises:
         UserError: naming the experiments that exist.
     """
-    if name not in names():
-        raise UserError(f"experiment: {name!r} does not exist; accepted: {', '.join(names())}")
+    if name not in choices("experiment"):
+        raise UserError(f"experiment: {name!r} does not exist; accepted: {', '.join(choices('experiment'))}")
     module = importlib.import_module(f"repro.experiments.{name}")
     experiment = module.EXPERIMENT
     assert isinstance(experiment, Experiment)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from repro.errors import UserError
 from repro.experiments import simulated
-from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.simulate.deployments import requests
 from repro.workload.arrivals import Piecewise
@@ -44,4 +44,6 @@ def run(context: Context) -> Outcome:
     )  # fmt: skip
 
 
-EXPERIMENT = Experiment("burst", ("simulate",), run, simulated.FIGURES, Options, profile_files)
+EXPERIMENT = Experiment(
+    "burst", {"simulate": (*SIMULATED, "options")}, run, simulated.FIGURES, Options, simulated.check, profile_files
+)

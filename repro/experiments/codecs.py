@@ -15,7 +15,9 @@ import torch
 from matplotlib.figure import Figure
 
 from repro.errors import UserError
-from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.base import MODEL, Context, Experiment, Outcome
+from repro.experiments.split_model import check_one
+from repro.experiments.table3 import one_model
 from repro.kvcache.codecs import CODECS, CodecSpec
 from repro.kvcache.quality import codec_quality
 from repro.models.build import build
@@ -53,7 +55,7 @@ UNITS = {
 
 def run(context: Context) -> Outcome:
     """Every codec on the same prompts; a row per codec and prompt, and the means with their spread."""
-    options, model = context.options, context.settings.model
+    options, model = context.options, one_model(context.settings)
     assert isinstance(options, Options)
     built = build(model)
     trained = model.pretrained is not None
@@ -118,4 +120,11 @@ def draw(record: Record) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment(name="codecs", tiers=("execute",), run=run, figures={"codecs": draw}, options=Options)
+EXPERIMENT = Experiment(
+    name="codecs",
+    reads={"execute": (*MODEL, "seed", "options")},
+    run=run,
+    figures={"codecs": draw},
+    options=Options,
+    check=check_one,
+)

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from repro.errors import UserError
-from repro.experiments.base import Context, Experiment, Outcome
-from repro.experiments.deployment import deployment, operating_points, profile_files
+from repro.experiments.base import EQUATIONS, HOMOGENEOUS, Context, Experiment, Outcome
+from repro.experiments.deployment import check_deployment, deployment, operating_points, profile_files
 from repro.paper import text
 from repro.record.directory import Record
 from repro.record.metrics import value
@@ -134,5 +134,11 @@ def draw(record: Record) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="cost", tiers=("model",), run=run, figures={"cost": draw}, options=Options, inputs=profile_files
+    name="cost",
+    reads={"model": (*EQUATIONS, HOMOGENEOUS, "cost", "options")},
+    run=run,
+    figures={"cost": draw},
+    options=Options,
+    check=check_deployment,
+    inputs=profile_files,
 )

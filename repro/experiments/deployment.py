@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from repro.errors import UserError
 from repro.profiles.base import PhaseProfile
 from repro.profiles.presets import load_profile, profile_path
 from repro.scheduling.latency import PrefillLatency, prefill_latency
@@ -18,6 +19,26 @@ def profile_files(settings: Settings) -> list[Path]:
     names = [settings.profile] if settings.profile else [settings.cluster.prfaas.profile, settings.cluster.pd.profile]
     folder = Path(settings.results) / "profiles"
     return [path for name in names if (path := profile_path(name, folder)) is not None]
+
+
+def check_deployment(settings: Settings, _: object = None) -> None:
+    """Refuse what no tier can run before anything is written: the model answers in milliseconds.
+
+    Raises:
+        UserError: naming the key; a capacity trace is replayed by the emulated link alone.
+    """
+    link = settings.link
+    if link.capacity_trace is not None or link.reverse_capacity_trace is not None:
+        raise UserError(
+            f"link.capacity_trace: not read by experiment={settings.name} on tier={settings.tier}; accepted: link.rate_bps"
+        )
+    if settings.tier == "simulate" and any(
+        change.loss is not None or change.rtt_s is not None for change in link.schedule
+    ):
+        raise UserError(
+            "link.schedule: changes of loss or rtt_s are not simulated; accepted on tier=simulate: rate_bps"
+        )
+    operating_points(deployment(settings), settings)
 
 
 def deployment(settings: Settings) -> Deployment:

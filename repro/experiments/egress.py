@@ -5,14 +5,16 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from repro.experiments.base import Context, Experiment, Outcome
-from repro.experiments.deployment import deployment, profile_files
+from repro.experiments import table3
+from repro.experiments.base import EQUATIONS, Context, Experiment, Outcome
+from repro.experiments.deployment import check_deployment, deployment, profile_files
 from repro.experiments.table3 import implied_prefill
 from repro.paper import tables, text
 from repro.record.directory import Record
-from repro.record.metrics import each
+from repro.record.metrics import Metric, each
 from repro.report import style
 from repro.scheduling.search import search
+from repro.settings import Settings
 
 _PAPER_BPS = {
     ("minimax_m2_5", "32K"): text.EGRESS_MINIMAX_32K.value * 1e12,
@@ -24,7 +26,7 @@ _PAPER_BPS = {
 def run(context: Context) -> Outcome:
     """B_out of 64 instances for every model and length, and of the case study scaled to a datacenter."""
     instances = text.FLEET_GPUS / text.FLEET_GPUS_PER_INSTANCE
-    table = implied_prefill()
+    table = implied_prefill(context.settings.model.values())
     table["egress_bps"] = instances * table["phi_kv_bps"]
     table["paper_bps"] = [_PAPER_BPS.get((row.model, row.label), float("nan")) for row in each(table)]
     rows = [
@@ -33,15 +35,8 @@ def run(context: Context) -> Outcome:
         )
         for row in each(table)
     ]
-    ring = tables.TABLE_3["ring_2_5_1t"]["128K"]
-    datacenter = text.DATACENTER_GPUS / text.FLEET_GPUS_PER_INSTANCE
-    low, high = (datacenter * bound * 1e9 for bound in ring.interval)
-    rows.append(
-        context.metric(
-            "ring_2_5_1t 128K, 10,000 GPUs", "egress_bps", datacenter * ring.value * 1e9, "bit/s", "computed",
-            interval=(low, high), paper=text.DATACENTER_EGRESS.value * 1e12,
-        )
-    )  # fmt: skip
+    if "ring_2_5_1t" in context.settings.model:
+        rows.append(_datacenter(context))
     base = deployment(context.settings)
     point = search(base, context.settings.policy)
     gpus = base.n_prfaas * base.prfaas.gpus_per_instance
@@ -72,6 +67,23 @@ def run(context: Context) -> Outcome:
     else:
         scale = []
     return Outcome(rows, {"fleet": table, "scale": pd.DataFrame(scale, columns=["prfaas_gpus", "egress_bps"])})
+
+
+def _datacenter(context: Context) -> Metric:
+    """§2.3: B_out of a datacenter of 10,000 GPUs at the KV throughput of Ring-2.5-1T at 128K."""
+    ring = tables.TABLE_3["ring_2_5_1t"]["128K"]
+    instances = text.DATACENTER_GPUS / text.FLEET_GPUS_PER_INSTANCE
+    low, high = (instances * bound * 1e9 for bound in ring.interval)
+    return context.metric(
+        "ring_2_5_1t 128K, 10,000 GPUs", "egress_bps", instances * ring.value * 1e9, "bit/s", "computed",
+        interval=(low, high), paper=text.DATACENTER_EGRESS.value * 1e12,
+    )  # fmt: skip
+
+
+def check(settings: Settings, options: object) -> None:
+    """The models must be Table 3's, and the deployment one that can serve."""
+    table3.check(settings, options)
+    check_deployment(settings, options)
 
 
 def draw(record: Record) -> Figure:
@@ -105,4 +117,11 @@ def draw(record: Record) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment(name="egress", tiers=("model",), run=run, figures={"egress": draw}, inputs=profile_files)
+EXPERIMENT = Experiment(
+    name="egress",
+    reads={"model": (*EQUATIONS, "model")},
+    run=run,
+    figures={"egress": draw},
+    check=check,
+    inputs=profile_files,
+)

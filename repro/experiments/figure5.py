@@ -12,13 +12,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from repro.errors import UserError
-from repro.experiments.base import Context, Experiment, Outcome
-from repro.experiments.deployment import deployment, profile_files
+from repro.experiments.base import EQUATIONS, Context, Experiment, Outcome
+from repro.experiments.deployment import check_deployment, deployment, profile_files
 from repro.paper import tables
 from repro.record.directory import Record
 from repro.record.metrics import value
 from repro.report import style
 from repro.scheduling.search import Surface, surface
+from repro.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,16 @@ def _frame(cut: Surface) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def check(settings: Settings, options: Options) -> None:
+    """The deployment must be able to serve, and the split must leave an instance on either side."""
+    check_deployment(settings, options)
+    if not 0 < options.n_p < settings.cluster.pd.instances:
+        raise UserError(f"options.n_p: {options.n_p}; accepted: 1 to {settings.cluster.pd.instances - 1}")
+
+
 def run(context: Context) -> Outcome:
     """Both cuts, their peaks, and where the falling PD-P bound meets the rising PrfaaS bound (equation 7)."""
     base, options, settings = deployment(context.settings), context.options, context.settings
-    if not 0 < options.n_p < base.n_pd:
-        raise UserError(f"options.n_p: {options.n_p}; accepted: 1 to {base.n_pd - 1}")
     lengths = settings.policy.lengths
     split = _frame(surface(base, np.array([options.threshold_tokens]), np.arange(1, base.n_pd), lengths))
     grid = np.arange(
@@ -122,5 +128,16 @@ def draw(record: Record) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    name="figure5", tiers=("model",), run=run, figures={"figure5": draw}, options=Options, inputs=profile_files
+    name="figure5",
+    reads={
+        "model": (
+            *(key for key in EQUATIONS if key not in ("policy.threshold_tokens", "policy.n_p")),
+            "options",
+        )
+    },
+    run=run,
+    figures={"figure5": draw},
+    options=Options,
+    check=check,
+    inputs=profile_files,
 )

@@ -33,8 +33,8 @@ from repro.link.measurement import LinkMeasurement, Plan, across
 from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.report import style
+from repro.settings import Settings
 
-CENTRE = LinkSpec(name="centre", rate_bps=1e9, rtt_s=0.02, queue_s=0.05)
 CENTRE_CONNECTIONS = 4
 #: The receiver's rate is taken over windows of this length: a change is seen no sooner.
 WINDOW_S = 0.04
@@ -62,6 +62,14 @@ class Options:
             raise UserError("options.rate_s, options.iperf3_s: accepted: seconds above 0")
 
 
+def check(settings: Settings, _: object) -> None:
+    """The axes are varied around a link that has a rate. Raises UserError naming the key."""
+    if settings.link.rate_bps is None:
+        raise UserError(
+            "link.rate_bps: unlimited; link_fidelity varies its axes around a rate; accepted: bit/s above 0"
+        )
+
+
 def run(context: Context) -> Outcome:
     """Every backend over the axes, then changes over time, then the most that each carries."""
     options: Options = context.options
@@ -71,7 +79,7 @@ def run(context: Context) -> Outcome:
     missing: list[str] = []
     for name in options.backends:
         try:
-            for spec in _specs(name, options):
+            for spec in _specs(name, _centre(context.settings.link), options):
                 links.append(_measure(context, spec, streams))
             limits.append(_limit(context, name))
         except Unavailable as reason:
@@ -96,9 +104,15 @@ def run(context: Context) -> Outcome:
     return Outcome(rows, tables, provenance={"link": {"backends_missing": missing, "changes_by": best}})
 
 
-def _specs(backend: str, options: Options) -> Iterator[LinkSpec]:
+def _centre(link: LinkSpec) -> LinkSpec:
+    """The configured link without what the axes vary and what no measurement here could tell from an error."""
+    kept = ("rate_bps", "rtt_s", "queue_s", "queue_bytes", "mtu_bytes", "seed")
+    return LinkSpec(name="centre", **{key: getattr(link, key) for key in kept})
+
+
+def _specs(backend: str, centre: LinkSpec, options: Options) -> Iterator[LinkSpec]:
     """The links to make with one backend: what it refuses or leaves out is not asked of it."""
-    centre = replace(CENTRE, backend=backend, rtt_s=0.0 if backend == "tbf" else CENTRE.rtt_s)
+    centre = replace(centre, backend=backend, rtt_s=0.0 if backend == "tbf" else centre.rtt_s)
     losses = options.losses if backend != "relay" else (0.0,)
     rtts = options.rtts_s if backend != "tbf" else (0.0,)
     if options.whole_grid:
@@ -123,7 +137,7 @@ def _measure(context: Context, spec: LinkSpec, streams: list[dict[str, Any]]) ->
         row = _row(link, found)
         share = found.rate_share
         context.progress(f"{_case(row)}: rate {share:.4f} of the ideal, RTT off by {row['rtt_error_s'] * 1e3:+.2f} ms")
-        for connections, control in _combinations(spec, options):
+        for connections, control in _combinations(spec, _centre(context.settings.link), options):
             streams.append(_iperf3(link, connections, control, options.iperf3_s))
     return row
 
@@ -152,12 +166,12 @@ def _row(link: Link, found: LinkMeasurement) -> dict[str, Any]:
     }
 
 
-def _combinations(spec: LinkSpec, options: Options) -> list[tuple[int, str]]:
+def _combinations(spec: LinkSpec, centre: LinkSpec, options: Options) -> list[tuple[int, str]]:
     """Connections × congestion control: all at the centre, both controls under loss, else the first one alone."""
-    whole = options.whole_grid or (spec.rate_bps, spec.loss) == (CENTRE.rate_bps, 0.0)
+    whole = options.whole_grid or (spec.rate_bps, spec.loss) == (centre.rate_bps, 0.0)
     if spec.backend == "relay":  # TCP ends at the relay: neither number of connections nor control matters
         return [(CENTRE_CONNECTIONS, options.congestion_controls[0])]
-    if whole and (options.whole_grid or spec.rtt_s == CENTRE.rtt_s):
+    if whole and (options.whole_grid or spec.rtt_s == centre.rtt_s):
         return list(itertools.product(options.connections, options.congestion_controls))
     # Without delay a window recovers at once, so loss says nothing about the control.
     controls = options.congestion_controls if spec.loss and spec.rtt_s else options.congestion_controls[:1]
@@ -321,14 +335,16 @@ def draw(record: Record) -> Figure:
     figure, (rate, rtt, loss, theory) = style.panels(2, 2, height_in=5.6)
     centre = links[(links["asked_loss"] == 0)]
     for (name, rows), (colour, marker, dash) in zip(centre.groupby("backend", sort=False), style.SERIES, strict=False):
-        at = rows[rows["asked_rtt_s"] == (0.0 if name == "tbf" else CENTRE.rtt_s)].sort_values("asked_rate_bps")
+        # Each axis is varied alone, so the value that most links have is the centre's.
+        centre_rtt_s, centre_rate_bps = rows["asked_rtt_s"].mode()[0], rows["asked_rate_bps"].mode()[0]
+        at = rows[rows["asked_rtt_s"] == centre_rtt_s].sort_values("asked_rate_bps")
         limit = limits.loc[limits["backend"] == name, "limit_bps"].max() / 1e9
         look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dash}
         rate.plot(
             at["asked_rate_bps"], 100 * (at["rate_share"] - 1), label=f"{name} (at most {limit:.0f} Gbps)", **look
         )
         if name != "tbf":
-            by_rtt = rows[rows["asked_rate_bps"] == CENTRE.rate_bps].sort_values("asked_rtt_s")
+            by_rtt = rows[rows["asked_rate_bps"] == centre_rate_bps].sort_values("asked_rtt_s")
             rtt.plot(1e3 * by_rtt["asked_rtt_s"], 1e3 * by_rtt["rtt_error_s"], label=f"{name}, median", **look)
             rtt.plot(1e3 * by_rtt["asked_rtt_s"], 1e3 * by_rtt["rtt_p99_error_s"], alpha=0.4, **look)
     rate.axhspan(-1, 1, color=style.GREY, alpha=0.15, linewidth=0)
@@ -410,7 +426,18 @@ def draw_signals(record: Record) -> Figure:
 
 EXPERIMENT = Experiment(
     name="link_fidelity",
-    tiers=("emulate",),
+    reads={
+        "emulate": (
+            "link.rate_bps",
+            "link.rtt_s",
+            "link.queue_s",
+            "link.queue_bytes",
+            "link.mtu_bytes",
+            "link.seed",
+            "options",
+        )
+    },
+    check=check,
     run=run,
     figures={"link_fidelity": draw, "link_signals": draw_signals},
     options=Options,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from repro.errors import UserError
 from repro.experiments import simulated
-from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.simulate.deployments import requests
 from repro.simulate.link import CapacityChange
@@ -46,4 +46,6 @@ def run(context: Context) -> Outcome:
     )  # fmt: skip
 
 
-EXPERIMENT = Experiment("link_flap", ("simulate",), run, simulated.FIGURES, Options, profile_files)
+EXPERIMENT = Experiment(
+    "link_flap", {"simulate": (*SIMULATED, "options")}, run, simulated.FIGURES, Options, simulated.check, profile_files
+)

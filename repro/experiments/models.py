@@ -7,6 +7,7 @@ the parameters are set beside those that the publishers state, as a check on the
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from repro.experiments.base import Context, Experiment, Outcome
 from repro.models import spec
 from repro.models.architectures import layout_of
+from repro.models.spec import ModelSpec
 from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.report import style
@@ -26,23 +28,24 @@ LENGTHS: Final = {"1K": 1024, "8K": 8192, "32K": 32_768, "128K": 131_072}
 def run(context: Context) -> Outcome:
     """A row per model and size, and its metrics."""
     rows, metrics = [], list[Metric]()
-    for name in spec.names():
+    for name, model in context.settings.model.items():
         for size in spec.SIZES:
             context.progress(f"{name}, {size}")
-            row = describe(name, size)
+            row = describe(replace(model, size=size))
             rows.append(row)
             metrics += _metrics(context, row)
     return Outcome(metrics, {"models": pd.DataFrame(rows)})
 
 
-def describe(name: str, size: str) -> dict[str, object]:
+def describe(model: ModelSpec) -> dict[str, object]:
     """One model at one size: layers by kind, parameters, S_kv at each length, and how much less than its dense twin's."""
     from repro.models.build import build, parameters  # two seconds of imports that redrawing a figure does not need
 
-    model, layout = spec.load(name, size), layout_of(name, size)
+    size = model.size
+    layout = layout_of(model, size)
     dense = None if model.baseline is None else layout_of(model.baseline, size)
     row: dict[str, object] = {
-        "model": name,
+        "model": model.name,
         "title": model.title,
         "size": size,
         "layers": layout.layers,
@@ -95,4 +98,4 @@ def draw(record: Record) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment(name="models", tiers=("model",), run=run, figures={"models": draw})
+EXPERIMENT = Experiment(name="models", reads={"model": ("model",)}, run=run, figures={"models": draw})

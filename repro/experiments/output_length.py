@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from repro.experiments import simulated
-from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.simulate.deployments import requests
 from repro.workload.arrivals import Poisson
@@ -47,5 +47,11 @@ def run(context: Context) -> Outcome:
 
 
 EXPERIMENT = Experiment(
-    "output_length", ("simulate",), run, {"goodput": simulated.draw_goodput}, Options, profile_files
+    "output_length",
+    {"simulate": (*SIMULATED, "options")},
+    run,
+    {"goodput": simulated.draw_goodput},
+    Options,
+    simulated.check,
+    profile_files,
 )

@@ -15,7 +15,7 @@ The default is the hybrid whose PyTorch fallback is the quickest on a CPU: its �
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import pandas as pd
@@ -23,8 +23,17 @@ from matplotlib.figure import Figure
 
 from repro.engine.spans import CLOCK_NOTE
 from repro.errors import UserError
-from repro.experiments.base import Context, Experiment, Outcome
-from repro.experiments.split_model import ModelRun, codec_metrics, engine_of, prompts, row, serve
+from repro.experiments.base import MODEL, Context, Experiment, Outcome
+from repro.experiments.split_model import (
+    ModelRun,
+    check_one,
+    codec_metrics,
+    engine_of,
+    prompts,
+    row,
+    serve,
+    vocabulary_of,
+)
 from repro.kvcache.codecs import CodecSpec
 from repro.link import LinkSpec, open_link
 from repro.record.directory import Record
@@ -37,12 +46,11 @@ from repro.serving.timeline import Timeline, merged, write_trace
 
 @dataclass(frozen=True)
 class OverlapOptions:
-    """One model of conf/model and one length; `link_to_phi` are the links' goodputs as multiples of the measured Φ_kv.
+    """One length; `link_to_phi` are the links' goodputs as multiples of the measured Φ_kv.
 
     `codec` encodes what crosses the link; the bound and the links are those of the raw S_kv all the same.
     """
 
-    model: str = "qwen3_5_397b"
     input_tokens: int = 4097
     output_tokens: int = 4
     repeats: int = 3
@@ -62,14 +70,13 @@ class OverlapOptions:
 def run(context: Context) -> Outcome:
     """Measure Φ_kv unsplit, then serve in all modes over a link of each multiple of it."""
     options: OverlapOptions = context.options
-    engine = engine_of(
-        options.model, context.settings.model.size, options.chunk_tokens, options.threads, options.device
-    )
+    (model_spec,) = context.settings.model.values()
+    engine = engine_of(model_spec, options.chunk_tokens, options.threads, options.device)
     repeats = prompts(
         [options.input_tokens],
         options.repeats,
         options.output_tokens,
-        int(engine.model.values()["vocab_size"]),
+        vocabulary_of(model_spec),
         context.settings.seed,
     )
     with open_link(LinkSpec(name="none", backend="none"), run="overlap") as link:
@@ -78,8 +85,8 @@ def run(context: Context) -> Outcome:
     size = alone.layout.kv_bytes(options.input_tokens - 1)
     phi_bps = 8 * size / alone.prefill_s(options.input_tokens)
     metrics = [
-        row(context, options.model, "phi_kv_bps", [phi_bps], "bit/s"),
-        row(context, options.model, "kv_bytes", [size], "bytes", "computed"),
+        row(context, model_spec.name, "phi_kv_bps", [phi_bps], "bit/s"),
+        row(context, model_spec.name, "kv_bytes", [size], "bytes", "computed"),
     ]
     rows, frames, facts, timelines = [], [], {}, dict[str, Timeline]()
     for multiple in options.link_to_phi:
@@ -151,4 +158,17 @@ def draw(record: Record) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment("overlap", ("execute",), run, {"overlap": draw}, OverlapOptions)
+#: The rate is a multiple of the Φ_kv that is measured; everything else of the link is the configuration's.
+_LINK = tuple(
+    f"link.{item.name}"
+    for item in fields(LinkSpec)
+    if item.name not in ("rate_bps", "reverse_rate_bps", "capacity_trace", "reverse_capacity_trace")
+)
+EXPERIMENT = Experiment(
+    "overlap",
+    {"execute": (*MODEL, *_LINK, "transport", "seed", "options")},
+    run,
+    {"overlap": draw},
+    OverlapOptions,
+    check=check_one,
+)

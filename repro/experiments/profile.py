@@ -16,7 +16,9 @@ import torch
 from matplotlib.figure import Figure
 
 from repro.errors import UserError
-from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.base import MODEL, Context, Experiment, Outcome
+from repro.experiments.split_model import check_one
+from repro.experiments.table3 import one_model
 from repro.kvcache.state import layout
 from repro.models.build import build
 from repro.models.layout import StateLayout
@@ -29,7 +31,7 @@ from repro.report import style
 
 def run(context: Context) -> Outcome:
     """Measure, fit, save under `results/profiles`, and keep every timing in the record."""
-    options, spec = context.options, context.settings.model
+    options, spec = context.options, one_model(context.settings)
     assert isinstance(options, ProfileSpec)
     device = _device(options.device)
     bare = build(spec, "meta")
@@ -118,4 +120,11 @@ def draw(record: Record) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment(name="profile", tiers=("execute",), run=run, figures={"profile": draw}, options=ProfileSpec)
+EXPERIMENT = Experiment(
+    name="profile",
+    reads={"execute": (*MODEL, "options")},
+    run=run,
+    figures={"profile": draw},
+    options=ProfileSpec,
+    check=check_one,
+)

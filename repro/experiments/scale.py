@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments import simulated
-from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.record.directory import Record
 from repro.record.metrics import Metric
@@ -111,4 +111,6 @@ def draw(record: Record) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment("scale", ("simulate",), run, {"scale": draw}, Options, profile_files)
+EXPERIMENT = Experiment(
+    "scale", {"simulate": (*SIMULATED, "options")}, run, {"scale": draw}, Options, simulated.check, profile_files
+)

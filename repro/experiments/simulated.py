@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments.base import Context, Outcome
-from repro.experiments.deployment import deployment, operating_points
+from repro.experiments.deployment import check_deployment, deployment, operating_points
 from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.report import style
@@ -25,6 +25,7 @@ from repro.scheduling.long_term import LongTermSpec
 from repro.scheduling.policies import Prfaas, RandomSplit, Threshold
 from repro.scheduling.short_term import ShortTermSpec
 from repro.scheduling.throughput import Deployment, OperatingPoint
+from repro.settings import Settings
 from repro.simulate.deployments import shared_link, simulated, with_scheduler
 from repro.simulate.link import SharedLinkSpec
 from repro.simulate.records import Table, good
@@ -76,6 +77,15 @@ class Options:
             )
 
 
+def check(settings: Settings, options: object) -> None:
+    """The deployment must be able to serve, and have a PrfaaS cluster. Raises UserError naming the key."""
+    check_deployment(settings, options)
+    if not settings.cluster.prfaas.instances:
+        raise UserError(
+            f"cluster.prfaas.instances: 0; experiment={settings.name} compares ways to offload and needs one or more"
+        )
+
+
 @dataclass(frozen=True)
 class Setting:
     """The deployment under study at its best operating point, which is taken with true means."""
@@ -90,10 +100,6 @@ class Setting:
         """From the settings."""
         settings = context.settings
         base = deployment(settings)
-        if not base.n_prfaas:
-            raise UserError(
-                f"cluster.prfaas.instances: 0; experiment={settings.name} compares ways to offload and needs one or more"
-            )
         true = replace(settings, policy=replace(settings.policy, lengths="true_mean"))
         return Setting(base, operating_points(base, true), shared_link(settings.link), settings.workload.slo)
 

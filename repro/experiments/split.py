@@ -28,14 +28,16 @@ from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from repro.engine.spans import CLOCK_NOTE
 from repro.errors import UserError
-from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.base import MODEL, WIRE, Context, Experiment, Outcome
 from repro.experiments.split_model import (
     ModelRun,
+    check_models,
     codec_metrics,
     engine_of,
     prompts,
     row,
     serve,
+    vocabulary_of,
 )
 from repro.kvcache.codecs import CodecSpec
 from repro.kvcache.prefix import PrefixCacheSpec
@@ -50,15 +52,13 @@ from repro.serving.timeline import Timeline, merged, write_trace
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """What is served: a hybrid and a dense model of conf/model, at the size that the configuration asks for.
+    """What is served, and how.
 
     `repeats` prompts of each length go through every mode. `chunk_tokens` is the grain of prefill; `threads` per
     worker. `codec` encodes what crosses the link. All prompts begin with the same `shared_prefix_tokens` tokens, whose
     state a `prefix_cache` lets prefill compute once.
     """
 
-    hybrid: str = "kimi_linear"
-    dense: str = "qwen3_235b"
     input_tokens: tuple[int, ...] = (257, 513, 1025)
     output_tokens: int = 12
     repeats: int = 3
@@ -82,21 +82,20 @@ class SplitOptions:
 
 
 def run(context: Context) -> Outcome:
-    """Serve both models in all modes over the configured link, and compare tokens and bytes with what they must be."""
+    """Serve every model in all modes over the configured link, and compare tokens and bytes with what they must be."""
     options: SplitOptions = context.options
     metrics: list[Metric] = []
     frames, throughputs, timelines = [], [], dict[str, Timeline]()
     facts = {}
-    for name in (options.hybrid, options.dense):
+    for name, model_spec in context.settings.model.items():
         engine = engine_of(
-            name,
-            context.settings.model.size,
+            model_spec,
             options.chunk_tokens,
             options.threads,
             options.device,
             options.prefix_cache,
         )
-        vocabulary = int(engine.model.values()["vocab_size"])
+        vocabulary = vocabulary_of(model_spec)
         repeats = prompts(
             options.input_tokens,
             options.repeats,
@@ -240,4 +239,6 @@ def draw(record: Record) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment("split", ("execute",), run, {"split": draw}, SplitOptions)
+EXPERIMENT = Experiment(
+    "split", {"execute": (*MODEL, *WIRE, "seed", "options")}, run, {"split": draw}, SplitOptions, check=check_models
+)

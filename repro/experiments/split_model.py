@@ -13,16 +13,20 @@ from scipy import stats
 from repro.engine.base import Request
 from repro.engine.spans import now_s
 from repro.engine.torch_engine import EngineSpec
+from repro.errors import UserError
 from repro.experiments.base import Context
+from repro.experiments.table3 import one_model
 from repro.kvcache.codecs import CodecSpec
 from repro.kvcache.prefix import PrefixCacheSpec
 from repro.link import Link, LinkMeasurement
-from repro.models import spec as models
 from repro.models.architectures import layout_of
+from repro.models.checkpoint import check_checkpoint
 from repro.models.layout import StateLayout
+from repro.models.spec import ModelSpec
 from repro.record.metrics import Metric
 from repro.serving.bound import ttft_bound_s
 from repro.serving.system import Run, Served, System, joined
+from repro.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,50 @@ def prompts(
     ]
 
 
+def check_models(settings: Settings, _: object) -> None:
+    """Refuse a checkpoint that is none, and sizes that no worker can hold.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for model in settings.model.values():
+        if model.pretrained is not None:
+            check_checkpoint(model.pretrained)
+        elif model.size == "full":
+            raise UserError(f"size: full has no weights (model {model.name}); accepted: tiny, single_gpu")
+
+
+def check_one(settings: Settings, options: object) -> None:
+    """One model that can be built. Raises UserError naming the key."""
+    one_model(settings)
+    check_models(settings, options)
+
+
 def engine_of(
-    name: str, size: str, chunk_tokens: int, threads: int, device: str, prefix_cache: PrefixCacheSpec | None = None
+    model: ModelSpec, chunk_tokens: int, threads: int, device: str, prefix_cache: PrefixCacheSpec | None = None
 ) -> EngineSpec:
-    """How both workers compute that model of conf/model."""
-    model = models.load(name, size)
-    # PyYAML reads 48.0e9 as text, and workers are strict about types.
-    spec = EngineSpec(replace(model, parameters=float(model.parameters)), chunk_tokens, threads, device)
+    """How both workers compute that model."""
+    spec = EngineSpec(model, chunk_tokens, threads, device)
     return spec if prefix_cache is None else replace(spec, prefix_cache=prefix_cache)
+
+
+def vocabulary_of(model: ModelSpec) -> int:
+    """How many tokens prompts may be drawn from."""
+    if model.pretrained is None:
+        return int(model.values()["vocab_size"])
+    from repro.models.build import config_of
+
+    return int(config_of(model).get_text_config().vocab_size)
+
+
+def model_layout(model: ModelSpec) -> StateLayout:
+    """The layout of a model's state: from its values, or, of a checkpoint, from its modules without weights."""
+    if model.pretrained is None:
+        return layout_of(model, model.size)
+    from repro.kvcache.state import layout
+    from repro.models.build import build
+
+    return layout(build(model, "meta"))
 
 
 def serve(
@@ -157,7 +197,7 @@ def serve(
                 salted = [replace(request, cache_salt=mode) for request in requests]
                 runs[mode].append(system.serve(salted, mode))
             context.progress(f"{name}: {', '.join(modes)} served, {number} of {len(repeats)}")
-    layout = layout_of(name, engine.model.size)
+    layout = model_layout(engine.model)
     whole = {mode: joined(parts) for mode, parts in runs.items()}
     return ModelRun(name, layout, whole, origin_s, link.measured["forward"], codec)
 

@@ -11,6 +11,7 @@ measured, since its gain needs a kernel that skips what is not attended to.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments.base import Context, Experiment, Outcome
-from repro.models import spec
+from repro.experiments.split_model import check_models
 from repro.models.build import build
 from repro.models.layout import layout_from_config
 from repro.models.spec import ModelSpec
@@ -29,6 +30,7 @@ from repro.profiles.measured import Timing, time_prefill
 from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.report import style
+from repro.settings import Settings
 
 #: Mechanism of Table 2 → the model whose code has it, and the word of its layers.
 MECHANISMS = {
@@ -56,20 +58,36 @@ class Options:
             raise UserError("options: repeats is 3 or more, chunk_tokens 1 or more, growth above 1")
 
 
-def isolated(mechanism: str, size: str) -> ModelSpec:
+def isolated(mechanism: str, models: Mapping[str, ModelSpec]) -> ModelSpec:
     """The model with all layers of one mechanism."""
     name, layers = MECHANISMS[mechanism]
-    model = spec.load(name, size)
-    return replace(model, name=mechanism, sizes={size: {**model.sizes[size], "layers": layers}})
+    model = models[name]
+    return replace(model, name=mechanism, sizes={model.size: {**model.sizes[model.size], "layers": layers}})
+
+
+def check(settings: Settings, options: object) -> None:
+    """The mechanisms are isolated from certain models, GQA among them, which the others are held against."""
+    known = {name for name, _ in MECHANISMS.values()}
+    reference, _ = MECHANISMS["GQA"]
+    for name, model in settings.model.items():
+        if name not in known or model.pretrained is not None:
+            raise UserError(f"model: {name!r}; accepted for {settings.name}: {', '.join(sorted(known))}")
+    if reference not in settings.model:
+        raise UserError(
+            f"model: {', '.join(settings.model)}; {settings.name} needs {reference}, whose GQA all are held against"
+        )
+    check_models(settings, options)
 
 
 def run(context: Context) -> Outcome:
     """Time every mechanism at every length, and hold the two verdicts against the table's."""
-    options, size = context.options, context.settings.model.size
+    options, models = context.options, context.settings.model
     assert isinstance(options, Options)
     rows: list[dict[str, Any]] = []
-    for mechanism in MECHANISMS:
-        model = isolated(mechanism, size)
+    for mechanism, (name, _) in MECHANISMS.items():
+        if name not in models:
+            continue
+        model = isolated(mechanism, models)
         built, layout = build(model, options.device), layout_from_config(model.model_type, model.values(), model.dtype)
         for tokens in options.lengths:
             timing = time_prefill(built, tokens, options.chunk_tokens, options.repeats)
@@ -142,4 +160,11 @@ def draw(record: Record) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment(name="table2", tiers=("execute",), run=run, figures={"table2": draw}, options=Options)
+EXPERIMENT = Experiment(
+    name="table2",
+    reads={"execute": ("model", "size", "options")},
+    run=run,
+    figures={"table2": draw},
+    options=Options,
+    check=check,
+)

@@ -7,26 +7,47 @@ what it takes: fewer bytes or slower prefill.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from repro.errors import UserError
 from repro.experiments.base import Context, Experiment, Outcome
 from repro.models.architectures import layout_of
+from repro.models.spec import ModelSpec
 from repro.paper import tables, text
 from repro.record.directory import Record
 from repro.record.metrics import Metric, each
 from repro.report import style
+from repro.settings import Settings
 
 _TWIN_KV_HEADS = 8
 
 
-def implied_prefill() -> pd.DataFrame:
+def check(settings: Settings, _: object) -> None:
+    """Refuse a model that Table 3 does not print."""
+    for name, model in settings.model.items():
+        if name not in tables.TABLE_3 or model.pretrained:
+            raise UserError(
+                f"model: the paper prints no KV throughput of {name!r}; accepted for {settings.name}: {', '.join(tables.TABLE_3)}"
+            )
+
+
+def one_model(settings: Settings) -> ModelSpec:
+    """The only model of the settings. Raises UserError where there are several."""
+    if len(settings.model) != 1:
+        raise UserError(f"model: {', '.join(settings.model)} are {len(settings.model)}; {settings.name} takes one")
+    return next(iter(settings.model.values()))
+
+
+def implied_prefill(models: Iterable[ModelSpec]) -> pd.DataFrame:
     """Per model and length: published Φ_kv with its rounding, S_kv of the architecture, and the T_prefill between them."""
     rows = []
-    for model in tables.TABLE_1:
-        layout = layout_of(model.model)
+    printed = {model.model: model for model in tables.TABLE_1}
+    for asked in models:
+        model, layout = printed[asked.name], layout_of(asked)
         for label, quantity in tables.TABLE_3[model.model].items():
             size_bytes = layout.kv_bytes(tables.TOKENS_BINARY[label])
             low, high = (bound * 1e9 for bound in quantity.interval)
@@ -47,6 +68,8 @@ def _ratios(context: Context, table: pd.DataFrame) -> list[Metric]:
         ("qwen3_5_397b", "qwen3_235b", text.QWEN35_BELOW_QWEN3_32K.value),
     )
     for hybrid, dense, claimed in pairs:
+        if not {hybrid, dense} <= set(at_32k.index):
+            continue
         case = f"{dense} / {hybrid} at 32K"
         rows += [
             context.metric(
@@ -64,17 +87,18 @@ def _ratios(context: Context, table: pd.DataFrame) -> list[Metric]:
                 case, "prefill_ratio", at_32k["prefill_s"][dense] / at_32k["prefill_s"][hybrid], "", "computed"
             ),
         ]
-    return rows + _ring_saving(context)
+    ring = context.settings.model.get("ring_2_5_1t")
+    return rows + (_ring_saving(context, ring) if ring else [])
 
 
-def _ring_saving(context: Context) -> list[Metric]:
+def _ring_saving(context: Context, model: ModelSpec) -> list[Metric]:
     """36× = 4.5 (MLA over GQA) × 8 (one layer in eight), per token of full-attention state.
 
     The paper does not name the GQA it compares with. 8 KV heads of MLA's own dimensions, 192 for keys and 128 for values, hold 2,560
     elements against the 576 of the latent: 4.44×, and 35.6× with the layers, which round to what is printed. (8 heads of 128 would give
     3.6× and 28×.) That counts full-attention state only; S_kv as a whole, recurrent state included, is shown against the same twin.
     """
-    ring = layout_of("ring_2_5_1t")
+    ring = layout_of(model)
     layers = ring.layers
     full = ring.layers_by_kind()["mla"]
     latent_bytes = ring.bytes_per_token / full
@@ -99,7 +123,7 @@ def _ring_saving(context: Context) -> list[Metric]:
 
 def run(context: Context) -> Outcome:
     """Every cell of Table 3 with what stands behind it, and the text's ratios."""
-    table = implied_prefill()
+    table = implied_prefill(context.settings.model.values())
     rows: list[Metric] = []
     for row in each(table):
         case = f"{row.model} {row.label}"
@@ -144,4 +168,4 @@ def draw(record: Record) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment(name="table3", tiers=("model",), run=run, figures={"table3": draw})
+EXPERIMENT = Experiment(name="table3", reads={"model": ("model",)}, run=run, figures={"table3": draw}, check=check)

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.table3 import one_model
 from repro.models.architectures import layout_of
 from repro.paper import tables
 from repro.profiles.base import INTERPOLATIONS
@@ -25,7 +26,7 @@ from repro.report import style
 
 def run(context: Context) -> Outcome:
     """Sizes from the reconstructed layout, Φ_kv from equation 1, and the residual of a straight line under both readings."""
-    layout = layout_of("paper_1t")
+    layout = layout_of(one_model(context.settings))
     rows, points = [], []
     for label, printed in tables.TABLE_5.items():
         tokens = tables.TOKENS[label]
@@ -119,4 +120,4 @@ def draw(record: Record) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment(name="table5", tiers=("model",), run=run, figures={"table5": draw})
+EXPERIMENT = Experiment(name="table5", reads={"model": ("model",)}, run=run, figures={"table5": draw})

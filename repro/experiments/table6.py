@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments import spread
-from repro.experiments.base import Context, Experiment, Outcome
-from repro.experiments.deployment import deployment, latencies, operating_points, profile_files
+from repro.experiments.base import EQUATIONS, HOMOGENEOUS, SIMULATED, Context, Experiment, Outcome
+from repro.experiments.deployment import check_deployment, deployment, latencies, operating_points, profile_files
 from repro.paper import tables, text
 from repro.paper.quantity import Quantity
 from repro.profiles.calibration import FAMILIES, prefill_residuals
@@ -187,10 +187,20 @@ def draw(record: Record) -> Figure:
 
 EXPERIMENT = Experiment(
     name="table6",
-    tiers=("model", "simulate"),
+    reads={
+        "model": (*EQUATIONS, HOMOGENEOUS, "seed", "options.draws"),
+        "simulate": (
+            *SIMULATED,
+            HOMOGENEOUS,
+            "options.requests",
+            "options.seeds",
+        ),
+    },
     run=run,
     figures={"table6": draw},
     options=Options,
+    check=check_deployment,
+    effort=("seed", "options"),
     inputs=profile_files,
     tier_figures={"simulate": {"table6_simulated": simulated.draw_loads}},
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from repro.experiments import simulated
-from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
 from repro.experiments.caches import CacheOptions
 from repro.experiments.deployment import profile_files
 from repro.kvcache.pool import CacheSpec, HybridPool
@@ -96,4 +96,6 @@ def files(settings: Settings) -> Sequence[Path]:
     return [*profile_files(settings), *([Path(trace)] if trace and Path(trace).is_file() else [])]
 
 
-EXPERIMENT = Experiment("trace", ("simulate",), run, simulated.FIGURES, Options, files)
+EXPERIMENT = Experiment(
+    "trace", {"simulate": (*SIMULATED, "options")}, run, simulated.FIGURES, Options, simulated.check, files
+)

@@ -6,11 +6,14 @@ cannot disagree. It takes milliseconds, where importing transformers takes two s
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from repro.models import spec
 from repro.models.layout import StateLayout, layout_from_config
+from repro.models.spec import ModelSpec
 
 
-def layout_of(name: str, size: str = "full") -> StateLayout:
-    """The state layout of a model of conf/model. Raises UserError naming the models that are known."""
-    model = spec.load(name, size)
-    return layout_from_config(model.model_type, model.values(), model.dtype)
+def layout_of(model: str | ModelSpec, size: str = "full") -> StateLayout:
+    """The state layout of a model of conf/model, or of a specification, at that size. Raises UserError naming the models that are known."""
+    found = spec.load(model, size) if isinstance(model, str) else replace(model, size=size)
+    return layout_from_config(found.model_type, found.values(), found.dtype)

@@ -8,18 +8,16 @@ kinds, order and ratio of the layers. Nothing here needs torch: the analytic tie
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cache
 from typing import Any, Final
 
-import yaml
-
+from repro.configuration import build
 from repro.errors import UserError
 from repro.models.layout import ITEMSIZE
+from repro.presets import choices, preset
 
 SIZES: Final = ("full", "single_gpu", "tiny")
-CONF: Final = Path(__file__).resolve().parents[2] / "conf" / "model"
 _LAYER_LETTERS: Final = {"F": "full_attention", "L": "linear_attention", "S": "sliding_attention"}
 
 
@@ -78,21 +76,12 @@ def layer_types(word: str) -> list[str]:
     return [_LAYER_LETTERS[letter] for letter in letters]
 
 
+@cache
 def names() -> list[str]:
     """The architectures that have a file in conf/model and sizes of their own."""
-    return sorted(path.stem for path in CONF.glob("*.yaml") if "sizes" in _read(path))
+    return [name for name in choices("model") if "sizes" in preset("model", name)]
 
 
 def load(name: str, size: str = "tiny") -> ModelSpec:
     """The specification in conf/model of that name, at that size. Raises UserError naming what is accepted."""
-    path = CONF / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(f"model: {name!r} is unknown, accepted are {', '.join(names())}")
-    return ModelSpec(**{**_read(path), "size": size})
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    values = yaml.safe_load(path.read_text())
-    if not isinstance(values, dict):
-        raise UserError(f"{path.name}: keys and values are needed")
-    return values
+    return build(ModelSpec, {**preset("model", name), "size": size}, "model")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from repro.paper import tables, text
 from repro.paper.quantity import Quantity
 
-Verdict = Literal["reproduced", "deviates", "input", "not run"]
+Verdict = Literal["reproduced", "deviates", "input", "other configuration", "not run"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
 @dataclass(frozen=True)

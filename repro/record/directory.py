@@ -25,6 +25,9 @@ from repro.errors import UserError
 from repro.record import metrics, provenance
 from repro.record.metrics import Metric
 
+#: Records that are committed, and from which the figures are drawn.
+REFERENCE = Path("results") / "reference"
+
 
 def configuration_hash(configuration: Mapping[str, Any], inputs: Iterable[Path] = ()) -> str:
     """Twelve hex digits over the resolved configuration and the contents of the files that it names."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pandas as pd
 
-from repro.paper.claims import CLAIMS, Claim
+from repro.paper.claims import CLAIMS, VERDICTS, Claim
 from repro.record.directory import Record
 from repro.record.metrics import Metric, each
 
 
-def _row(claim: Claim, table: pd.DataFrame) -> dict[str, object]:
+def _row(claim: Claim, table: pd.DataFrame, others: Collection[tuple[str, str]]) -> dict[str, object]:
     found = table[
         (table["experiment"] == claim.experiment)
         & (table["tier"] == claim.tier)
@@ -38,14 +38,22 @@ def _row(claim: Claim, table: pd.DataFrame) -> dict[str, object]:
     deviation = Metric("", "", "", "", ours, "", "computed", paper=claim.paper).deviation_pct
     return {
         **common, "ours": ours, "low": row["ci_low"], "high": row["ci_high"], "deviation_pct": deviation, "source": row["source"],
-        "verdict": claim.verdict(ours, str(row["source"])),
+        "verdict": "other configuration" if (claim.experiment, claim.tier) in others else claim.verdict(ours, str(row["source"])),
     }  # fmt: skip
 
 
 def compare(records: Sequence[Record], *, only_run: bool = True) -> pd.DataFrame:
-    """Every claim against the records; with `only_run`, claims of experiments that are not among the records are left out."""
+    """Every claim against the records; a run of another configuration than the paper's is not judged.
+
+    With `only_run`, claims of experiments that are not among the records are left out.
+    """
     table = pd.concat([record.metrics for record in records], ignore_index=True)
     experiments = {(record.configuration["name"], record.configuration["tier"]) for record in records}
+    others = {
+        (record.configuration["name"], record.configuration["tier"])
+        for record in records
+        if record.provenance.get("other_configuration")
+    }
     claims = [claim for claim in CLAIMS if not only_run or (claim.experiment, claim.tier) in experiments]
     columns = [
         "claim",
@@ -63,7 +71,7 @@ def compare(records: Sequence[Record], *, only_run: bool = True) -> pd.DataFrame
         "source",
         "verdict",
     ]
-    return pd.DataFrame([_row(claim, table) for claim in claims], columns=columns)
+    return pd.DataFrame([_row(claim, table, others) for claim in claims], columns=columns)
 
 
 _SCALES = (
@@ -105,7 +113,5 @@ def console(table: pd.DataFrame) -> str:
         paper, ours = readable(row.paper, row.unit), readable(row.ours, row.unit)
         lines.append(f"{statement:<66}{paper:>14}{ours:>14}{percent(row.deviation_pct):>11}  {row.verdict}")
     counts = table["verdict"].value_counts()
-    lines.append(
-        ", ".join(f"{counts[name]} {name}" for name in ("reproduced", "deviates", "input", "not run") if name in counts)
-    )
+    lines.append(", ".join(f"{counts[name]} {name}" for name in VERDICTS if name in counts))
     return "\n".join(lines)

@@ -1,20 +1,16 @@
-"""`scripts/figures`: redraw every figure from the reference records, without running anything.
-
-With the path of a results folder it draws those records instead, into each run's own figures folder.
-"""
+"""Draw a record's figures, as PNG and for print as PDF too, from the record alone and without running anything."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from repro.errors import UserError
-from repro.experiments import base
+from matplotlib.figure import Figure
+
 from repro.record.directory import Record
 from repro.report import style
 
-REFERENCE = Path("results") / "reference"
-FIGURES = Path("figures")
+Figures = Mapping[str, Callable[[Record], Figure]]
 
 
 def records(folder: Path) -> list[Record]:
@@ -23,40 +19,8 @@ def records(folder: Path) -> list[Record]:
     return [record for record in found if "name" in record.configuration]
 
 
-def redraw(record: Record, folder: Path, *, for_print: bool = False) -> list[Path]:
-    """All figures of one record into `folder`, as PNG and for print as PDF too; returns the PNGs."""
-    experiment = base.load(record.configuration["name"])
+def redraw(record: Record, folder: Path, figures: Figures, *, for_print: bool = False) -> list[Path]:
+    """These figures of one record into `folder`; returns the PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
     with style.applied():
-        for name, figure in experiment.figures_for(record.configuration["tier"]).items():
-            written.append(style.save(figure(record), folder / name, for_print=for_print))
-    return written
-
-
-def _folder(record: Record) -> str:
-    """Where a reference record's figures go: one folder per experiment and label, or all would write `goodput.png`."""
-    name, label = record.configuration["name"], record.configuration["label"] or record.configuration["tier"]
-    return f"{name}-{label}"
-
-
-def main(argv: list[str]) -> int:
-    """Redraw; the last line of stdout is the folder of the figures."""
-    source = Path(argv[0]) if argv else REFERENCE
-    try:
-        found = records(source)
-        if not found:
-            raise UserError(f"{source}: holds no finished run; accepted: a folder below which runs have a DONE file")
-        for record in found:
-            own = record.path / "figures" if argv else FIGURES / _folder(record)
-            for path in redraw(record, own, for_print=True):
-                print(path, file=sys.stderr)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(FIGURES if not argv else source)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+        return [style.save(draw(record), folder / name, for_print=for_print) for name, draw in figures.items()]

@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 
 from repro.errors import UserError
-from repro.experiments.base import load
-from repro.record.directory import Record
-from repro.report.figures import REFERENCE
+from repro.record.directory import REFERENCE, Record
+from repro.runner import parts_of
 
 #: A reference record is small: what figures, comparisons and reports are made from, without trackers' files and pictures.
 _KEPT = ("config.yaml", "provenance.json", "metrics.csv", "requests.parquet", "report.md", "tables", "DONE")
@@ -54,7 +53,7 @@ def keep(source: Path, reference: Path = REFERENCE) -> Path:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
-    if experiment is not None and (parts := load(str(experiment)).parts(record)):
+    if experiment is not None and (parts := parts_of(record)):
         kept = [os.path.relpath(keep(part.path, reference), target) for part in parts]
         record.table("parts").assign(path=kept).to_csv(target / "tables" / "parts.csv", index=False)
     return target

@@ -1,10 +1,15 @@
 """Run any program across an emulated link: link up | check | exec -- <command> | clean.
 
-python -m repro link check metro rate_bps=2e9          make it, measure it, say how it compares with what was asked
-python -m repro link exec continental -- iperf3 …      run a program on the prefill side (or --side decode), the
-link for it alone python -m repro link up metro --run demo               make it and hold it until Ctrl-C;
-meanwhile, from another shell: python -m repro link exec --join demo -- iperf3 …      run a program inside the
-link that is held python -m repro link clean                             remove what killed runs left behind
+python -m repro link check metro rate_bps=2e9
+    make the link, measure it, and say how it compares with what was asked
+python -m repro link exec continental -- iperf3 ...
+    run a program on the prefill side (or --side decode); the link lives as long as the program
+python -m repro link up metro --run demo
+    make the link and hold it until Ctrl-C
+python -m repro link exec --join demo -- iperf3 ...
+    run a program inside the link that another shell holds
+python -m repro link clean
+    remove what killed runs left behind
 """
 
 from __future__ import annotations
@@ -16,11 +21,9 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Any, cast
 
-from repro.configuration import build
+from repro.composition import compose
 from repro.errors import UserError
-from repro.experiments.base import CONFIGURATION
 from repro.link import leftovers
 from repro.link.backends import open_link
 from repro.link.link import Link
@@ -72,31 +75,14 @@ def spec_of(words: list[str]) -> LinkSpec:
     Raises:
         UserError: naming the presets that exist, or the key that is wrong.
     """
-    import yaml
-
-    values: dict[str, Any] = {}
+    changes = []
     for word in words:
-        key, assigned, value = word.partition("=")
-        if assigned:
-            values[key] = _number(yaml.safe_load(value))
-            continue
-        path = CONFIGURATION / "link" / f"{word}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(found.stem for found in path.parent.glob("*.yaml")))
-            raise UserError(f"link: {word!r} is no preset; accepted: {known}, or key=value")
-        preset = cast(dict[str, Any], yaml.safe_load(path.read_text()))
-        values = {name: _number(item) for name, item in preset.items()} | values
-    return build(LinkSpec, values, "link")
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e9 as a text; a person means a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+        key, assigned, _ = word.partition("=")
+        changes.append(f"link.{word}" if assigned else f"link={key}")
+    presets = [change for change in changes if change.startswith("link=")]
+    return compose(
+        [*(presets or ["link=loopback"]), *(change for change in changes if change not in presets)]
+    ).settings.link
 
 
 def _describe(link: Link) -> None:

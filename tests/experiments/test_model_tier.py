@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
 
-from repro.app import register, settings_of
-from repro.experiments.base import CONFIGURATION
+from repro.composition import compose
 from repro.paper import tables
 from repro.record.directory import Record
 from repro.record.metrics import value
@@ -20,10 +18,8 @@ MODEL_TIER = ("table3", "table5", "table6", "figure2", "figure5", "egress", "cos
 
 
 def run_experiment(folder: Path, *overrides: str) -> Record:
-    register()
-    with initialize_config_dir(str(CONFIGURATION), version_base="1.3"):
-        settings = settings_of(compose("config", overrides=[*overrides, f"results={folder}", "tracking=disabled"]))
-    return run(settings, ["repro", *overrides], lambda line: None)
+    composition = compose([*overrides, f"results={folder}", "tracking=disabled"])
+    return run(composition, ["repro", *overrides], lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -165,15 +161,11 @@ def test_every_experiment_leaves_a_figure_and_both_reports(records: dict[str, Re
 
 
 def test_case_study_gathers_its_parts_and_runs_none_twice(tmp_path: Path) -> None:
-    register()
-    parts = "options.experiments=[table5,figure2]"
-    with initialize_config_dir(str(CONFIGURATION), version_base="1.3"):
-        overrides = [parts, f"results={tmp_path}", "tracking=disabled"]
-        settings = settings_of(compose("config", overrides=overrides))
-        lines: list[str] = []
-        record = run(settings, ["repro", *overrides], lines.append)
-        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-        again = run(settings, ["repro", *overrides], lines.append)
+    overrides = ["options.parts=[table5,figure2]", f"results={tmp_path}", "tracking=disabled"]
+    lines: list[str] = []
+    record = run(compose(overrides), ["repro", *overrides], lines.append)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    again = run(compose(overrides), ["repro", *overrides], lines.append)
     assert again.path == record.path
     assert lines[-1] == "case_study: already done, nothing to run"
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}

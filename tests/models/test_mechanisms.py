@@ -4,6 +4,7 @@ import pandas as pd
 
 from repro.experiments.table2 import MECHANISMS, isolated, judge
 from repro.kvcache.state import layout
+from repro.models import spec
 from repro.models.build import build
 from repro.models.layout import layout_from_config
 
@@ -16,7 +17,7 @@ def test_each_mechanism_is_all_of_its_model():
         "linear attention": {"recurrent": 7, "gqa": 1},
     }
     for mechanism in MECHANISMS:
-        model = isolated(mechanism, "tiny")
+        model = isolated(mechanism, {name: spec.load(name, "tiny") for name in spec.names()})
         states = layout_from_config(model.model_type, model.values(), model.dtype)
         assert states.layers_by_kind() == expected[mechanism]
         assert layout(build(model, "meta")) == states

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,17 +10,19 @@ import yaml
 
 from repro.experiments import base
 from repro.paper.claims import CLAIMS, Tolerance
-from repro.record.directory import Record
+from repro.presets import choices
+from repro.record.directory import REFERENCE, Record
 from repro.record.metrics import Metric, frame
 from repro.report.comparison import compare, console, percent, readable
-from repro.report.figures import REFERENCE, redraw
 from repro.report.figures import records as records_below
+from repro.report.figures import redraw
 
 
-def record_of(folder: Path, *rows: Metric) -> Record:
+def record_of(folder: Path, *rows: Metric, others: Sequence[str] = ()) -> Record:
     folder.mkdir(parents=True)
     frame(rows).to_csv(folder / "metrics.csv", index=False)
     (folder / "config.yaml").write_text(yaml.safe_dump({"name": rows[0].experiment, "tier": rows[0].tier}))
+    (folder / "provenance.json").write_text(json.dumps({"other_configuration": others}))
     return Record(folder)
 
 
@@ -38,6 +42,12 @@ def lambda_max(value: float, source: str = "computed") -> Metric:
 def test_verdict_follows_tolerance_and_source(tmp_path: Path, value: float, source: str, verdict: str) -> None:
     table = compare([record_of(tmp_path / "run", lambda_max(value, source))]).set_index("claim")
     assert table.loc["prfaas_pd/lambda_max", "verdict"] == verdict
+
+
+@pytest.mark.parametrize("value", [3.24, 3.0])
+def test_no_claim_is_judged_on_another_configuration(tmp_path: Path, value: float) -> None:
+    table = compare([record_of(tmp_path / "run", lambda_max(value), others=["link.rate_bps"])]).set_index("claim")
+    assert table.loc["prfaas_pd/lambda_max", "verdict"] == "other configuration"
 
 
 def test_a_claim_without_its_value_is_not_run(tmp_path: Path) -> None:
@@ -60,7 +70,7 @@ def test_one_sided_tolerance_holds_on_its_side_only() -> None:
 
 def test_claim_names_are_unique_and_their_experiments_exist() -> None:
     assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
-    assert {claim.experiment for claim in CLAIMS} <= set(base.names())
+    assert {claim.experiment for claim in CLAIMS} <= set(choices("experiment"))
 
 
 def test_values_are_written_as_a_person_would() -> None:
@@ -77,5 +87,5 @@ def test_values_are_written_as_a_person_would() -> None:
 )
 def test_every_reference_record_still_draws_its_figures(tmp_path: Path, record: Record) -> None:
     experiment = base.load(record.configuration["name"])
-    written = redraw(record, tmp_path)
-    assert len(written) == len(experiment.figures_for(record.configuration["tier"]))
+    figures = experiment.figures_for(record.configuration["tier"])
+    assert len(redraw(record, tmp_path, figures)) == len(figures)

@@ -5,32 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from repro.app import register, settings_of
+from repro.composition import compose
 from repro.errors import UserError
-from repro.experiments.base import CONFIGURATION
-from repro.experiments.case_study import parts
 from repro.record.directory import Record, RunDirectory
 from repro.report.figures import records
-from repro.runner import run
+from repro.runner import parts_of, run
 from repro.verbs.keep import keep
 
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Record:
-    register()
-    overrides = ["options.experiments=[figure2]", f"results={tmp_path / 'results'}", "tracking=disabled"]
-    with initialize_config_dir(str(CONFIGURATION), version_base="1.3"):
-        settings = settings_of(compose("config", overrides=overrides))
-        return run(settings, ["repro", *overrides], lambda line: None)
+    overrides = ["options.parts=[figure2]", f"results={tmp_path / 'results'}", "tracking=disabled"]
+    return run(compose(overrides), ["repro", *overrides], lambda line: None)
 
 
 def test_a_kept_case_study_brings_its_parts_and_finds_them(finished: Record, tmp_path: Path) -> None:
     kept = keep(finished.path, tmp_path / "reference")
-    (part,) = parts(Record(kept))
+    (part,) = parts_of(Record(kept))
     assert part.path == tmp_path / "reference" / "figure2" / "model"
-    assert part.metrics.equals(parts(finished)[0].metrics)
+    assert part.metrics.equals(parts_of(finished)[0].metrics)
     assert not list((tmp_path / "reference").rglob("*.png"))
 
 

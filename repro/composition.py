@@ -1,0 +1,194 @@
+"""From words of the command line to the settings of one run, with the keys that somebody set.
+
+Hydra composes `conf/`; this is the one place that turns the result into frozen settings. Beside them stand the keys that were *asked*:
+those of the command line, and those that the experiment's file sets. What is asked must be read by the experiment
+(`repro.experiments.base`), so that no key is ever ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repro.configuration import build
+from repro.errors import UserError
+from repro.presets import CONF, groups
+from repro.settings import Settings
+
+_SCHEMA = "settings_schema"
+#: Groups that choose what runs and fill no node of their own.
+_CHOOSERS = ("experiment", "sweep", "bench", "tier")
+
+#: Nodes whose keys are the user's own: any may be set.
+_OPEN_NODES = ("cost.usd_per_gpu_hour",)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """The settings of one run, the keys that were set for it (dotted; a group's name for a choice of it), and the words that did it."""
+
+    settings: Settings
+    asked: tuple[str, ...]
+    words: tuple[str, ...] = ()
+
+
+def register() -> None:
+    """Put the schema of the whole configuration into Hydra's ConfigStore."""
+    from hydra.core.config_store import ConfigStore
+
+    from repro.configuration import twin
+
+    ConfigStore.instance().store(name=_SCHEMA, node=twin(Settings))
+
+
+def forced(word: str) -> str:
+    """The override in the form that Hydra takes for a key that no file names, a name with blanks included."""
+    if word.startswith("options."):
+        return f"++{word}"
+    key, _, value = word.partition("=")
+    for node in _OPEN_NODES:
+        if key.startswith(f"{node}."):
+            name = "".join(
+                f"\\{letter}" if letter in "\\()[]{}:=, \t" else letter for letter in key.removeprefix(f"{node}.")
+            )
+            return f"++{node}={{{name}:{value}}}"
+    return word
+
+
+def compose(words: Sequence[str]) -> Composition:
+    """The run that these words ask for, composed in this process; a part of a composite, or a test.
+
+    Raises:
+        UserError: naming the key that is wrong.
+    """
+    from hydra import compose as composed_by_hydra
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    register()
+    words = list(map(forced, words))
+    try:
+        if GlobalHydra.instance().is_initialized():
+            return of(composed_by_hydra("config", overrides=words), words)
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return of(composed_by_hydra("config", overrides=words), words)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+
+
+def of(composed: Any, words: Iterable[str]) -> Composition:
+    """From what Hydra composed, while Hydra is initialised, and the words that were given.
+
+    Raises:
+        UserError: naming the key that is wrong.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error)) from error
+    assert isinstance(values, dict)
+    words = tuple(words)
+    asked = _asked_by_words(words)
+    plain = {str(key): value for key, value in values.items()}
+    plain["model"] = _models(plain, asked)
+    settings = build(Settings, plain)
+    everything = dict.fromkeys([*asked, *_asked_by_file(words, settings.name)])
+    return Composition(settings, tuple(key for key in everything if key.split(".")[0] not in _CHOOSERS), words)
+
+
+def _models(values: Mapping[str, Any], asked: Sequence[str]) -> dict[str, Any]:
+    """The `model` node with `size` and `pretrained` in each model; a checkpoint without a `model=` beside it stands alone."""
+    models: dict[str, Any] = dict(values.get("model") or {})
+    size, pretrained = values.get("size", "tiny"), values.get("pretrained")
+    if pretrained is not None and "model" not in asked:
+        name = Path(str(pretrained)).name or str(pretrained)
+        models = {name: {"name": name, "model_type": "auto"}}
+    if pretrained is not None and len(models) != 1:
+        raise UserError(
+            f"pretrained: {pretrained!r} is one checkpoint, and model={list(models)} are {len(models)} models; "
+            "accepted: one model, or none, which takes the checkpoint's own"
+        )
+    for name, model in models.items():
+        given = {"size": size, "pretrained": pretrained}
+        models[name] = {**model, **{key: value for key, value in given.items() if f"model.{name}.{key}" not in asked}}
+    return models
+
+
+def _asked_by_words(words: Iterable[str]) -> list[str]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    found = []
+    for override in OverridesParser.create().parse_overrides(list(words)):
+        key = override.key_or_group.replace("/", ".")
+        if not key.startswith("hydra"):
+            found.append(key)
+    return found
+
+
+def _asked_by_file(words: Iterable[str], name: str) -> list[str]:
+    """Keys that the experiment's file sets, and groups that it chooses, as they stand in the file."""
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import DictConfig
+
+    chosen = [word.partition("=")[2] for word in words if word.lstrip("+").startswith("experiment=")]
+    loader: Any = GlobalHydra.instance().config_loader()
+    file = loader.repository.load_config(f"experiment/{chosen[-1] if chosen else name}")
+    if file is None:
+        return []
+    found = [key for key in _leaves(file.config) if key != "name"] if isinstance(file.config, DictConfig) else []
+    for default in file.defaults_list or []:
+        if group := getattr(default, "group", None):
+            found.append(str(group).strip("/"))
+    return [key for key in found if not key.startswith("hydra")]
+
+
+def _leaves(node: Any, key: str = "") -> list[str]:
+    from omegaconf import DictConfig
+
+    if isinstance(node, DictConfig) and len(node):
+        return [
+            leaf for name in map(str, node) for leaf in _leaves(node._get_node(name), f"{key}.{name}" if key else name)
+        ]
+    return [key]
+
+
+def explain(error: BaseException) -> str:
+    """Hydra's and OmegaConf's messages in one line that names the key, the value and what is accepted."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+    from repro.configuration import accepted
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options:
+            group, _, choice = str(cause.missing_cfg_file).rpartition("/")
+            return f"{group}: {choice!r} does not exist; accepted: {', '.join(cause.options)}"
+        if isinstance(cause, OverrideParseException):
+            return f"{cause.override}: cannot be read as key=value ({_one_line(cause).split(' See https')[0]})"
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            key = str(cause.full_key)
+            if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+                return f"{key}: no such key; accepted: {', '.join(_siblings(cause))}"
+            if isinstance(cause, ValidationError):
+                return f"{key}: {str(cause).splitlines()[0]}; accepted: {accepted(Settings, key)}"
+        cause = cause.__cause__
+    return _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _siblings(error: Any) -> list[str]:
+    from omegaconf import DictConfig
+
+    parent = error.parent_node
+    return sorted(map(str, parent.keys())) if isinstance(parent, DictConfig) else [*groups(), "see --cfg job"]
