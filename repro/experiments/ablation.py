@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from repro.experiments import simulated
-from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
+from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.scheduling.admission import AdmissionSpec
 from repro.scheduling.policies import LengthAware, RandomSplit
+from repro.scheduling.short_term import ShortTermSpec
 from repro.simulate.deployments import requests, with_scheduler
 from repro.simulate.link import CapacityChange
 from repro.workload.arrivals import Piecewise
@@ -35,11 +36,11 @@ def run(context: Context) -> Outcome:
     whole = setting.link.rate_bps
     faults = ((450.0, options.dropped_bps), (510.0, whole), (800.0, 0.0), (820.0, whole))
     link = replace(setting.link, changes=tuple(CapacityChange(at, rate) for at, rate in faults))
-    policies = setting.policies(options, link)
+    policies = setting.policies(link)
     full = policies["two_timescale"]
     cases = {
         "two_timescale": full,
-        "no_short_term": with_scheduler(full, short_term=replace(options.short_term, enabled=False)),
+        "no_short_term": with_scheduler(full, short_term=ShortTermSpec()),
         "no_long_term": policies["short_term"],
         "no_fallback": with_scheduler(full, fallback_s=None),
         "no_bandwidth_rule": with_scheduler(full, router=LengthAware()),
@@ -58,5 +59,11 @@ def run(context: Context) -> Outcome:
 
 
 EXPERIMENT = Experiment(
-    "ablation", {"simulate": (*SIMULATED, "options")}, run, simulated.FIGURES, Options, simulated.check, profile_files
+    "ablation",
+    {"simulate": (*SIMULATED, *SCHEDULER, "options")},
+    run,
+    simulated.FIGURES,
+    Options,
+    simulated.check,
+    profile_files,
 )

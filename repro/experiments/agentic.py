@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from matplotlib.figure import Figure
 
 from repro.experiments import simulated
-from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
-from repro.experiments.caches import CacheOptions
+from repro.experiments.base import CACHES, REBALANCE, SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.experiments.scale import multiplied
 from repro.kvcache.pool import CacheSpec
@@ -43,20 +42,20 @@ class Options(simulated.Options):
             1.2, mean_turns=2.0, families=16, system_tokens=32_768, first_tokens=4_000.0, primed=True
         )
     )
-    cache: CacheOptions = field(default_factory=CacheOptions)
-    rebalance: RebalanceSpec = field(default_factory=lambda: RebalanceSpec(enabled=True))
 
 
 def run(context: Context) -> Outcome:
     """All cases on the same sessions, then rebalancing where contexts are shared."""
     options: Options = context.options
     setting = simulated.Setting.of(context)
-    hybrid = options.cache.spec(setting.base.prfaas)
+    policy = context.settings.policy
+    hybrid = policy.cache.spec(setting.base.prfaas)
+    rebalance = replace(policy.rebalance, enabled=True)
     attention = replace(hybrid, groups=tuple(group for group in hybrid.groups if group.kind == "block"))
-    often = replace(hybrid, checkpoint_blocks=options.cache.checkpoint_blocks or 8)
-    policies = setting.policies(options)
+    often = replace(hybrid, checkpoint_blocks=policy.cache.checkpoint_blocks or 8)
+    policies = setting.policies()
     static, both = policies["static"], policies["two_timescale"]
-    cases = _rebalanced(static, both, hybrid, options.rebalance) | {
+    cases = _rebalanced(static, both, hybrid, rebalance) | {
         "no_cache": both,
         "attention_only": replace(both, cache=attention),
         "checkpoints_every_8_blocks": replace(both, cache=often),
@@ -70,7 +69,7 @@ def run(context: Context) -> Outcome:
         window, setting.slo, options.seeds, against=against,
     )  # fmt: skip
     shared = simulated.compare(
-        context, _rebalanced(_two_homes(static), _two_homes(both), hybrid, options.rebalance),
+        context, _rebalanced(_two_homes(static), _two_homes(both), hybrid, rebalance),
         lambda seed: draw_sessions(options.shared_context, options.duration_s, seed),
         window, setting.slo, options.seeds, prefix=SHARED, against=against,
     )  # fmt: skip
@@ -113,5 +112,11 @@ def draw_goodput(record: Record) -> Figure:
 
 FIGURES = {"over_time": simulated.draw_over_time, "goodput": draw_goodput, "rebalancing": draw_rebalancing}
 EXPERIMENT = Experiment(
-    "agentic", {"simulate": (*SIMULATED, "options")}, run, FIGURES, Options, simulated.check, profile_files
+    "agentic",
+    {"simulate": (*SIMULATED, *SCHEDULER, *CACHES, *REBALANCE, "options")},
+    run,
+    FIGURES,
+    Options,
+    simulated.check,
+    profile_files,
 )

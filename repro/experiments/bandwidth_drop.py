@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments import simulated
-from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
+from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.record.directory import Record
 from repro.record.metrics import Metric
@@ -69,7 +69,7 @@ def run(context: Context) -> Outcome:
         rate = setting.rate(load)
         for dropped in options.dropped_bps:
             changes = (CapacityChange(options.at_s, dropped), CapacityChange(end_s, setting.link.rate_bps))
-            specs = setting.policies(options, replace(setting.link, changes=changes))
+            specs = setting.policies(replace(setting.link, changes=changes))
             goodput: dict[tuple[str, str], list[float]] = {
                 (case, window): [] for case in POLICIES for window in windows
             }
@@ -130,7 +130,7 @@ def draw(record: Record) -> Figure:
 
 EXPERIMENT = Experiment(
     "bandwidth_drop",
-    {"simulate": (*SIMULATED, "options")},
+    {"simulate": (*SIMULATED, *SCHEDULER, "options")},
     run,
     {"gain": draw},
     Options,

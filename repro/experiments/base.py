@@ -43,6 +43,14 @@ HOMOGENEOUS = "cluster.homogeneous_instances"
 SIMULATED = (
     *(key for key in EQUATIONS if key != "policy.lengths"), "link.rtt_s", "link.schedule", "workload.slo", "seed",
 )  # fmt: skip
+#: The scheduler beside threshold and split.
+SCHEDULER = (
+    "policy.router", "policy.offload_share", "policy.placement", "policy.admission", "policy.short_term", "policy.long_term",
+    "policy.fallback_s",
+)  # fmt: skip
+#: How large prefix caches are, and how they are evened out; whether they exist is a case of the studies that read these.
+CACHES = tuple(f"policy.cache.{key}" for key in ("capacity_gb", "block_tokens", "checkpoint_blocks", "eviction"))
+REBALANCE = tuple(f"policy.rebalance.{key}" for key in ("period_s", "link_share", "at_least_blocks"))
 #: The emulated link and what crosses it.
 WIRE = ("link", "transport")
 #: Texts that describe a choice. They are kept where the node is read, and change nothing.

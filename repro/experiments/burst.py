@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from repro.errors import UserError
 from repro.experiments import simulated
-from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
+from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.simulate.deployments import requests
 from repro.workload.arrivals import Piecewise
@@ -39,11 +39,17 @@ def run(context: Context) -> Outcome:
     mean_load = (options.load * calm_s + options.burst_load * options.burst_s) / options.every_s
     count = round(setting.rate(mean_load) * options.duration_s)
     return simulated.compare(
-        context, setting.policies(options), lambda seed: requests(setting.base, arrivals, count, seed),
+        context, setting.policies(), lambda seed: requests(setting.base, arrivals, count, seed),
         (options.warmup_s, options.duration_s), setting.slo, options.seeds,
     )  # fmt: skip
 
 
 EXPERIMENT = Experiment(
-    "burst", {"simulate": (*SIMULATED, "options")}, run, simulated.FIGURES, Options, simulated.check, profile_files
+    "burst",
+    {"simulate": (*SIMULATED, *SCHEDULER, "options")},
+    run,
+    simulated.FIGURES,
+    Options,
+    simulated.check,
+    profile_files,
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from repro.errors import UserError
 from repro.experiments import simulated
-from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
+from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.simulate.deployments import requests
 from repro.simulate.link import CapacityChange
@@ -41,11 +41,17 @@ def run(context: Context) -> Outcome:
     arrivals = Poisson(setting.rate(options.load))
     count = round(setting.rate(options.load) * options.duration_s)
     return simulated.compare(
-        context, setting.policies(options, link), lambda seed: requests(setting.base, arrivals, count, seed),
+        context, setting.policies(link), lambda seed: requests(setting.base, arrivals, count, seed),
         (options.warmup_s, options.duration_s), setting.slo, options.seeds,
     )  # fmt: skip
 
 
 EXPERIMENT = Experiment(
-    "link_flap", {"simulate": (*SIMULATED, "options")}, run, simulated.FIGURES, Options, simulated.check, profile_files
+    "link_flap",
+    {"simulate": (*SIMULATED, *SCHEDULER, "options")},
+    run,
+    simulated.FIGURES,
+    Options,
+    simulated.check,
+    profile_files,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from repro.experiments import simulated
-from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
+from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.simulate.deployments import requests
 from repro.workload.arrivals import Poisson
@@ -29,9 +29,7 @@ def run(context: Context) -> Outcome:
     rate = setting.rate(options.load)
     count = round(rate * options.duration_s)
     chosen = {
-        name: spec
-        for name, spec in setting.policies(options).items()
-        if name in ("static", "short_term", "two_timescale")
+        name: spec for name, spec in setting.policies().items() if name in ("static", "short_term", "two_timescale")
     }
     outcomes = []
     for mean in options.means:
@@ -48,7 +46,7 @@ def run(context: Context) -> Outcome:
 
 EXPERIMENT = Experiment(
     "output_length",
-    {"simulate": (*SIMULATED, "options")},
+    {"simulate": (*SIMULATED, *SCHEDULER, "options")},
     run,
     {"goodput": simulated.draw_goodput},
     Options,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments import simulated
-from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
+from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.record.directory import Record
 from repro.record.metrics import Metric
@@ -60,7 +60,7 @@ def run(context: Context) -> Outcome:
     setting = simulated.Setting.of(context)
     base = setting.base
     gpus = base.n_prfaas * base.prfaas.gpus_per_instance + base.n_pd * base.pd.gpus_per_instance
-    chosen = {name: spec for name, spec in setting.policies(options).items() if name in ("static", "two_timescale")}
+    chosen = {name: spec for name, spec in setting.policies().items() if name in ("static", "two_timescale")}
     rows: list[Metric] = []
     sizes: list[dict[str, object]] = []
     for factor in options.factors:
@@ -112,5 +112,11 @@ def draw(record: Record) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    "scale", {"simulate": (*SIMULATED, "options")}, run, {"scale": draw}, Options, simulated.check, profile_files
+    "scale",
+    {"simulate": (*SIMULATED, *SCHEDULER, "options")},
+    run,
+    {"scale": draw},
+    Options,
+    simulated.check,
+    profile_files,
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from repro.errors import UserError
 from repro.experiments import simulated
-from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
+from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.simulate.deployments import requests
 from repro.workload.arrivals import Poisson
@@ -40,10 +40,16 @@ def run(context: Context) -> Outcome:
         return replace(requests(setting.base, Poisson(rate), count, seed), shifted=after, shift_at_s=options.at_s)
 
     return simulated.compare(
-        context, setting.policies(options), stream, (options.at_s, options.duration_s), setting.slo, options.seeds
+        context, setting.policies(), stream, (options.at_s, options.duration_s), setting.slo, options.seeds
     )
 
 
 EXPERIMENT = Experiment(
-    "shift", {"simulate": (*SIMULATED, "options")}, run, simulated.FIGURES, Options, simulated.check, profile_files
+    "shift",
+    {"simulate": (*SIMULATED, *SCHEDULER, "options")},
+    run,
+    simulated.FIGURES,
+    Options,
+    simulated.check,
+    profile_files,
 )

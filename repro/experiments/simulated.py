@@ -7,7 +7,7 @@ paired values, and says whether a policy helps even where seeds differ more than
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,9 @@ from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.report import style
 from repro.scheduling.long_term import LongTermSpec
-from repro.scheduling.policies import Prfaas, RandomSplit, Threshold
+from repro.scheduling.policies import RandomSplit, Threshold
 from repro.scheduling.short_term import ShortTermSpec
+from repro.scheduling.spec import PolicySpec
 from repro.scheduling.throughput import Deployment, OperatingPoint
 from repro.settings import Settings
 from repro.simulate.deployments import shared_link, simulated, with_scheduler
@@ -62,9 +63,6 @@ class Options:
     duration_s: float = 1200.0
     seeds: int = 5
     warmup_s: float = 60.0
-    short_term: ShortTermSpec = field(default_factory=lambda: ShortTermSpec(enabled=True))
-    long_term: LongTermSpec = field(default_factory=lambda: LongTermSpec(enabled=True))
-    fallback_s: float = 10.0
 
     def __post_init__(self) -> None:
         if not self.load > 0:
@@ -94,6 +92,7 @@ class Setting:
     points: Mapping[str, OperatingPoint]
     link: SharedLinkSpec
     slo: ServiceLevel
+    policy: PolicySpec
 
     @staticmethod
     def of(context: Context) -> Setting:
@@ -101,7 +100,9 @@ class Setting:
         settings = context.settings
         base = deployment(settings)
         true = replace(settings, policy=replace(settings.policy, lengths="true_mean"))
-        return Setting(base, operating_points(base, true), shared_link(settings.link), settings.workload.slo)
+        return Setting(
+            base, operating_points(base, true), shared_link(settings.link), settings.workload.slo, settings.policy
+        )
 
     @property
     def point(self) -> OperatingPoint:
@@ -112,18 +113,43 @@ class Setting:
         """Requests per second at that load."""
         return load * self.point.lambda_max
 
-    def policies(self, options: Options, link: SharedLinkSpec | None = None) -> dict[str, SimulationSpec]:
-        """Static t, the fast loop alone, both loops, a blind split of equal share, and naive offloading on its own split."""
+    def policies(self, link: SharedLinkSpec | None = None) -> dict[str, SimulationSpec]:
+        """The configured policy with both loops, and with less: the fast loop alone, a static t, a blind split of equal share; and naive
+        offloading on its own split.
+        """
         through = link or self.link
-        static = simulated(self.base, self.point, through, Threshold())
-        short = with_scheduler(static, router=Prfaas(), short_term=options.short_term, fallback_s=options.fallback_s)
+        full = scheduled(simulated(self.base, self.point, through), self.policy, self.point)
+        off = ShortTermSpec(), LongTermSpec()
+        static = with_scheduler(full, router=Threshold(), short_term=off[0], long_term=off[1], fallback_s=None)
+        naive = simulated(self.base, self.points["naive_heterogeneous_pd"], through)
         return {
             "static": static,
-            "short_term": short,
-            "two_timescale": with_scheduler(short, long_term=options.long_term),
+            "short_term": with_scheduler(full, long_term=off[1]),
+            "two_timescale": full,
             "random_split": with_scheduler(static, router=RandomSplit(self.point.offload_fraction)),
-            "naive": simulated(self.base, self.points["naive_heterogeneous_pd"], through),
+            "naive": with_scheduler(naive, placement=full.scheduler.placement, admission=full.scheduler.admission),
         }
+
+
+def scheduled(spec: SimulationSpec, policy: PolicySpec, point: OperatingPoint) -> SimulationSpec:
+    """The same deployment under the configured policy, its threshold and split those of the operating point; without caches."""
+    return with_scheduler(
+        spec,
+        router=policy.router_at(point.offload_fraction),
+        placement=policy.placement,
+        admission=policy.admission,
+        short_term=policy.short_term,
+        long_term=policy.long_term,
+        fallback_s=policy.fallback_s,
+    )
+
+
+def cached(spec: SimulationSpec, policy: PolicySpec) -> SimulationSpec:
+    """The same deployment with the configured prefix caches and their rebalancing, if they are switched on."""
+    if not policy.cache.enabled:
+        return spec
+    caching = replace(spec, cache=policy.cache.spec(spec.pd[0].profile))
+    return with_scheduler(caching, rebalance=policy.rebalance)
 
 
 def play(spec: SimulationSpec, stream: Iterable[Chunk]) -> tuple[pd.DataFrame, Summary]:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from repro.experiments import simulated
-from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
-from repro.experiments.caches import CacheOptions
+from repro.experiments.base import CACHES, SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.kvcache.pool import CacheSpec, HybridPool
 from repro.record.metrics import Metric
@@ -30,7 +29,6 @@ class Options(simulated.Options):
     speed: float = 1.0
     seeds: int = 2
     warmup_s: float = 0.0
-    cache: CacheOptions = field(default_factory=lambda: CacheOptions(capacity_gb=None))
 
 
 def hit_rates(chunk: Chunk, cache: CacheSpec) -> dict[str, float]:
@@ -63,12 +61,12 @@ def run(context: Context) -> Outcome:
         else draw_sessions(SessionSpec(0.4), options.duration_s, context.settings.seed)
     )
     chunk = recorded.chunk
-    cache = options.cache.spec(setting.base.prfaas)
+    cache = context.settings.policy.cache.spec(setting.base.prfaas)
     rows: list[Metric] = [
         context.metric(name, "block_hit_rate", rate, "", "simulated", n=len(chunk.arrival_s))
         for name, rate in hit_rates(chunk, cache).items()
     ]
-    policies = setting.policies(options)
+    policies = setting.policies()
     cases = {name: replace(spec, cache=cache if chunk.chains else None) for name, spec in policies.items()}
     end = float(chunk.arrival_s[-1]) + 1e-6
     outcome = simulated.compare(
@@ -97,5 +95,11 @@ def files(settings: Settings) -> Sequence[Path]:
 
 
 EXPERIMENT = Experiment(
-    "trace", {"simulate": (*SIMULATED, "options")}, run, simulated.FIGURES, Options, simulated.check, files
+    "trace",
+    {"simulate": (*SIMULATED, *SCHEDULER, *CACHES, "options")},
+    run,
+    simulated.FIGURES,
+    Options,
+    simulated.check,
+    files,
 )

@@ -124,3 +124,14 @@ ROUTERS: dict[str, type[Router]] = {
     "length_aware": LengthAware,
     "prfaas": Prfaas,
 }
+
+
+def router(name: str) -> Router:
+    """A router that has no parameters, by name.
+
+    Raises:
+        UserError: for a name that is not in `ROUTERS`.
+    """
+    if name not in ROUTERS:
+        raise UserError(f"policy.router: {name!r} is unknown; accepted: {', '.join(ROUTERS)}")
+    return ROUTERS[name]()

@@ -1,22 +1,45 @@
-"""The configuration's `policy` node: the threshold, the split of the PD cluster, and how both are searched."""
+"""The configuration's `policy` node: the whole scheduler, from threshold and split to routing, admission, both loops and caches.
+
+The throughput model reads the first part (what is fixed, and how the rest is searched), the simulator and the live router all of it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from repro.errors import UserError
+from repro.kvcache.sizing import CacheOptions
+from repro.scheduling.admission import AdmissionSpec
+from repro.scheduling.long_term import LongTermSpec
+from repro.scheduling.policies import RandomSplit, Router, router
+from repro.scheduling.rebalance import RebalanceSpec
+from repro.scheduling.short_term import ShortTermSpec
 
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """Routing and split; what is null is found by the grid search of §3.4.2."""
+    """The scheduler of a deployment; a threshold or split that is null is found by the grid search of §3.4.2.
+
+    `router` decides where a request is prefilled (`offload_share` is that of random_split; null takes the share that the threshold
+    would offload), `placement` on which instance of the cluster. `fallback_s`: after so long an outage of the link, transfers are
+    given up and prefilled in the PD cluster; null never.
+    """
 
     name: str
     threshold_tokens: float | None = None
     n_p: int | None = None
     threshold_step_tokens: int = 100
     lengths: Literal["representative", "true_mean"] = "representative"
+    router: Literal["threshold", "prfaas", "length_aware", "random_split", "naive", "homogeneous"] = "threshold"
+    offload_share: float | None = None
+    placement: Literal["least_work", "sampled", "round_robin", "cache_affinity"] = "least_work"
+    admission: AdmissionSpec = field(default_factory=AdmissionSpec)
+    short_term: ShortTermSpec = field(default_factory=ShortTermSpec)
+    long_term: LongTermSpec = field(default_factory=LongTermSpec)
+    rebalance: RebalanceSpec = field(default_factory=RebalanceSpec)
+    fallback_s: float | None = None
+    cache: CacheOptions = field(default_factory=CacheOptions)
 
     def __post_init__(self) -> None:
         if self.threshold_step_tokens < 1:
@@ -27,3 +50,17 @@ class PolicySpec:
             )
         if self.n_p is not None and self.n_p < 0:
             raise UserError(f"policy.n_p: {self.n_p} is negative; accepted: 0 or more instances, or null")
+        if self.fallback_s is not None and not self.fallback_s > 0:
+            raise UserError(f"policy.fallback_s: {self.fallback_s} is not positive; accepted: seconds, or null")
+        if self.offload_share is not None and self.router != "random_split":
+            raise UserError(
+                f"policy.offload_share: has no effect with policy.router={self.router}; accepted: random_split"
+            )
+        if self.rebalance.enabled and not self.cache.enabled:
+            raise UserError("policy.rebalance.enabled: there is nothing to copy without policy.cache.enabled=true")
+
+    def router_at(self, offload_fraction: float) -> Router:
+        """The router; a random split without a share of its own offloads this one."""
+        if self.router == "random_split":
+            return RandomSplit(offload_fraction if self.offload_share is None else self.offload_share)
+        return router(self.router)

@@ -1,20 +1,32 @@
-"""Prefix caches of the configured model for the simulated studies: its state as a block-level and a request-level group."""
+"""How large prefix caches are: a model's state as a block-level and a request-level group, from its S_kv(l) (§3.2)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
+
+from numpy.typing import ArrayLike
 
 from repro.errors import UserError
 from repro.kvcache.pool import CacheSpec, GroupSpec
-from repro.simulate.spec import Profile
+
+
+class KvBytes(Protocol):
+    """What tells the size of a model's state; every phase profile does."""
+
+    def kv_bytes(self, tokens: ArrayLike) -> Any:
+        """S_kv(l) in bytes."""
+        ...
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """Per cluster. `capacity_gb` null is unlimited; `checkpoint_blocks` 0 keeps recurrent state at the end of each prompt only."""
+    """Prefix caches, one per cluster. `capacity_gb` null is unlimited; `checkpoint_blocks` 0 keeps recurrent state at the end
+    of each prompt only.
+    """
 
+    enabled: bool = False
     capacity_gb: float | None = 2000.0
     block_tokens: int = 512
     checkpoint_blocks: int = 0
@@ -23,10 +35,10 @@ class CacheOptions:
     def __post_init__(self) -> None:
         if self.capacity_gb is not None and not self.capacity_gb > 0:
             raise UserError(
-                f"options.cache.capacity_gb: {self.capacity_gb} is not positive; accepted: gigabytes, or null for no limit"
+                f"policy.cache.capacity_gb: {self.capacity_gb} is not positive; accepted: gigabytes, or null for no limit"
             )
 
-    def spec(self, profile: Profile) -> CacheSpec:
+    def spec(self, profile: KvBytes) -> CacheSpec:
         """S_kv(0) is what a checkpoint weighs, the slope of S_kv what a token of full attention does."""
         fixed = float(profile.kv_bytes(0))
         per_token = (float(profile.kv_bytes(262_144)) - float(profile.kv_bytes(131_072))) / 131_072
