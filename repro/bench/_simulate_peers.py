@@ -39,8 +39,8 @@ class Workload:
     @classmethod
     def of(cls, stream: Independent) -> Workload:
         """All requests of a stream at once."""
-        chunks = list(stream)
-        return cls(*(np.concatenate([chunk[column] for chunk in chunks]) for column in range(3)))
+        batches = list(stream)
+        return cls(*(np.concatenate([batch[column] for batch in batches]) for column in range(3)))
 
     def __len__(self) -> int:
         return len(self.arrival_s)

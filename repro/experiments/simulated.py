@@ -34,7 +34,7 @@ from repro.simulate.simulation import Simulation, Summary
 from repro.simulate.spec import SimulationSpec
 from repro.simulate.stability import Estimate
 from repro.workload.spec import ServiceLevel
-from repro.workload.stream import Chunk
+from repro.workload.stream import RequestBatch
 
 POLICY_NAMES = {
     "static": "static t",
@@ -52,7 +52,7 @@ _UNITS = {
 }  # fmt: skip
 _SAMPLES = ("goodput", "good_fraction", "ttft_mean_s", "ttft_p90_s", "link_egress_bps")
 
-Stream = Callable[[int], Iterable[Chunk]]
+Stream = Callable[[int], Iterable[RequestBatch]]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def cached(spec: SimulationSpec, policy: PolicySpec) -> SimulationSpec:
     return with_scheduler(caching, rebalance=policy.rebalance)
 
 
-def play(spec: SimulationSpec, stream: Iterable[Chunk]) -> tuple[pd.DataFrame, Summary]:
+def play(spec: SimulationSpec, stream: Iterable[RequestBatch]) -> tuple[pd.DataFrame, Summary]:
     """One run: its requests and how it ended."""
     table = Table()
     summary = Simulation(spec, table).run(stream)

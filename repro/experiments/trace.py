@@ -17,7 +17,7 @@ from repro.kvcache.pool import CacheSpec, HybridPool
 from repro.record.metrics import Metric
 from repro.settings import Settings
 from repro.workload.sessions import SessionSpec, draw_sessions
-from repro.workload.stream import Chunk
+from repro.workload.stream import RequestBatch
 from repro.workload.traces import read_trace
 
 
@@ -31,7 +31,7 @@ class Options(simulated.Options):
     warmup_s: float = 0.0
 
 
-def hit_rates(chunk: Chunk, cache: CacheSpec) -> dict[str, float]:
+def hit_rates(batch: RequestBatch, cache: CacheSpec) -> dict[str, float]:
     """Share of all blocks that an unlimited cache would serve: attention alone, and every layer group.
 
     A prompt's last key names a block that it does not fill. Attention-only rates count it, as those published for the traces do; a
@@ -42,7 +42,7 @@ def hit_rates(chunk: Chunk, cache: CacheSpec) -> dict[str, float]:
     )
     pools = {"attention_only": HybridPool(attention), "hybrid": HybridPool(replace(cache, capacity_bytes=float("inf")))}
     hits, blocks = dict.fromkeys(pools, 0), 0
-    for tokens, (keys, _) in zip(chunk.input_tokens.tolist(), chunk.chains or [], strict=False):
+    for tokens, (keys, _) in zip(batch.input_tokens.tolist(), batch.chains or [], strict=False):
         blocks += len(keys)
         for name, pool in pools.items():
             part = keys if name == "attention_only" else keys[: (tokens - 1) // cache.block_tokens]
@@ -60,15 +60,15 @@ def run(context: Context) -> Outcome:
         if options.trace
         else draw_sessions(SessionSpec(0.4), options.duration_s, context.settings.seed)
     )
-    chunk = recorded.chunk
+    batch = recorded.batch
     cache = context.settings.policy.cache.spec(setting.base.prfaas)
     rows: list[Metric] = [
-        context.metric(name, "block_hit_rate", rate, "", "simulated", n=len(chunk.arrival_s))
-        for name, rate in hit_rates(chunk, cache).items()
+        context.metric(name, "block_hit_rate", rate, "", "simulated", n=len(batch.arrival_s))
+        for name, rate in hit_rates(batch, cache).items()
     ]
     policies = setting.policies()
-    cases = {name: replace(spec, cache=cache if chunk.chains else None) for name, spec in policies.items()}
-    end = float(chunk.arrival_s[-1]) + 1e-6
+    cases = {name: replace(spec, cache=cache if batch.chains else None) for name, spec in policies.items()}
+    end = float(batch.arrival_s[-1]) + 1e-6
     outcome = simulated.compare(
         context,
         cases,
@@ -80,7 +80,7 @@ def run(context: Context) -> Outcome:
     )
     source = Path(options.trace).name if options.trace else "generated sessions (no trace given)"
     metrics = [*rows, *map(_without_repeats, outcome.metrics)]
-    return replace(outcome, metrics=metrics, provenance={"trace": source, "requests": len(chunk.arrival_s)})
+    return replace(outcome, metrics=metrics, provenance={"trace": source, "requests": len(batch.arrival_s)})
 
 
 def _without_repeats(metric: Metric) -> Metric:

@@ -1,7 +1,7 @@
 """Request routers: which cluster prefills a request (§3.4.3, and the baselines of Table 6).
 
 A router is a frozen value with one pure method. Thresholds that move are moved by the controllers (short_term.py, long_term.py) and
-arrive in the `Situation`, so the same `Prfaas` value serves static and adaptive runs.
+arrive in the `SchedulerState`, so the same `Prfaas` value serves static and adaptive runs.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from repro.errors import UserError
-from repro.scheduling.views import LOCAL, REMOTE, RequestView, Route, Situation
+from repro.scheduling.views import LOCAL, REMOTE, RequestView, Route, SchedulerState
 
 
 class Router(Protocol):
     """Chooses the prefill cluster of one request."""
 
-    def route(self, request: RequestView, situation: Situation) -> Route:
+    def route(self, request: RequestView, state: SchedulerState) -> Route:
         """The decision, from nothing but its two arguments."""
         ...
 
@@ -25,7 +25,7 @@ class Router(Protocol):
 class Homogeneous:
     """Everything is prefilled in the PD cluster (Table 6's baseline)."""
 
-    def route(self, request: RequestView, situation: Situation) -> Route:  # noqa: ARG002
+    def route(self, request: RequestView, state: SchedulerState) -> Route:  # noqa: ARG002
         """Always local, on the local cache."""
         cached = request.cached_pd_tokens
         return Route(False, cached) if cached else LOCAL
@@ -35,7 +35,7 @@ class Homogeneous:
 class Naive:
     """Everything is prefilled in the PrfaaS cluster (Table 6's naive heterogeneous PD)."""
 
-    def route(self, request: RequestView, situation: Situation) -> Route:  # noqa: ARG002
+    def route(self, request: RequestView, state: SchedulerState) -> Route:  # noqa: ARG002
         """Always remote, on the remote cache."""
         cached = request.cached_prfaas_tokens
         return Route(True, cached) if cached else REMOTE
@@ -55,7 +55,7 @@ class RandomSplit:
         if not 0 <= self.share <= 1:
             raise UserError(f"policy.share: {self.share} is not a fraction; accepted: 0 to 1")
 
-    def route(self, request: RequestView, situation: Situation) -> Route:  # noqa: ARG002
+    def route(self, request: RequestView, state: SchedulerState) -> Route:  # noqa: ARG002
         """Remote for a fixed pseudo-random `share` of ids."""
         if splitmix64(request.id + self.salt) < self.share * 2.0**64:
             return Route(True, request.cached_prfaas_tokens)
@@ -66,29 +66,29 @@ class RandomSplit:
 class Threshold:
     """Requests with more than t uncached tokens in the PD cluster are offloaded; each cluster counts its own cache."""
 
-    def route(self, request: RequestView, situation: Situation) -> Route:
+    def route(self, request: RequestView, state: SchedulerState) -> Route:
         """The scarce-bandwidth rule at all times."""
-        return _own_cache(request, situation.threshold_tokens)
+        return _own_cache(request, state.threshold_tokens)
 
 
 @dataclass(frozen=True)
 class LengthAware:
     """The best prefix of any cluster counts, and is moved to where it is needed, without a look at the link."""
 
-    def route(self, request: RequestView, situation: Situation) -> Route:
+    def route(self, request: RequestView, state: SchedulerState) -> Route:
         """The abundant-bandwidth rule at all times."""
-        return _best_cache(request, situation.threshold_tokens)
+        return _best_cache(request, state.threshold_tokens)
 
 
 @dataclass(frozen=True)
 class Prfaas:
     """The paper's policy: the scarce rule under bandwidth pressure, the abundant rule otherwise."""
 
-    def route(self, request: RequestView, situation: Situation) -> Route:
-        """One of the two rules, by the situation."""
-        if situation.bandwidth_scarce:
-            return _own_cache(request, situation.threshold_tokens)
-        return _best_cache(request, situation.threshold_tokens)
+    def route(self, request: RequestView, state: SchedulerState) -> Route:
+        """One of the two rules, by the state."""
+        if state.bandwidth_scarce:
+            return _own_cache(request, state.threshold_tokens)
+        return _best_cache(request, state.threshold_tokens)
 
 
 def _own_cache(request: RequestView, threshold_tokens: float) -> Route:

@@ -1,6 +1,6 @@
 """Hot-spot rebalancing (§3.2): how often caches are evened out between clusters, and how much of the link that may take.
 
-What to copy is the global KVCache manager's to propose (`repro.kvcache.directory`). Copies are worth less than requests, so they get
+What to copy is the global KVCache manager's to propose (kvcache_manager.py). Copies are worth less than requests, so they get
 a share of what the link left unused, and nothing where it left nothing.
 """
 

@@ -36,7 +36,7 @@ class LinkView(NamedTuple):
     rtt_s: float = 0.0
 
 
-class Situation(NamedTuple):
+class SchedulerState(NamedTuple):
     """What the controllers have decided and measured last; the second input of every routing decision."""
 
     threshold_tokens: float

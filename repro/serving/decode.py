@@ -27,7 +27,7 @@ from repro.kvcache import codecs
 from repro.kvcache.frames import CodecId, Manifest, Piece
 from repro.kvcache.state import State
 from repro.serving.channel import Channel, Message, run_worker
-from repro.serving.decoding import RunningBatch
+from repro.serving.running_batch import RunningBatch
 from repro.transport import Received, TransportSpec, open_receiver
 
 

@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from repro.simulate.events import Agenda
+from repro.simulate.events import EventQueue
 from repro.simulate.job import Job
 
 
@@ -47,12 +47,12 @@ class DecodeStage:
     """All decode instances of one PD cluster. `finished(now, job)` is called at a job's last token."""
 
     def __init__(
-        self, agenda: Agenda, steps: StepTimes, batch_max: int, finished: Callable[[float, Job], None]
+        self, events: EventQueue, steps: StepTimes, batch_max: int, finished: Callable[[float, Job], None]
     ) -> None:
         self.batch_max = batch_max
         self.waiting: deque[Job] = deque()
         self.members: dict[int, Batch] = {}
-        self._agenda = agenda
+        self._events = events
         self._steps = steps
         self._finished = finished
         # Open instances by batch size, so that the smallest batch is found at once among any number of them.
@@ -169,7 +169,7 @@ class DecodeStage:
         wake_s = batch.at_s + (self._duration(batch, count) if steps.grows else steps.step_s[len(batch.heap)] * count)
         if not -1e-9 < wake_s - batch.wake_s < 1e-9:
             batch.wake_s = wake_s
-            self._agenda.at(wake_s, self._wake, batch)
+            self._events.at(wake_s, self._wake, batch)
 
     def _wake(self, now_s: float, batch: Batch) -> None:
         if now_s != batch.wake_s:
@@ -177,7 +177,7 @@ class DecodeStage:
         heap = batch.heap
         size = len(heap)
         self._advance(batch, heap[0][0] - batch.step)
-        batch.at_s = now_s  # equal but for rounding; the agenda's time is the one that others saw
+        batch.at_s = now_s  # equal but for rounding; the event's time is the one that others saw
         batch.wake_s = math.inf
         step = batch.step
         ended = []

@@ -13,7 +13,7 @@ from typing import Any
 Handler = Callable[[float, Any], None]
 
 
-class Agenda:
+class EventQueue:
     """Pending events of one run."""
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ class Job:
     turn: Turn | None = None
     offloaded: bool = False
     fell_back: bool = False
-    site: Any = None
+    prfaas: Any = None
     flow: Any = None
     parts: int = 0
     work_tokens: int = 0
@@ -37,9 +37,9 @@ class Job:
     first_token_s: float = NOT_YET
     finish_s: float = NOT_YET
 
-    def __init__(self, id_: int, arrival_s: float, input_tokens: int, output_tokens: int, home: Any) -> None:
+    def __init__(self, id_: int, arrival_s: float, input_tokens: int, output_tokens: int, pd: Any) -> None:
         self.id = id_
         self.arrival_s = arrival_s
         self.input_tokens = input_tokens
         self.output_tokens = output_tokens
-        self.home = home
+        self.pd = pd

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from repro.errors import UserError
-from repro.simulate.events import Agenda
+from repro.simulate.events import EventQueue
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,14 @@ class Sender:
 class SharedLink:
     """One direction of a link during a run. Inside, rates are in bytes/s."""
 
-    def __init__(self, spec: SharedLinkSpec, agenda: Agenda) -> None:
+    def __init__(self, spec: SharedLinkSpec, events: EventQueue) -> None:
         self.spec = spec
         self.capacity = spec.rate_bps / 8
         self.bytes_sent = 0.0
         self.offered_bytes = 0.0
         self._nic = spec.nic_bps / 8
         self._flow_cap = spec.connections * spec.connection_bps / 8
-        self._agenda = agenda
+        self._events = events
         self._senders: dict[int, Sender] = {}
         self._producing: dict[Flow, None] = {}
         self._active: dict[Sender, None] = {}
@@ -138,7 +138,7 @@ class SharedLink:
         self._wake_s = math.inf
         self._order = 0
         for change in spec.changes:
-            agenda.at(change.at_s, self._change, change.rate_bps / 8)
+            events.at(change.at_s, self._change, change.rate_bps / 8)
 
     # What the simulation asks for.
 
@@ -296,7 +296,7 @@ class SharedLink:
         if wake_s != self._wake_s:
             self._wake_s = wake_s
             if wake_s < math.inf:
-                self._agenda.at(wake_s, self._wake)
+                self._events.at(wake_s, self._wake)
 
     def _wake(self, now_s: float, _: None) -> None:
         if now_s != self._wake_s:

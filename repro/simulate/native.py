@@ -27,7 +27,8 @@ from types import ModuleType
 from repro.errors import UserError
 
 MODULES = (
-    "books", "clusters", "control", "decode", "dispatch", "events", "faults", "job", "link", "path", "prefill", "rebalance", "simulation",
+    "clusters", "control", "decode", "dispatch", "events", "faults", "job", "ledger", "lifecycle", "link", "prefill", "rebalance",
+    "simulation",
 )  # fmt: skip
 _HERE = Path(__file__).resolve().parent
 _GROUP = "repro_simulate"

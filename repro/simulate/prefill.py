@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from repro.scheduling.placement import Placement
-from repro.simulate.events import Agenda
+from repro.simulate.events import EventQueue
 from repro.simulate.job import NOT_YET, Job
 
 OnJob = Callable[[float, Job], None]
@@ -48,9 +48,9 @@ class PrefillStage(Protocol):
 
 
 class _Stage:
-    def __init__(self, agenda: Agenda, placement: Placement, ended: OnJob) -> None:
+    def __init__(self, events: EventQueue, placement: Placement, ended: OnJob) -> None:
         self.members: dict[int, deque[Job]] = {}
-        self._agenda = agenda
+        self._events = events
         self._placement = placement
         self._ended = ended
         self._closing: dict[int, Callable[[float, int], None]] = {}
@@ -95,9 +95,14 @@ class WholePrefill(_Stage):
     """First come, first served, one request at a time. `began(now, job)` is called when a job's first piece exists, if wanted."""
 
     def __init__(
-        self, agenda: Agenda, placement: Placement, ended: OnJob, began: OnJob | None = None, first_piece: float = 0.0
+        self,
+        events: EventQueue,
+        placement: Placement,
+        ended: OnJob,
+        began: OnJob | None = None,
+        first_piece: float = 0.0,
     ) -> None:
-        super().__init__(agenda, placement, ended)
+        super().__init__(events, placement, ended)
         self._began = began
         self._first_piece = first_piece
 
@@ -111,8 +116,8 @@ class WholePrefill(_Stage):
         job.prefill_end_s = end_s
         self.members[instance].append(job)
         if self._began is not None:
-            self._agenda.at(start_s + work_s * self._first_piece, self._begin, job)
-        self._agenda.at(end_s, self._end, job)
+            self._events.at(start_s + work_s * self._first_piece, self._begin, job)
+        self._events.at(end_s, self._end, job)
 
     def _begin(self, now_s: float, job: Job) -> None:
         if now_s == job.prefill_start_s + job.work_s * self._first_piece and job.prefill_end_s >= now_s:
@@ -138,14 +143,14 @@ class ChunkedPrefill(_Stage):
 
     def __init__(
         self,
-        agenda: Agenda,
+        events: EventQueue,
         placement: Placement,
         ended: OnJob,
         chunk_tokens: int,
         chunk_s: Callable[[int, int], float],
         part: Callable[[float, Job, int, int], None] | None = None,
     ) -> None:
-        super().__init__(agenda, placement, ended)
+        super().__init__(events, placement, ended)
         self._chunk_tokens = chunk_tokens
         self._chunk_s = chunk_s
         self._part = part
@@ -174,7 +179,7 @@ class ChunkedPrefill(_Stage):
         done = self._done[job.id]
         end_s = now_s + self._chunk_s(done, min(self._chunk_tokens, job.work_tokens - done))
         self._turn[instance] = (job, done, end_s)
-        self._agenda.at(end_s, self._end, instance)
+        self._events.at(end_s, self._end, instance)
 
     def _end(self, now_s: float, instance: int) -> None:
         turn = self._turn.get(instance)

@@ -10,25 +10,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from repro.kvcache.directory import Directory, Move
 from repro.kvcache.pool import HybridPool, Lease
+from repro.scheduling.kvcache_manager import KVCacheManager, Move
 from repro.scheduling.rebalance import RebalanceSpec
-from repro.simulate.books import Books
-from repro.simulate.clusters import Home, Site
-from repro.simulate.events import Agenda
+from repro.simulate.clusters import PdClusterState, PrfaasClusterState
+from repro.simulate.events import EventQueue
 from repro.simulate.job import Job
+from repro.simulate.ledger import RequestLedger
 
 #: Numbers of senders on a link: instances count from 0 up, fetched prefixes from −1 down; copies share one NIC of their own.
 _SENDER = -(1 << 30)
 
 
 class Copy(NamedTuple):
-    """A move under way: its site decides the link and the way, `lease` holds its room at the target, and `there` says how many blocks of
-    attention are not sent because the target has them.
+    """A move under way: its PrfaaS cluster decides the link and the way, `lease` holds its room at the target.
+
+    `there` says how many blocks of attention are not sent because the target has them.
     """
 
     move: Move
-    site: Site
+    prfaas: PrfaasClusterState
     lease: Lease
     there: int
 
@@ -39,55 +40,57 @@ class Rebalancing:
     def __init__(
         self,
         spec: RebalanceSpec,
-        homes: Sequence[Home],
-        sites: Sequence[Site],
-        agenda: Agenda,
-        books: Books,
+        pd_clusters: Sequence[PdClusterState],
+        prfaas_clusters: Sequence[PrfaasClusterState],
+        events: EventQueue,
+        ledger: RequestLedger,
     ) -> None:
         self.copies = 0
         self.copied_bytes = 0.0
         self._spec = spec
-        self._homes = homes
-        self._sites = {_of_site(site): site for site in sites}
-        self._agenda = agenda
-        self._books = books
+        self._pd_clusters = pd_clusters
+        self._prfaas_clusters = {_of_prfaas(prfaas): prfaas for prfaas in prfaas_clusters}
+        self._events = events
+        self._ledger = ledger
         self._under_way: set[tuple[str, int]] = set()
         self._unused_bytes = 0.0
-        caches = {_of_home(home): home.cache for home in homes} | {
-            name: site.cache for name, site in self._sites.items()
+        caches = {_of_pd(pd): pd.cache for pd in pd_clusters} | {
+            name: prfaas.cache for name, prfaas in self._prfaas_clusters.items()
         }
         self._pools: dict[str, HybridPool] = {name: pool for name, pool in caches.items() if pool is not None}
-        self._directory = Directory(
-            dict(self._pools), self._size_bytes, linked=lambda a, b: (a in self._sites) != (b in self._sites)
+        self._manager = KVCacheManager(
+            dict(self._pools),
+            self._size_bytes,
+            linked=lambda a, b: (a in self._prfaas_clusters) != (b in self._prfaas_clusters),
         )
-        agenda.at(spec.period_s, self._tick)
+        events.at(spec.period_s, self._tick)
 
     def _size_bytes(self, blocks: int) -> float:
-        site = next(iter(self._sites.values()))
-        assert site.cache is not None
-        return float(site.spec.profile.kv_bytes(blocks * site.cache.spec.block_tokens))
+        prfaas = next(iter(self._prfaas_clusters.values()))
+        assert prfaas.cache is not None
+        return float(prfaas.spec.profile.kv_bytes(blocks * prfaas.cache.spec.block_tokens))
 
     def asked(self, job: Job) -> None:
         """A request goes to a cluster: what that one, and the request's home, lack of its prefix is what copies could have saved."""
         chain = job.chain
         if not chain:
             return
-        home = _of_home(job.home)
-        self._directory.lacked(home, chain, self._pools[home].match_blocks(chain))
+        pd = _of_pd(job.pd)
+        self._manager.lacked(pd, chain, self._pools[pd].match_blocks(chain))
         if job.offloaded:
-            site = _of_site(job.site)
-            self._directory.lacked(site, chain, self._pools[site].match_blocks(chain))
+            prfaas = _of_prfaas(job.prfaas)
+            self._manager.lacked(prfaas, chain, self._pools[prfaas].match_blocks(chain))
 
     def _tick(self, now_s: float, _: None) -> None:
-        if not self._books.open:
+        if not self._ledger.open:
             return
-        self._agenda.at(now_s + self._spec.period_s, self._tick)
+        self._events.at(now_s + self._spec.period_s, self._tick)
         before, self._unused_bytes = (
             self._unused_bytes,
-            sum(site.link.unused_bytes(now_s) for site in self._sites.values()),
+            sum(prfaas.link.unused_bytes(now_s) for prfaas in self._prfaas_clusters.values()),
         )
         budget = self._spec.link_share * (self._unused_bytes - before)
-        for move in self._directory.rebalance(budget, self._spec.at_least_blocks):
+        for move in self._manager.rebalance(budget, self._spec.at_least_blocks):
             self._begin(now_s, move)
 
     def _begin(self, now_s: float, move: Move) -> None:
@@ -105,17 +108,17 @@ class Rebalancing:
             return
         source.pin(move.chain, move.blocks)
         self._under_way.add(aim)
-        outward = move.source in self._sites
-        site = self._sites[move.source if outward else move.target]
-        link = site.link if outward else site.ingress
-        link.send(now_s, _SENDER, move.size_bytes, self._sent, Copy(move, site, lease, there))
+        outward = move.source in self._prfaas_clusters
+        prfaas = self._prfaas_clusters[move.source if outward else move.target]
+        link = prfaas.link if outward else prfaas.ingress
+        link.send(now_s, _SENDER, move.size_bytes, self._sent, Copy(move, prfaas, lease, there))
 
     def _sent(self, now_s: float, copy: Copy) -> None:
         move = copy.move
         self._pools[move.source].unpin(move.chain, move.blocks)
         self.copies += 1
         self.copied_bytes += move.size_bytes
-        self._agenda.at(now_s + copy.site.half_rtt_s, self._arrived, copy)
+        self._events.at(now_s + copy.prfaas.half_rtt_s, self._arrived, copy)
 
     def _arrived(self, now_s: float, copy: Copy) -> None:  # noqa: ARG002
         move, target = copy.move, self._pools[copy.move.target]
@@ -127,9 +130,9 @@ class Rebalancing:
             target.insert(move.chain, move.blocks)
 
 
-def _of_home(home: Home) -> str:
-    return f"pd{home.index}"
+def _of_pd(pd: PdClusterState) -> str:
+    return f"pd{pd.index}"
 
 
-def _of_site(site: Site) -> str:
-    return f"prfaas{site.index}"
+def _of_prfaas(prfaas: PrfaasClusterState) -> str:
+    return f"prfaas{prfaas.index}"

@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 from repro.simulate.records import COLUMNS, Row
 from repro.simulate.simulation import Simulation
 from repro.simulate.spec import SimulationSpec
-from repro.workload.stream import Chunk
+from repro.workload.stream import RequestBatch
 
 _ARRIVAL, _FINISH = COLUMNS.index("arrival_s"), COLUMNS.index("finish_s")
 
@@ -69,19 +69,19 @@ class _Times:
         return (level(0.75, 1.0) - level(0.25, 0.5)) / max(float(between), 1.0)
 
 
-def growth(spec: SimulationSpec, requests: Iterable[Chunk]) -> float:
+def growth(spec: SimulationSpec, requests: Iterable[RequestBatch]) -> float:
     """Growth of the number in the system per arrival; infinite for a run that was cut as overloaded."""
     times = _Times()
-    chunks = list(requests)
+    batches = list(requests)
     # A stable system's number stays far below a tenth of all its requests.
-    limit = max(2000, sum(len(chunk.arrival_s) for chunk in chunks) // 10)
-    summary = Simulation(replace(spec, drain_s=0.0, limit_requests=limit), times).run(chunks)
+    limit = max(2000, sum(len(batch.arrival_s) for batch in batches) // 10)
+    summary = Simulation(replace(spec, drain_s=0.0, limit_requests=limit), times).run(batches)
     return math.inf if summary.overloaded else times.growth()
 
 
 def lambda_max(
     spec: SimulationSpec,
-    requests: Callable[[float, int], Iterable[Chunk]],
+    requests: Callable[[float, int], Iterable[RequestBatch]],
     guess_per_s: float,
     seeds: Sequence[int],
     width: float = 0.001,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from repro.errors import UserError
-from repro.workload.stream import Chains, Chunk, Recorded, Turn
+from repro.workload.stream import Chains, Recorded, RequestBatch, Turn
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def draw_sessions(spec: SessionSpec, duration_s: float, seed: int) -> Recorded:
     rows.sort(key=lambda row: row.after_s)
     times, inputs, outputs, chains, then = zip(*rows, strict=True)
     return Recorded(
-        Chunk(
+        RequestBatch(
             np.array(times), np.array(inputs, np.int64), np.array(outputs, np.int64), list(chains),
             list(then) if spec.closed_loop else None,
         )

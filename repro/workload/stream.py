@@ -1,6 +1,6 @@
-"""Requests as a stream of chunks: who arrives when, how long its prompt is, how much it will say, and which prefix it shares.
+"""Requests as a stream of batches: who arrives when, how long its prompt is, how much it will say, and which prefix it shares.
 
-Chunks are arrays, so that ten million requests are drawn in seconds and never held at once. Three independent random streams
+Batches are arrays, so that ten million requests are drawn in seconds and never held at once. Three independent random streams
 (arrivals, inputs, outputs) come from one seed: changing the rate leaves the lengths as they are, which is what makes paired
 comparisons paired.
 """
@@ -35,7 +35,7 @@ class Turn(NamedTuple):
     then: Turn | None = None
 
 
-class Chunk(NamedTuple):
+class RequestBatch(NamedTuple):
     """Some requests in order of arrival: seconds from the beginning, whole tokens, block keys where prefixes are shared, and the turns that
     wait for answers, where the conversation is closed-loop.
     """
@@ -80,7 +80,7 @@ class Independent:
         if self.requests < 1:
             raise UserError(f"workload.requests: {self.requests} is below 1")
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[RequestBatch]:
         when, what, says = (np.random.default_rng(s) for s in np.random.SeedSequence(self.seed).spawn(3))
         left = self.requests
         for times in self.arrivals.times(when, CHUNK_REQUESTS):
@@ -90,7 +90,7 @@ class Independent:
             if self.shifted is not None:
                 # Both are drawn from the same numbers of the stream, so that runs with and without a shift stay comparable.
                 inputs = np.where(times < self.shift_at_s, inputs, self.shifted.sample(what, n))
-            yield Chunk(times, inputs, self.outputs.sample(says, n))
+            yield RequestBatch(times, inputs, self.outputs.sample(says, n))
             left -= n
             if not left:
                 return
@@ -100,22 +100,24 @@ class Independent:
 class Recorded:
     """Requests that are all known: a trace, or sessions drawn in advance."""
 
-    chunk: Chunk
+    batch: RequestBatch
 
-    def __iter__(self) -> Iterator[Chunk]:
-        whole, n = self.chunk, len(self.chunk.arrival_s)
+    def __iter__(self) -> Iterator[RequestBatch]:
+        whole, n = self.batch, len(self.batch.arrival_s)
         for at in range(0, n, CHUNK_REQUESTS):
             part = slice(at, at + CHUNK_REQUESTS)
             chains = whole.chains[part] if whole.chains is not None else None
             turns = whole.turns[part] if whole.turns is not None else None
-            yield Chunk(whole.arrival_s[part], whole.input_tokens[part], whole.output_tokens[part], chains, turns)
+            yield RequestBatch(
+                whole.arrival_s[part], whole.input_tokens[part], whole.output_tokens[part], chains, turns
+            )
 
 
 def replay(requests: pd.DataFrame) -> Recorded:
     """The arrivals of a finished run's requests table, to run again."""
     table = requests.sort_values("id")
     return Recorded(
-        Chunk(
+        RequestBatch(
             table["arrival_s"].to_numpy(np.float64),
             table["input_tokens"].to_numpy(np.int64),
             table["output_tokens"].to_numpy(np.int64),

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from repro.errors import UserError
-from repro.workload.stream import Chains, Chunk, Recorded
+from repro.workload.stream import Chains, Recorded, RequestBatch
 
 #: Tokens of one block key in Mooncake's traces.
 MOONCAKE_BLOCK_TOKENS = 512
@@ -44,7 +44,7 @@ def read_trace(path: Path, speed: float = 1.0) -> Recorded:
     raise UserError(f"workload.trace: {path} is of no known format; {_WHERE}")
 
 
-def _mooncake(path: Path, speed: float) -> Chunk:
+def _mooncake(path: Path, speed: float) -> RequestBatch:
     arrival, inputs, outputs = [], [], []
     chains: list[Chains] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -56,10 +56,12 @@ def _mooncake(path: Path, speed: float) -> Chunk:
             chains.append((tuple(int(key) for key in row["hash_ids"]), ()))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"workload.trace: {path}, line {number}: {error!r}; {_WHERE}") from error
-    return _ordered(path, Chunk(np.array(arrival), np.array(inputs, np.int64), np.array(outputs, np.int64), chains))
+    return _ordered(
+        path, RequestBatch(np.array(arrival), np.array(inputs, np.int64), np.array(outputs, np.int64), chains)
+    )
 
 
-def _azure(path: Path, speed: float) -> Chunk:
+def _azure(path: Path, speed: float) -> RequestBatch:
     try:
         table = pd.read_csv(path)
         times = pd.to_datetime(table["TIMESTAMP"])
@@ -68,30 +70,30 @@ def _azure(path: Path, speed: float) -> Chunk:
     except (ValueError, KeyError) as error:
         raise UserError(f"workload.trace: {path}: {error}; {_WHERE}") from error
     seconds = (times - times.iloc[0]).dt.total_seconds().to_numpy(np.float64)
-    return _ordered(path, Chunk(np.asarray(seconds / speed, np.float64), inputs, outputs))
+    return _ordered(path, RequestBatch(np.asarray(seconds / speed, np.float64), inputs, outputs))
 
 
-def _ordered(path: Path, chunk: Chunk) -> Chunk:
-    if not len(chunk.arrival_s):
+def _ordered(path: Path, batch: RequestBatch) -> RequestBatch:
+    if not len(batch.arrival_s):
         raise UserError(f"workload.trace: {path} holds no request; {_WHERE}")
-    if chunk.input_tokens.min() < 1:
+    if batch.input_tokens.min() < 1:
         raise UserError(f"workload.trace: {path} has a request without input tokens; {_WHERE}")
-    if np.all(np.diff(chunk.arrival_s) >= 0):
-        return chunk
-    order = np.argsort(chunk.arrival_s, kind="stable")
-    chains = [chunk.chains[i] for i in order] if chunk.chains is not None else None
-    return Chunk(chunk.arrival_s[order], chunk.input_tokens[order], chunk.output_tokens[order], chains)
+    if np.all(np.diff(batch.arrival_s) >= 0):
+        return batch
+    order = np.argsort(batch.arrival_s, kind="stable")
+    chains = [batch.chains[i] for i in order] if batch.chains is not None else None
+    return RequestBatch(batch.arrival_s[order], batch.input_tokens[order], batch.output_tokens[order], chains)
 
 
-def write_mooncake(path: Path, chunk: Chunk) -> None:
+def write_mooncake(path: Path, batch: RequestBatch) -> None:
     """The stream in Mooncake's format (whole milliseconds), for other tools and for tests."""
     lines = []
-    for i in range(len(chunk.arrival_s)):
+    for i in range(len(batch.arrival_s)):
         row = {
-            "timestamp": round(1000 * float(chunk.arrival_s[i])),
-            "input_length": int(chunk.input_tokens[i]),
-            "output_length": int(chunk.output_tokens[i]),
-            "hash_ids": list(chunk.chains[i][0]) if chunk.chains else [],
+            "timestamp": round(1000 * float(batch.arrival_s[i])),
+            "input_length": int(batch.input_tokens[i]),
+            "output_length": int(batch.output_tokens[i]),
+            "hash_ids": list(batch.chains[i][0]) if batch.chains else [],
         }
         lines.append(json.dumps(row))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

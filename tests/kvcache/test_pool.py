@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repro.errors import UserError
-from repro.kvcache.directory import Directory, Replica
 from repro.kvcache.pool import CacheSpec, GroupSpec, HybridPool
+from repro.scheduling.kvcache_manager import KVCacheManager, Replica
 
 MLA = GroupSpec("mla", "block", 1024.0)
 KDA = GroupSpec("kda", "request", 4 * 1024.0)
@@ -149,7 +149,7 @@ def test_the_directory_fetches_the_longest_prefix_and_only_what_is_missing() -> 
     here, there = pool(MLA), pool(MLA)
     here.insert((1, 2))
     there.insert((1, 2, 3, 4, 5))
-    directory = Directory({"pd": here, "prfaas": there}, lambda blocks: 100.0 + 10.0 * blocks)
+    directory = KVCacheManager({"pd": here, "prfaas": there}, lambda blocks: 100.0 + 10.0 * blocks)
     move = directory.fetch("pd", (1, 2, 3, 4, 5, 6))
     assert move is not None
     assert (move.source, move.blocks, move.size_bytes) == ("prfaas", 5, 100.0 + 30.0)
@@ -160,7 +160,7 @@ def test_rebalancing_proposes_what_was_lacked_most_often_within_its_budget() -> 
     here, there = pool(MLA), pool(MLA)
     there.insert((1, 2, 3))
     there.insert((7, 8, 9))
-    directory = Directory({"pd": here, "prfaas": there}, lambda blocks: 10.0 * blocks)
+    directory = KVCacheManager({"pd": here, "prfaas": there}, lambda blocks: 10.0 * blocks)
     for _ in range(5):
         directory.lacked("pd", (1, 2, 3, 4), 0)
     directory.lacked("pd", (7, 8, 9), 0)
@@ -173,7 +173,7 @@ def test_nothing_is_proposed_between_clusters_that_no_link_joins() -> None:
     pools = {name: pool(MLA) for name in ("pd0", "pd1", "prfaas")}
     pools["pd0"].insert((1, 2, 3))
     pools["prfaas"].insert((1, 2))
-    directory = Directory(pools, lambda blocks: 10.0 * blocks, linked=lambda a, b: "prfaas" in (a, b))
+    directory = KVCacheManager(pools, lambda blocks: 10.0 * blocks, linked=lambda a, b: "prfaas" in (a, b))
     move = directory.fetch("pd1", (1, 2, 3))
     assert move is not None
     assert (move.source, move.blocks) == ("prfaas", 2)
@@ -183,7 +183,7 @@ def test_a_move_weighs_the_state_that_is_missing_not_the_blocks_that_are_there()
     here, there = pool(MLA, KDA), pool(MLA, KDA)
     there.insert((1, 2, 3))
     here.insert((1, 2, 3, 4))
-    move = Directory({"pd": here, "prfaas": there}, lambda blocks: 100.0 + 10.0 * blocks).fetch("pd", (1, 2, 3))
+    move = KVCacheManager({"pd": here, "prfaas": there}, lambda blocks: 100.0 + 10.0 * blocks).fetch("pd", (1, 2, 3))
     assert move is not None
     assert move.size_bytes == 100.0
 

@@ -7,31 +7,31 @@ import pytest
 from repro.errors import UserError
 from repro.scheduling.placement import PLACEMENTS, placement
 from repro.scheduling.policies import ROUTERS, Prfaas, RandomSplit
-from repro.scheduling.views import ClusterView, LinkView, RequestView, Route, Situation
+from repro.scheduling.views import ClusterView, LinkView, RequestView, Route, SchedulerState
 
 EXAMPLE = RequestView(id=0, total_tokens=30_000, cached_pd_tokens=10_000, cached_prfaas_tokens=25_000)
 
 
-def situation(scarce: bool = False, threshold: float = 19_400) -> Situation:
-    return Situation(threshold, scarce, ClusterView(3), ClusterView(4), LinkView(100e9))
+def state(scarce: bool = False, threshold: float = 19_400) -> SchedulerState:
+    return SchedulerState(threshold, scarce, ClusterView(3), ClusterView(4), LinkView(100e9))
 
 
 def test_scarce_bandwidth_counts_each_clusters_cache_alone() -> None:
-    assert Prfaas().route(EXAMPLE, situation(scarce=True)) == Route(offload=True, cached_tokens=25_000, fetch=False)
+    assert Prfaas().route(EXAMPLE, state(scarce=True)) == Route(offload=True, cached_tokens=25_000, fetch=False)
 
 
 def test_abundant_bandwidth_counts_the_best_cache_and_moves_it() -> None:
-    assert Prfaas().route(EXAMPLE, situation(scarce=False)) == Route(offload=False, cached_tokens=25_000, fetch=True)
+    assert Prfaas().route(EXAMPLE, state(scarce=False)) == Route(offload=False, cached_tokens=25_000, fetch=True)
 
 
 def test_a_longer_local_cache_is_moved_to_prfaas_when_the_rest_is_long() -> None:
     request = RequestView(0, 60_000, cached_pd_tokens=20_000, cached_prfaas_tokens=5_000)
-    assert Prfaas().route(request, situation()) == Route(offload=True, cached_tokens=20_000, fetch=True)
+    assert Prfaas().route(request, state()) == Route(offload=True, cached_tokens=20_000, fetch=True)
 
 
 def test_random_split_offloads_its_share_whatever_the_length() -> None:
     router = RandomSplit(0.496)
-    taken = [router.route(RequestView(i, 1 + i % 1000), situation()).offload for i in range(20_000)]
+    taken = [router.route(RequestView(i, 1 + i % 1000), state()).offload for i in range(20_000)]
     assert abs(sum(taken) / len(taken) - 0.496) < 3 * math.sqrt(0.25 / len(taken))
 
 
@@ -43,7 +43,7 @@ def make(name: str):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("scarce", [True, False])
 def test_every_router_is_a_pure_function_and_never_claims_more_cache_than_there_is(name: str, scarce: bool) -> None:
     for request in (EXAMPLE, RequestView(7, 500), RequestView(9, 90_000, 0, 64_000), RequestView(3, 8_000, 8_000, 0)):
-        routes = {make(name).route(request, situation(scarce)) for _ in range(3)}
+        routes = {make(name).route(request, state(scarce)) for _ in range(3)}
         (route,) = routes
         held = (request.cached_pd_tokens, request.cached_prfaas_tokens)
         assert route.cached_tokens <= max(held)

@@ -19,14 +19,14 @@ FAST, SLOW = TinyProfile(s_per_token=1e-4), TinyProfile(s_per_token=1e-3)
 
 def test_a_turn_comes_its_gap_after_the_answer_before_it() -> None:
     stream = draw_sessions(replace(CLOSED, sessions_per_s=0.02), 2000.0, 8)
-    chunk = stream.chunk
-    assert chunk.turns is not None
+    batch = stream.batch
+    assert batch.turns is not None
     table, summary = play(local(FAST, 2), stream)
     assert summary.unfinished == 0
     seen = {(row.input_tokens, row.output_tokens): row for row in table.itertuples()}
     assert len(seen) == len(table)
     followed = 0
-    for said, turn in zip(zip(chunk.input_tokens, chunk.output_tokens, strict=True), chunk.turns, strict=True):
+    for said, turn in zip(zip(batch.input_tokens, batch.output_tokens, strict=True), batch.turns, strict=True):
         before = seen[said]
         while turn is not None and turn[1:3] in seen:
             now = seen[turn[1:3]]
@@ -46,7 +46,7 @@ def test_a_slow_system_meets_fewer_turns_when_they_wait_for_answers_and_as_many_
 
 
 def test_open_and_closed_loops_say_the_same_things() -> None:
-    opened, closed = (draw_sessions(spec, 500.0, 2).chunk for spec in (SPEC, CLOSED))
+    opened, closed = (draw_sessions(spec, 500.0, 2).batch for spec in (SPEC, CLOSED))
     told = set()
     for tokens, turn in zip(closed.input_tokens.tolist(), closed.turns or [], strict=True):
         told.add(tokens)
@@ -66,5 +66,5 @@ def test_a_conversation_stays_with_its_home_and_hits_what_it_said_there() -> Non
     assert (np.diff(table["arrival_s"]) >= 0).all()
     assert table.equals(play(spec, stream)[0])
     # Every turn but a session's first finds the state that the answer before it left behind, if that filled a block.
-    later = len(table) - len(stream.chunk.arrival_s)
+    later = len(table) - len(stream.batch.arrival_s)
     assert 0.98 * later < (table["cached_tokens"] > 0).sum() <= later

@@ -18,7 +18,7 @@ from repro.scheduling.placement import PLACEMENTS
 from repro.scheduling.policies import Homogeneous, LengthAware, Naive, Prfaas, RandomSplit, Router, Threshold
 from repro.scheduling.short_term import ShortTermSpec
 from repro.simulate.decode import DecodeStage, StepTimes
-from repro.simulate.events import Agenda
+from repro.simulate.events import EventQueue
 from repro.simulate.job import Job
 from repro.simulate.link import CapacityChange, SharedLinkSpec
 from repro.simulate.simulation import Simulation
@@ -171,16 +171,16 @@ def decode_alone(profile: TinyProfile, jobs: list[tuple[float, int, int]]) -> li
     """Play (ready, context, output) through one decode instance."""
     import heapq
 
-    agenda, done = Agenda(), []
+    events, done = EventQueue(), []
     stage = DecodeStage(
-        agenda, StepTimes(profile.decode_step_s, profile.batch_max), profile.batch_max, lambda _, job: done.append(job)
+        events, StepTimes(profile.decode_step_s, profile.batch_max), profile.batch_max, lambda _, job: done.append(job)
     )
     stage.open(0.0, 0)
     made = [Job(i, at, tokens, output, None) for i, (at, tokens, output) in enumerate(jobs)]
     for job in made:
-        agenda.at(job.arrival_s, stage.ready, job)
-    while agenda.heap:
-        now, _, handler, argument = heapq.heappop(agenda.heap)
+        events.at(job.arrival_s, stage.ready, job)
+    while events.heap:
+        now, _, handler, argument = heapq.heappop(events.heap)
         handler(now, argument)
     assert len(done) == len(jobs)
     return made
@@ -258,7 +258,7 @@ def sessions(rate: float, seed: int) -> Recorded:
 
 
 def test_another_rate_moves_the_same_sessions_closer_together() -> None:
-    slow, fast = (sessions(rate, 3).chunk for rate in (0.05, 0.1))
+    slow, fast = (sessions(rate, 3).batch for rate in (0.05, 0.1))
     assert fast.arrival_s[0] == pytest.approx(slow.arrival_s[0] / 2)
     prompts = [set(zip(c.input_tokens.tolist(), c.chains or [], strict=True)) for c in (slow, fast)]
     # Turns that come after the last session has begun are cut, of which the faster stream has more.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import Exponential, Lengths, TinyProfile, local, play
 
-from repro.simulate.events import Agenda
+from repro.simulate.events import EventQueue
 from repro.simulate.link import SharedLink, SharedLinkSpec
 from repro.workload.arrivals import Poisson
 from repro.workload.outputs import FixedOutput, OutputLengths
@@ -76,8 +76,8 @@ def test_transfers_on_the_link_take_as_long_as_processor_sharing_says() -> None:
     n, rho = 150_000, 0.6
     sizes = np.where(rng.random(n) < 0.8, 0.4e9, 3.4e9)
     at = np.cumsum(rng.exponential(1 / rho, n))
-    agenda = Agenda()
-    link = SharedLink(SharedLinkSpec(8e9, 0.0, 8e12, 1, 8e12), agenda)
+    events = EventQueue()
+    link = SharedLink(SharedLinkSpec(8e9, 0.0, 8e12, 1, 8e12), events)
     ends = np.zeros(n)
 
     def done(now: float, index: int) -> None:
@@ -86,12 +86,12 @@ def test_transfers_on_the_link_take_as_long_as_processor_sharing_says() -> None:
     import heapq
 
     for i in range(n):
-        while agenda.heap and agenda.heap[0][0] <= at[i]:
-            now, _, handler, argument = heapq.heappop(agenda.heap)
+        while events.heap and events.heap[0][0] <= at[i]:
+            now, _, handler, argument = heapq.heappop(events.heap)
             handler(now, argument)
         link.send(float(at[i]), i % 64, float(sizes[i]), done, i)
-    while agenda.heap:
-        now, _, handler, argument = heapq.heappop(agenda.heap)
+    while events.heap:
+        now, _, handler, argument = heapq.heappop(events.heap)
         handler(now, argument)
     for size in (0.4e9, 3.4e9):
         taken = (ends - at)[n // 20 :][sizes[n // 20 :] == size]

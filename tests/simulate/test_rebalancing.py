@@ -15,7 +15,7 @@ from repro.simulate.link import CapacityChange, SharedLinkSpec
 from repro.simulate.records import Table
 from repro.simulate.simulation import Simulation, Summary
 from repro.simulate.spec import Fault, PdCluster, SchedulerSpec, SimulationSpec
-from repro.workload.stream import Chunk, Recorded
+from repro.workload.stream import Recorded, RequestBatch
 
 BLOCK = 100
 PROFILE = TinyProfile(s_per_token=1e-4, fixed_bytes=1e6, bytes_per_token=1e3)
@@ -37,7 +37,7 @@ def forks(n: int = 400, documents: int = 3, blocks: int = 40) -> Recorded:
         keys = (*document, *(-(1000 * i + block) for block in range(question)))
         inputs.append(BLOCK * len(keys) + 1)
         chains.append((keys, keys))
-    return Recorded(Chunk(arrivals, np.array(inputs), np.full(n, 20), chains))
+    return Recorded(RequestBatch(arrivals, np.array(inputs), np.full(n, 20), chains))
 
 
 def two_homes(rebalance: RebalanceSpec, router: object = None, **kwargs: object) -> SimulationSpec:
@@ -87,7 +87,7 @@ def test_small_pools_that_evict_all_the_time_keep_their_pages_accounted(
     simulation, table, summary = pools_of(spec, forks(400, documents, 15))
     assert summary.copies >= 3
     assert summary.completed == len(table) == 400
-    for cluster in (*simulation.homes, *simulation.sites):
+    for cluster in (*simulation.pd_clusters, *simulation.prfaas_clusters):
         pool = cluster.cache
         assert pool is not None
         entries = pool._entries.values()

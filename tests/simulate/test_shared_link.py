@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from repro.simulate.events import Agenda
+from repro.simulate.events import EventQueue
 from repro.simulate.link import CapacityChange, SharedLink, SharedLinkSpec, fill
 
 
@@ -15,18 +15,18 @@ def spec(**kwargs: Any) -> SharedLinkSpec:
     return SharedLinkSpec(**{**defaults, **kwargs})
 
 
-def play(link: SharedLink, agenda: Agenda) -> None:
+def play(link: SharedLink, events: EventQueue) -> None:
     import heapq
 
-    while agenda.heap:
-        now, _, handler, argument = heapq.heappop(agenda.heap)
+    while events.heap:
+        now, _, handler, argument = heapq.heappop(events.heap)
         handler(now, argument)
 
 
 def times(actions: list[tuple[float, str, int, float, float]], **kwargs: Any) -> tuple[dict[int, float], SharedLink]:
     """Actions are (at, send|overlap, sender, bytes, prefill seconds); returns the completion time of each."""
-    agenda = Agenda()
-    link = SharedLink(spec(**kwargs), agenda)
+    events = EventQueue()
+    link = SharedLink(spec(**kwargs), events)
     ends: dict[int, float] = {}
 
     def done(now: float, index: int) -> None:
@@ -38,11 +38,11 @@ def times(actions: list[tuple[float, str, int, float, float]], **kwargs: Any) ->
             link.send(now, sender, size, done, index)
         else:
             flow = link.produce(now, sender, size, size / prefill, done, index)
-            agenda.at(now + prefill, link.drain, flow)
+            events.at(now + prefill, link.drain, flow)
 
     for index, (at, *_) in enumerate(actions):
-        agenda.at(at, start, index)
-    play(link, agenda)
+        events.at(at, start, index)
+    play(link, events)
     return ends, link
 
 

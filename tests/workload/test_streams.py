@@ -12,16 +12,16 @@ from repro.workload.lengths import TruncatedLogNormal
 from repro.workload.mixtures import Empirical, Mixture
 from repro.workload.outputs import FixedOutput, LogNormalOutput
 from repro.workload.sessions import SessionSpec, draw_sessions
-from repro.workload.stream import Chunk, Independent
+from repro.workload.stream import Independent, RequestBatch
 from repro.workload.traces import read_trace, write_mooncake
 
 LAW = TruncatedLogNormal(9.9, 1.0, 128, 131_072)
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
 
 
-def whole(stream) -> Chunk:  # type: ignore[no-untyped-def]
+def whole(stream) -> RequestBatch:  # type: ignore[no-untyped-def]
     parts = list(stream)
-    return Chunk(*(np.concatenate([part[i] for part in parts]) for i in range(3)))
+    return RequestBatch(*(np.concatenate([part[i] for part in parts]) for i in range(3)))
 
 
 def test_another_rate_leaves_every_length_as_it_is() -> None:
@@ -71,7 +71,7 @@ def test_a_mixture_weighs_its_parts_exactly() -> None:
 
 
 def test_session_prompts_grow_and_share_their_beginning() -> None:
-    stream = draw_sessions(SessionSpec(0.5, families=2), 600.0, seed=1).chunk
+    stream = draw_sessions(SessionSpec(0.5, families=2), 600.0, seed=1).batch
     assert stream.chains is not None
     kept: dict[int, tuple[int, ...]] = {}
     grown = 0
@@ -88,15 +88,15 @@ def test_session_prompts_grow_and_share_their_beginning() -> None:
 
 
 def test_a_trace_survives_writing_and_reading(tmp_path: Path) -> None:
-    chunk = draw_sessions(SessionSpec(0.2), 300.0, seed=2).chunk
-    write_mooncake(tmp_path / "trace.jsonl", chunk)
-    back = read_trace(tmp_path / "trace.jsonl").chunk
-    assert back.arrival_s == pytest.approx(chunk.arrival_s, abs=5e-4)
-    assert np.array_equal(back.input_tokens, chunk.input_tokens)
+    batch = draw_sessions(SessionSpec(0.2), 300.0, seed=2).batch
+    write_mooncake(tmp_path / "trace.jsonl", batch)
+    back = read_trace(tmp_path / "trace.jsonl").batch
+    assert back.arrival_s == pytest.approx(batch.arrival_s, abs=5e-4)
+    assert np.array_equal(back.input_tokens, batch.input_tokens)
     assert back.chains is not None
-    assert chunk.chains is not None
-    assert [keys for keys, _ in back.chains] == [keys for keys, _ in chunk.chains]
-    assert read_trace(tmp_path / "trace.jsonl", speed=2.0).chunk.arrival_s[-1] == pytest.approx(back.arrival_s[-1] / 2)
+    assert batch.chains is not None
+    assert [keys for keys, _ in back.chains] == [keys for keys, _ in batch.chains]
+    assert read_trace(tmp_path / "trace.jsonl", speed=2.0).batch.arrival_s[-1] == pytest.approx(back.arrival_s[-1] / 2)
 
 
 def test_an_azure_trace_is_read_in_seconds_from_its_first_request(tmp_path: Path) -> None:
@@ -104,9 +104,9 @@ def test_an_azure_trace_is_read_in_seconds_from_its_first_request(tmp_path: Path
     path.write_text(
         "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.5000000,4808,10\n2023-11-16 18:18:04.2500000,31,0\n"
     )
-    chunk = read_trace(path).chunk
-    assert chunk.arrival_s.tolist() == [0.0, 60.75]
-    assert chunk.output_tokens.tolist() == [10, 1]
+    batch = read_trace(path).batch
+    assert batch.arrival_s.tolist() == [0.0, 60.75]
+    assert batch.output_tokens.tolist() == [10, 1]
 
 
 @pytest.mark.parametrize(
@@ -133,13 +133,13 @@ def test_a_missing_trace_is_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(not TRACES.is_dir(), reason=f"public traces are not at {TRACES}")
 @pytest.mark.parametrize(("name", "requests", "rate"), [("conversation", 12_031, 0.366), ("synthetic", 3_993, 0.640)])
 def test_an_unlimited_attention_cache_hits_what_the_traces_are_known_for(name: str, requests: int, rate: float) -> None:
-    chunk = read_trace(TRACES / f"mooncake_{name}.jsonl").chunk
-    assert chunk.chains is not None
-    assert len(chunk.chains) == requests
+    batch = read_trace(TRACES / f"mooncake_{name}.jsonl").batch
+    assert batch.chains is not None
+    assert len(batch.chains) == requests
     attention = HybridPool(CacheSpec((GroupSpec("mla", "block", 17_280.0),)))
     hybrid = HybridPool(CacheSpec((GroupSpec("mla", "block", 17_280.0), GroupSpec("kda", "request", 1.8e8))))
     hits = hybrid_hits = blocks = 0
-    for tokens, (keys, _) in zip(chunk.input_tokens.tolist(), chunk.chains, strict=True):
+    for tokens, (keys, _) in zip(batch.input_tokens.tolist(), batch.chains, strict=True):
         blocks += len(keys)
         full = keys[: (tokens - 1) // 512]
         hits += attention.match_blocks(keys)

@@ -77,7 +77,7 @@ class _Heat(NamedTuple):
     saved_blocks: int
 
 
-class Directory:
+class KVCacheManager:
     """Prefix matches of all clusters. `size_bytes(blocks)` is what a prefix of so many blocks weighs on the link.
 
     `linked(source, target)` says whether anything can be sent from one cluster to the other.

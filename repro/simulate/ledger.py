@@ -1,4 +1,4 @@
-"""The books of a run: who is in the system, how many came and went, and a row for everyone who left."""
+"""The ledger of a run: who is in the system, how many came and went, and a row for everyone who left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BATCH = 1 << 15
 OK, FAILED, TIMED_OUT, FELL_BACK = range(4)
 
 
-class Books:
+class RequestLedger:
     """Requests in the system by id, and rows on their way to the sink in batches."""
 
     def __init__(self, sink: Sink) -> None:
