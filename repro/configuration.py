@@ -22,6 +22,13 @@ from repro.errors import UserError
 T = TypeVar("T")
 
 
+class Value:
+    """A frozen dataclass that keeps cached properties: only its fields are pickled, and the rest is derived anew where it arrives."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
 @cache
 def twin(spec: type) -> type:
     """A mutable dataclass with the fields of the frozen one, for Hydra's ConfigStore; nested specs become twins as well."""

@@ -16,6 +16,7 @@ from repro.composition import Composition, compose
 from repro.configuration import build, plain
 from repro.errors import UserError
 from repro.experiments import base
+from repro.experiments.study import forget
 from repro.models.checkpoint import checkpoint_files
 from repro.presets import GLOBAL_GROUPS, choices, groups, preset
 from repro.record import tracking
@@ -195,6 +196,7 @@ def _run(prepared: Prepared, command: list[str], progress: Progress) -> Record:
             document.write(directory.path, settings.name, question, [record, *parts_of(record)])
             mirror.log(record, dict(prepared.configuration), figures)
         directory.complete()
+        forget(directory.path)
     except BaseException as error:
         directory.fail(error)
         raise

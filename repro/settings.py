@@ -24,7 +24,8 @@ class Settings:
     `model` holds the models by name: one, or several where an experiment compares; `size` and `pretrained` were handed to each
     of them. `profile` replaces the profiles of both clusters by one that was
     measured; `options` is the experiment's own part, checked against the dataclass that the experiment declares.
-    `label` names the run directory beside its hash and changes nothing else.
+    `label` names the run directory beside its hash and changes nothing else; so many `processes` simulate a study's points, null
+    for one per core.
     """
 
     name: str
@@ -43,14 +44,17 @@ class Settings:
     seed: int = 0
     label: str | None = None
     results: str = "results"
+    processes: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise UserError(f"seed: {self.seed} is negative; accepted: 0 or more")
+        if self.processes is not None and self.processes < 1:
+            raise UserError(f"processes: {self.processes}; accepted: 1 or more, or null for one per core")
         if self.label is not None and (not self.label or "/" in self.label or self.label.startswith(".")):
             raise UserError(f"label: {self.label!r} cannot name a folder")
 
 
 #: Keys that say where a run is written and shown, and cannot change its outcome. Every experiment takes them.
-PRESENTATION = ("tracking", "label", "results")
+PRESENTATION = ("tracking", "label", "results", "processes")

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 from transformers import DynamicCache
 
 from repro.bench._record import recorded
@@ -40,6 +39,7 @@ from repro.models import spec
 from repro.models.build import build
 from repro.models.prefill import chunked_prefill
 from repro.record.metrics import Metric
+from repro.record.statistics import Estimate
 from repro.transport import ReceiverProcess, SenderProcess, TransportSpec, open_receiver, open_sender
 
 TARGET_PCT = 3.0
@@ -123,14 +123,13 @@ def _rows(arguments: argparse.Namespace) -> list[Metric]:
     case, rows = f"{arguments.model}.{arguments.size}.{arguments.tokens}", []
 
     def say(variant: str, metric: str, values: list[float], unit: str, note: str = "") -> None:
-        mean, half = float(np.mean(values)), 0.0
-        if len(values) > 1:
-            half = float(student.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-        print(f"{variant}: {metric} {mean:.4g} {unit} ± {half:.2g} {note}", file=sys.stderr)
+        found = Estimate.of_signed(values)
+        between = f" ({found.low:.4g} to {found.high:.4g})" if found.n > 1 else ""
+        print(f"{variant}: {metric} {found.value:.4g} {unit}{between} {note}", file=sys.stderr)
         rows.append(
             Metric(
-                "bench_capture", "execute", f"{case}.{variant}", metric, mean, unit, "measured",
-                mean - half, mean + half, len(values),
+                "bench_capture", "execute", f"{case}.{variant}", metric, found.value, unit, "measured",
+                found.low, found.high, found.n,
             )
         )  # fmt: skip
 

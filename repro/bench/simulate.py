@@ -30,15 +30,14 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from repro.bench._record import recorded
 from repro.bench._simulate_ours import stream
 from repro.bench._simulate_peers import PEERS, Peer, Workload, parse_peer
-from repro.bench.transport import interval
 from repro.errors import UserError
 from repro.record.metrics import Metric
+from repro.record.statistics import Estimate
 from repro.simulate import native
 
 #: What is asked of this simulator: so many times the fastest peer, of which 3,500 req/s were known (splitwise-sim).
@@ -169,9 +168,11 @@ def summarise(table: pd.DataFrame) -> list[Metric]:
 
 
 def _mean(case: str, metric: str, values: pd.Series[float], unit: str) -> Metric:
-    """The geometric mean with its 95 % interval: Student's t over logarithms, so that no bound of a rate is negative."""
-    mean, low, high = (float(np.exp(bound)) for bound in interval(np.log(values.to_numpy(dtype=float))))
-    return Metric("bench_simulate", "simulate", case, metric, mean, unit, "measured", low, high, len(values))
+    """The geometric mean with its 95 % interval."""
+    found = Estimate.geometric(values.to_list())
+    return Metric(
+        "bench_simulate", "simulate", case, metric, found.value, unit, "measured", found.low, found.high, found.n
+    )
 
 
 def verdicts(rows: Sequence[Metric], sizes: Sequence[int]) -> list[str]:

@@ -27,9 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy import stats
 
 from repro.bench._transport_ends import Job
 from repro.errors import UserError
@@ -37,6 +35,7 @@ from repro.link import Link, LinkSpec, open_link
 from repro.record.directory import RunDirectory, configuration_hash
 from repro.record.metrics import Metric
 from repro.record.provenance import PROJECT
+from repro.record.statistics import Estimate
 from repro.transport import ReceiverLimits, TransportSpec
 from repro.transport.certificates import make_certificates
 from repro.transport.remote_memory import missing, started
@@ -215,28 +214,24 @@ def summarise(table: pd.DataFrame, tier: str) -> list[Metric]:
     for case in sorted(cases):
         mine = table[table["case"] == case].set_index("round")
         for metric, unit in units.items():
-            mean, low, high = interval(mine[metric].to_numpy())
-            rows.append(Metric("bench_transport", tier, case, metric, mean, unit, source, low, high, len(mine)))
+            found = Estimate.of(mine[metric].to_list())
+            rows.append(
+                Metric("bench_transport", tier, case, metric, found.value, unit, source, found.low, found.high, found.n)
+            )
         for reference in ("sockets", "iperf3"):
             other = f"{reference}_{case.rpartition('_')[2]}"
             if other not in cases or other == case:
                 continue
             pairs = mine.join(table[table["case"] == other].set_index("round"), rsuffix="_other", how="inner")
             for metric in ("goodput_bps", "cpu_s_per_gb"):
-                logs = np.log(pairs[metric] / pairs[f"{metric}_other"]).to_numpy()
-                mean, low, high = np.exp(interval(logs))
+                found = Estimate.geometric((pairs[metric] / pairs[f"{metric}_other"]).to_list())
                 name = f"{metric.removesuffix('_bps')}_to_{reference}"
-                rows.append(Metric("bench_transport", tier, case, name, mean, "1", source, low, high, len(pairs)))
+                rows.append(
+                    Metric(
+                        "bench_transport", tier, case, name, found.value, "1", source, found.low, found.high, found.n
+                    )
+                )
     return rows
-
-
-def interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float, float]:
-    """Mean and 95 % confidence interval (Student's t); nan bounds from a single value."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return mean, mean - half, mean + half
 
 
 def main(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ was worth.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from repro.experiments import simulated
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
@@ -52,10 +53,9 @@ def run(context: Context) -> Outcome:
     }
     arrivals = Piecewise((setting.rate(options.load), setting.rate(options.burst_load)), (240.0, 60.0))
     count = round(setting.rate(0.8 * options.load + 0.2 * options.burst_load) * options.duration_s)
-    return simulated.compare(
-        context, cases, lambda seed: requests(setting.base, arrivals, count, seed),
-        (options.warmup_s, options.duration_s), setting.slo, options.seeds, baseline="two_timescale",
-    )  # fmt: skip
+    comparison = simulated.Comparison(cases, partial(requests, setting.base, arrivals, count), "two_timescale")
+    window_s = (options.warmup_s, options.duration_s)
+    return simulated.compare(context, [comparison], window_s, setting.slo, options.seeds)
 
 
 EXPERIMENT = Experiment(

@@ -9,6 +9,7 @@ clusters behind one PrfaaS cluster, and agents that start from a few long contex
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from matplotlib.figure import Figure
 
@@ -30,8 +31,8 @@ SHARED = "shared_context."
 
 
 @dataclass(frozen=True)
-class Options(simulated.Options):
-    """`sessions` are drawn anew for each seed, and so is `shared_context` for both its PD clusters together; `load` is not used."""
+class Options(simulated.StudyOptions):
+    """`sessions` are drawn anew for each seed, and so is `shared_context` for both its PD clusters together."""
 
     duration_s: float = 1200.0
     seeds: int = 3
@@ -64,16 +65,16 @@ def run(context: Context) -> Outcome:
     }
     window = (options.warmup_s, options.duration_s)
     against = {"two_timescale_rebalanced": "two_timescale"}
-    alone = simulated.compare(
-        context, cases, lambda seed: draw_sessions(options.sessions, options.duration_s, seed),
-        window, setting.slo, options.seeds, against=against,
-    )  # fmt: skip
-    shared = simulated.compare(
-        context, _rebalanced(_two_homes(static), _two_homes(both), hybrid, rebalance),
-        lambda seed: draw_sessions(options.shared_context, options.duration_s, seed),
-        window, setting.slo, options.seeds, prefix=SHARED, against=against,
-    )  # fmt: skip
-    return replace(alone, metrics=[*alone.metrics, *shared.metrics])
+    alone = simulated.Comparison(cases, partial(draw_sessions, options.sessions, options.duration_s), against=against)
+    shared = simulated.Comparison(
+        _rebalanced(_two_pd_clusters(static), _two_pd_clusters(both), hybrid, rebalance),
+        partial(draw_sessions, options.shared_context, options.duration_s),
+        prefix=SHARED,
+        against=against,
+    )
+    outcome = simulated.compare(context, [alone, shared], window, setting.slo, options.seeds)
+    own = {name: table[~table["case"].str.startswith(SHARED)] for name, table in outcome.tables.items()}
+    return replace(outcome, tables=own)
 
 
 def _rebalanced(
@@ -84,7 +85,7 @@ def _rebalanced(
     return warm | {f"{name}_rebalanced": with_scheduler(spec, rebalance=rebalance) for name, spec in warm.items()}
 
 
-def _two_homes(spec: SimulationSpec) -> SimulationSpec:
+def _two_pd_clusters(spec: SimulationSpec) -> SimulationSpec:
     """The deployment twice, with one PrfaaS cluster and one link of double size for both PD clusters."""
     return replace(multiplied(spec, 2), pd=spec.pd * 2)
 

@@ -8,7 +8,9 @@ whole run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -18,23 +20,23 @@ from repro.errors import UserError
 from repro.experiments import simulated
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
+from repro.experiments.study import Point, run_once, run_points, seeds_of
 from repro.record.directory import Record
 from repro.record.metrics import Metric
+from repro.record.request_metrics import summarise
+from repro.record.statistics import Estimate
 from repro.report import style
 from repro.simulate.deployments import requests
 from repro.simulate.link import CapacityChange
-from repro.simulate.stability import Estimate
 from repro.workload.arrivals import Poisson
+from repro.workload.spec import ServiceLevel
 
 POLICIES = ("static", "short_term", "two_timescale")
 
 
 @dataclass(frozen=True)
-class Options(simulated.Options):
-    """From `at_s` on, for `for_s`, the link carries one of `dropped_bps`, at each of `loads`; a drop counts until `recovery_s` after it.
-
-    `loads` takes the place of `load`.
-    """
+class Options(simulated.StudyOptions):
+    """From `at_s` on, for `for_s`, the link carries one of `dropped_bps`, at each of `loads`; a drop counts until `recovery_s` after it."""
 
     duration_s: float = 600.0
     seeds: int = 20
@@ -63,41 +65,55 @@ def run(context: Context) -> Outcome:
     setting = simulated.Setting.of(context)
     end_s = options.at_s + options.for_s
     windows = {"drop": (options.at_s, end_s + options.recovery_s), "run": (options.warmup_s, options.duration_s)}
-    rows: list[Metric] = []
-    cells: list[dict[str, object]] = []
+    points: dict[str, Point] = {}
     for load in options.loads:
         rate = setting.rate(load)
         for dropped in options.dropped_bps:
             changes = (CapacityChange(options.at_s, dropped), CapacityChange(end_s, setting.link.rate_bps))
             specs = setting.policies(replace(setting.link, changes=changes))
-            goodput: dict[tuple[str, str], list[float]] = {
-                (case, window): [] for case in POLICIES for window in windows
-            }
-            for seed in range(context.settings.seed, context.settings.seed + options.seeds):
+            for seed in seeds_of(context, options.seeds):
+                stream = requests(setting.base, Poisson(rate), round(rate * options.duration_s), seed)
                 for case in POLICIES:
-                    stream = requests(setting.base, Poisson(rate), round(rate * options.duration_s), seed)
-                    played, _ = simulated.play(specs[case], stream)
-                    for name, window in windows.items():
-                        goodput[case, name].append(simulated.measure(played, window, setting.slo)["goodput"])
-            cell = f"load_{load:g}.{dropped / 1e9:g}_gbps"
-            for (case, name), values in goodput.items():
-                rows.append(_row(context, f"{cell}.{case}", f"goodput_{name}", "req/s", Estimate.of(values)))
+                    points[f"{_cell(load, dropped)}.{case}, seed {seed}"] = Point(case, seed, specs[case], stream)
+    measured = dict(zip(points, run_points(context, partial(_goodput, windows, setting.slo), points), strict=True))
+    rows: list[Metric] = []
+    cells: list[dict[str, object]] = []
+    for load in options.loads:
+        for dropped in options.dropped_bps:
+            cell = _cell(load, dropped)
+            goodput = {
+                (case, window): [
+                    measured[f"{cell}.{case}, seed {seed}"][window] for seed in seeds_of(context, options.seeds)
+                ]
+                for case in POLICIES
+                for window in windows
+            }
+            for (case, window), values in goodput.items():
+                rows.append(_row(context, f"{cell}.{case}", f"goodput_{window}", "req/s", Estimate.of(values)))
                 if case == "static":
                     continue
-                base = goodput["static", name]
-                scale = 100 / max(float(np.mean(base)), 1e-9)
-                gain = Estimate.of([scale * (value - other) for value, other in zip(values, base, strict=True)])
-                rows.append(_row(context, f"{cell}.{case}", f"gain_{name}", "%", gain))
-                cell_of = {
-                    "load": load,
-                    "dropped_bps": dropped,
-                    "case": case,
-                    "window": name,
-                    "static": float(np.mean(base)),
-                }
-                cells.append(cell_of | {"gain": gain.value, "low": gain.low, "high": gain.high})
-            context.progress(f"{cell} done")
+                static = goodput["static", window]
+                mean = float(np.mean(static))
+                scale = 100 / max(mean, 1e-9)
+                gain = Estimate.of_signed(
+                    [scale * (value - other) for value, other in zip(values, static, strict=True)]
+                )
+                rows.append(_row(context, f"{cell}.{case}", f"gain_{window}", "%", gain))
+                cells.append({
+                    "load": load, "dropped_bps": dropped, "case": case, "window": window, "static": mean, "gain": gain.value,
+                    "low": gain.low, "high": gain.high,
+                })  # fmt: skip
     return Outcome(rows, {"cells": pd.DataFrame(cells)})
+
+
+def _cell(load: float, dropped_bps: float) -> str:
+    return f"load_{load:g}.{dropped_bps / 1e9:g}_gbps"
+
+
+def _goodput(windows: Mapping[str, tuple[float, float]], slo: ServiceLevel, point: Point) -> dict[str, float]:
+    """Goodput of one run in each window."""
+    found, _ = run_once(point.spec, point.stream)
+    return {name: summarise(found, window, slo).goodput for name, window in windows.items()}
 
 
 def _row(context: Context, case: str, metric: str, unit: str, found: Estimate) -> Metric:

@@ -6,6 +6,7 @@ Static thresholds split a burst as they split everything; the fast loop sends to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from repro.errors import UserError
 from repro.experiments import simulated
@@ -38,10 +39,11 @@ def run(context: Context) -> Outcome:
     arrivals = Piecewise((setting.rate(options.load), setting.rate(options.burst_load)), (calm_s, options.burst_s))
     mean_load = (options.load * calm_s + options.burst_load * options.burst_s) / options.every_s
     count = round(setting.rate(mean_load) * options.duration_s)
+    stream = partial(requests, setting.base, arrivals, count)
+    window_s = (options.warmup_s, options.duration_s)
     return simulated.compare(
-        context, setting.policies(), lambda seed: requests(setting.base, arrivals, count, seed),
-        (options.warmup_s, options.duration_s), setting.slo, options.seeds,
-    )  # fmt: skip
+        context, [simulated.Comparison(setting.policies(), stream)], window_s, setting.slo, options.seeds
+    )
 
 
 EXPERIMENT = Experiment(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from repro.errors import UserError
 from repro.experiments import simulated
@@ -40,10 +41,11 @@ def run(context: Context) -> Outcome:
     link = replace(setting.link, changes=tuple(changes))
     arrivals = Poisson(setting.rate(options.load))
     count = round(setting.rate(options.load) * options.duration_s)
+    stream = partial(requests, setting.base, arrivals, count)
+    window_s = (options.warmup_s, options.duration_s)
     return simulated.compare(
-        context, setting.policies(link), lambda seed: requests(setting.base, arrivals, count, seed),
-        (options.warmup_s, options.duration_s), setting.slo, options.seeds,
-    )  # fmt: skip
+        context, [simulated.Comparison(setting.policies(link), stream)], window_s, setting.slo, options.seeds
+    )
 
 
 EXPERIMENT = Experiment(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from repro.experiments import simulated
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
+from repro.scheduling.throughput import Deployment
 from repro.simulate.deployments import requests
 from repro.workload.arrivals import Poisson
 from repro.workload.outputs import FixedOutput, LogNormalOutput, OutputLengths
+from repro.workload.stream import Independent
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,18 @@ def run(context: Context) -> Outcome:
     chosen = {
         name: spec for name, spec in setting.policies().items() if name in ("static", "short_term", "two_timescale")
     }
-    outcomes = []
+    comparisons = []
     for mean in options.means:
         laws: dict[str, OutputLengths] = {"fixed": FixedOutput(mean), "log_normal": LogNormalOutput(mean, options.cv)}
         for kind, law in laws.items():
-            outcomes.append(
-                simulated.compare(
-                    context, chosen, lambda seed, law=law: requests(setting.base, Poisson(rate), count, seed, law),  # type: ignore[misc]
-                    (options.warmup_s, options.duration_s), setting.slo, options.seeds, prefix=f"{kind}_{mean}.", bin_s=60.0,
-                )
-            )  # fmt: skip
-    return simulated.merge(outcomes)
+            stream = partial(_with_outputs, setting.base, Poisson(rate), count, law)
+            comparisons.append(simulated.Comparison(chosen, stream, prefix=f"{kind}_{mean}."))
+    window_s = (options.warmup_s, options.duration_s)
+    return simulated.compare(context, comparisons, window_s, setting.slo, options.seeds, bin_s=60.0)
+
+
+def _with_outputs(base: Deployment, arrivals: Poisson, count: int, law: OutputLengths, seed: int) -> Independent:
+    return requests(base, arrivals, count, seed, law)
 
 
 EXPERIMENT = Experiment(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from repro.errors import UserError
 from repro.experiments import simulated
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
+from repro.scheduling.throughput import Deployment
 from repro.simulate.deployments import requests
 from repro.workload.arrivals import Poisson
+from repro.workload.lengths import TruncatedLogNormal
+from repro.workload.stream import Independent
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,20 @@ def run(context: Context) -> Outcome:
     rate = setting.rate(options.load)
     count = round(rate * options.duration_s)
 
-    def stream(seed: int):  # type: ignore[no-untyped-def]
-        return replace(requests(setting.base, Poisson(rate), count, seed), shifted=after, shift_at_s=options.at_s)
-
+    stream = partial(_shifted, setting.base, Poisson(rate), count, after, options.at_s)
     return simulated.compare(
-        context, setting.policies(), stream, (options.at_s, options.duration_s), setting.slo, options.seeds
+        context,
+        [simulated.Comparison(setting.policies(), stream)],
+        (options.at_s, options.duration_s),
+        setting.slo,
+        options.seeds,
     )
+
+
+def _shifted(
+    base: Deployment, arrivals: Poisson, count: int, after: TruncatedLogNormal, at_s: float, seed: int
+) -> Independent:
+    return replace(requests(base, arrivals, count, seed), shifted=after, shift_at_s=at_s)
 
 
 EXPERIMENT = Experiment(

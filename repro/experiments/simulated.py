@@ -7,7 +7,7 @@ paired values, and says whether a policy helps even where seeds differ more than
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,11 @@ from matplotlib.figure import Figure
 from repro.errors import UserError
 from repro.experiments.base import Context, Outcome
 from repro.experiments.deployment import check_deployment, deployment, operating_points
+from repro.experiments.study import Point, run_once, run_points, seeds_of
 from repro.record.directory import Record
 from repro.record.metrics import Metric
+from repro.record.request_metrics import good, summarise
+from repro.record.statistics import Estimate
 from repro.report import style
 from repro.scheduling.long_term import LongTermSpec
 from repro.scheduling.policies import RandomSplit, Threshold
@@ -27,12 +30,10 @@ from repro.scheduling.short_term import ShortTermSpec
 from repro.scheduling.spec import PolicySpec
 from repro.scheduling.throughput import Deployment, OperatingPoint
 from repro.settings import Settings
+from repro.simulate.control import Sample
 from repro.simulate.deployments import shared_link, simulated, with_scheduler
 from repro.simulate.link import SharedLinkSpec
-from repro.simulate.records import Table, good
-from repro.simulate.simulation import Simulation, Summary
 from repro.simulate.spec import SimulationSpec
-from repro.simulate.stability import Estimate
 from repro.workload.spec import ServiceLevel
 from repro.workload.stream import RequestBatch
 
@@ -56,23 +57,32 @@ Stream = Callable[[int], Iterable[RequestBatch]]
 
 
 @dataclass(frozen=True)
-class Options:
-    """`load` is the arrival rate as a share of the deployment's Λ_max by the model with true means."""
+class StudyOptions:
+    """How long a study's runs take, how often they are repeated, and from when on requests count."""
 
-    load: float = 0.8
     duration_s: float = 1200.0
     seeds: int = 5
     warmup_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if not self.load > 0:
-            raise UserError(f"options.load: {self.load} is not positive")
         if self.seeds < 2:
             raise UserError(f"options.seeds: {self.seeds} is below 2, which an interval needs")
         if not 0 <= self.warmup_s < self.duration_s:
             raise UserError(
                 f"options.warmup_s: {self.warmup_s} must lie between 0 and options.duration_s ({self.duration_s})"
             )
+
+
+@dataclass(frozen=True)
+class Options(StudyOptions):
+    """`load` is the arrival rate as a share of the deployment's Λ_max by the model with true means."""
+
+    load: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.load > 0:
+            raise UserError(f"options.load: {self.load} is not positive")
 
 
 def check(settings: Settings, options: object) -> None:
@@ -152,83 +162,102 @@ def cached(spec: SimulationSpec, policy: PolicySpec) -> SimulationSpec:
     return with_scheduler(caching, rebalance=policy.rebalance)
 
 
-def play(spec: SimulationSpec, stream: Iterable[RequestBatch]) -> tuple[pd.DataFrame, Summary]:
-    """One run: its requests and how it ended."""
-    table = Table()
-    summary = Simulation(spec, table).run(stream)
-    return table.frame(), summary
+@dataclass(frozen=True)
+class Comparison:
+    """Cases that meet the same requests, and what they are compared with.
+
+    `stream` draws the requests of a seed; it is a value or a plain function, so that another process can draw them. `prefix` begins the
+    names of the cases in the record. `against` names cases that are compared with another than the baseline.
+    """
+
+    cases: Mapping[str, SimulationSpec]
+    stream: Stream
+    baseline: str = "static"
+    prefix: str = ""
+    against: Mapping[str, str] = field(default_factory=dict)
 
 
-def measure(requests: pd.DataFrame, window: tuple[float, float], slo: ServiceLevel) -> dict[str, float]:
-    """A run's metrics over the requests that arrived in the window; one that never finished counts as bad, not as absent."""
-    low, high = window
-    seen = requests[(requests["arrival_s"] >= low) & (requests["arrival_s"] < high)]
-    done = seen[seen["outcome"].isin(["ok", "fell_back"])]
-    ttft, tpot = done["ttft_s"].to_numpy(), done["tpot_s"].to_numpy()
-    met = int(good(ttft, tpot, slo).sum())
-    n = max(len(seen), 1)
+@dataclass(frozen=True)
+class Measured:
+    """What a study keeps of one run: its metrics, its course over time, what the controllers did, and, if asked, its requests."""
 
-    def quantile(fraction: float) -> float:
-        return float(np.quantile(ttft, fraction)) if len(ttft) * (1 - fraction) >= 1 else float("nan")
+    values: Mapping[str, float]
+    series: pd.DataFrame
+    controls: pd.DataFrame
+    cut: bool
+    requests: pd.DataFrame | None
 
-    remote = done[done["route"] == "prfaas"]
-    return {
-        "goodput": met / (high - low),
-        "good_fraction": met / n,
-        "ttft_mean_s": float(ttft.mean()) if len(ttft) else float("nan"),
-        "ttft_p50_s": quantile(0.5),
-        "ttft_p90_s": quantile(0.9),
-        "ttft_p99_s": quantile(0.99),
-        "tpot_mean_s": float(tpot.mean()) if len(tpot) else float("nan"),
-        "offload_fraction": len(remote) / max(len(done), 1),
-        "completed_fraction": len(done) / n,
-        "cached_fraction": float(done["cached_tokens"].sum() / max(done["input_tokens"].sum(), 1)),
-        "egress_bps": 8 * float(remote["kv_bytes"].sum()) / (high - low),
-    }
+
+@dataclass(frozen=True)
+class Measuring:
+    """Simulates one point and measures the requests that arrive in the window; `keep` names the case whose requests are kept.
+
+    `link_egress_bps` is all that left PrfaaS from the first arrival to the last finish, prefixes fetched and copied for caches included;
+    `egress_bps` is the requests' own in the window.
+    """
+
+    window_s: tuple[float, float]
+    slo: ServiceLevel
+    bin_s: float
+    seed: int
+    keep: str
+
+    def __call__(self, point: Point) -> Measured:
+        """Simulate and measure."""
+        requests, summary = run_once(point.spec, point.stream)
+        values = summarise(requests, self.window_s, self.slo).values()
+        values["link_egress_bps"] = 8 * summary.egress_bytes / max(summary.last_finish_s, 1e-9)
+        values["copied_bytes"] = summary.copied_bytes
+        first = point.seed == self.seed
+        return Measured(
+            values,
+            _over_time(requests, self.bin_s, self.slo),
+            pd.DataFrame(summary.samples if first else (), columns=Sample._fields),
+            summary.overloaded or bool(summary.unfinished),
+            requests if first and point.case == self.keep else None,
+        )
 
 
 def compare(
     context: Context,
-    cases: Mapping[str, SimulationSpec],
-    stream: Stream,
-    window: tuple[float, float],
+    comparisons: Sequence[Comparison],
+    window_s: tuple[float, float],
     slo: ServiceLevel,
     seeds: int,
     *,
-    baseline: str = "static",
     bin_s: float = 10.0,
-    prefix: str = "",
-    against: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """All cases on the same requests: means over seeds, differences to the baseline within seeds, and both over time.
-
-    `against` names cases that are compared with another than the baseline. `link_egress_bps` is all that left PrfaaS from the first
-    arrival to the last finish, prefixes fetched and copied for caches included; `egress_bps` is the requests' own in the window.
-    """
-    found: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
+    """All cases on the same requests: means over seeds, differences to the baseline within seeds, and both over time."""
+    first = context.settings.seed
+    points = {}
+    for one in comparisons:
+        for seed in seeds_of(context, seeds):
+            stream = one.stream(seed)  # drawn once, so that all cases meet the same requests
+            for case, spec in one.cases.items():
+                points[f"{one.prefix}{case}, seed {seed}"] = Point(case, seed, spec, stream)
+    results = iter(run_points(context, Measuring(window_s, slo, bin_s, first, "two_timescale"), points))
+    rows: list[Metric] = []
     series: list[pd.DataFrame] = []
     controls: list[pd.DataFrame] = []
     kept: pd.DataFrame | None = None
-    flagged: dict[str, int] = {}
-    for seed in range(context.settings.seed, context.settings.seed + seeds):
-        for case, spec in cases.items():
-            requests, summary = play(spec, stream(seed))
-            through = {"link_egress_bps": 8 * summary.egress_bytes / max(summary.last_finish_s, 1e-9)}
-            found[case].append(measure(requests, window, slo) | through | {"copied_bytes": summary.copied_bytes})
-            series.append(_over_time(requests, bin_s, slo).assign(case=prefix + case, seed=seed))
-            if summary.overloaded or summary.unfinished:
-                flagged[prefix + case] = flagged.get(prefix + case, 0) + 1
-            if seed == context.settings.seed:
-                if summary.samples:
-                    controls.append(pd.DataFrame(summary.samples).assign(case=prefix + case))
-                if case == "two_timescale":
-                    kept = requests
-        context.progress(f"{prefix}seed {seed} done")
-    rows = list(_rows(context, found, dict.fromkeys(found, baseline) | dict(against or {}), prefix))
-    for case, runs in flagged.items():
-        rows.append(context.metric(case, "runs_cut_or_unfinished", runs, "runs", "simulated", n=seeds))
-    tables = {"series": pd.concat(series), "controls": pd.concat(controls) if controls else pd.DataFrame()}
-    return Outcome(rows, tables, requests=kept)
+    for one in comparisons:
+        found: dict[str, list[Mapping[str, float]]] = {case: [] for case in one.cases}
+        flagged: dict[str, int] = {}
+        for seed in seeds_of(context, seeds):
+            for case in one.cases:
+                run = next(results)
+                found[case].append(run.values)
+                series.append(run.series.assign(case=one.prefix + case, seed=seed))
+                if seed == first:
+                    controls.append(run.controls.assign(case=one.prefix + case))
+                if run.cut:
+                    flagged[case] = flagged.get(case, 0) + 1
+                if kept is None:
+                    kept = run.requests
+        rows += _rows(context, found, dict.fromkeys(found, one.baseline) | dict(one.against), one.prefix)
+        for case, runs in flagged.items():
+            rows.append(context.metric(one.prefix + case, "runs_cut_or_unfinished", runs, "runs", "simulated", n=seeds))
+    return Outcome(rows, {"series": pd.concat(series), "controls": pd.concat(controls)}, requests=kept)
 
 
 def _rows(
@@ -248,8 +277,9 @@ def _rows(
                 n=estimate.n,
             )
             if case != baseline and metric in _SAMPLES and baseline in found:
-                pairs = [value[metric] - other[metric] for value, other in zip(values, found[baseline], strict=True)]
-                paired = Estimate.of(pairs)
+                paired = Estimate.paired(
+                    [value[metric] for value in values], [other[metric] for other in found[baseline]]
+                )
                 yield context.metric(
                     prefix + case, f"{metric}_minus_{baseline}", paired.value, unit, "simulated",
                     interval=(paired.low, paired.high), n=paired.n,
@@ -262,17 +292,6 @@ def _over_time(requests: pd.DataFrame, bin_s: float, slo: ServiceLevel) -> pd.Da
     at = (requests["arrival_s"] // bin_s) * bin_s
     bins = requests.assign(at_s=at, met=met).groupby("at_s")
     return bins.agg(arrived=("id", "size"), met=("met", "sum"), ttft_s=("ttft_s", "mean")).reset_index()
-
-
-def merge(outcomes: Sequence[Outcome]) -> Outcome:
-    """Several comparisons as one outcome."""
-    names = {name for outcome in outcomes for name in outcome.tables}
-    tables = {
-        name: pd.concat([outcome.tables[name] for outcome in outcomes if name in outcome.tables])
-        for name in sorted(names)
-    }
-    kept = next((outcome.requests for outcome in outcomes if outcome.requests is not None), None)
-    return Outcome([row for outcome in outcomes for row in outcome.metrics], tables, requests=kept)
 
 
 def _style(index: int) -> dict[str, Any]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
 
 from repro.engine.base import Request
 from repro.engine.spans import now_s
@@ -24,6 +22,7 @@ from repro.models.checkpoint import check_checkpoint
 from repro.models.layout import StateLayout
 from repro.models.spec import ModelSpec
 from repro.record.metrics import Metric
+from repro.record.statistics import Estimate
 from repro.serving.bound import ttft_bound_s
 from repro.serving.system import Run, Served, System, joined
 from repro.settings import Settings
@@ -215,10 +214,6 @@ def codec_metrics(context: Context, model: ModelRun, case: str, mode: str) -> li
 def row(
     context: Context, case: str, metric: str, values: Sequence[float], unit: str, source: str = "measured"
 ) -> Metric:
-    """A metric of repeats: their mean, with the 95 % interval of Student's t where there are at least two."""
-    found = np.asarray(values, np.float64)
-    interval = (math.nan, math.nan)
-    if len(found) > 1:
-        half = float(stats.t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / math.sqrt(len(found)))
-        interval = (float(found.mean()) - half, float(found.mean()) + half)
-    return context.metric(case, metric, float(found.mean()), unit, source, interval=interval, n=len(found))
+    """A metric of repeats: their mean with its 95 % interval."""
+    found = Estimate.of([float(value) for value in values])
+    return context.metric(case, metric, found.value, unit, source, interval=(found.low, found.high), n=found.n)

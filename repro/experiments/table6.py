@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments import spread
+from repro.experiments import table6_simulated as simulated
 from repro.experiments.base import EQUATIONS, HOMOGENEOUS, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import check_deployment, deployment, latencies, operating_points, profile_files
 from repro.paper import tables, text
@@ -27,7 +28,6 @@ from repro.record.metrics import Metric, value
 from repro.report import style
 from repro.scheduling.throughput import Lengths
 from repro.settings import Settings
-from repro.simulate import table6 as simulated
 
 #: Printed values that the calibration of H20 used: ours for these are no prediction. The first three only when read as the calibration
 #: reads them, at representative lengths.

@@ -1,6 +1,6 @@
 """Replay of a public trace (Mooncake's or Azure's format): real bursts, real prefixes, and the hit rates of both kinds of cache.
 
-The kit carries no trace: `options.trace` names a file. Without one, sessions are generated in its place, and the record says so.
+The kit carries no trace: `options.trace` names a file.
 """
 
 from __future__ import annotations
@@ -10,25 +10,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from repro.errors import UserError
 from repro.experiments import simulated
 from repro.experiments.base import CACHES, SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.kvcache.pool import CacheSpec, HybridPool
 from repro.record.metrics import Metric
 from repro.settings import Settings
-from repro.workload.sessions import SessionSpec, draw_sessions
 from repro.workload.stream import RequestBatch
 from repro.workload.traces import read_trace
 
 
 @dataclass(frozen=True)
-class Options(simulated.Options):
-    """`speed` 2 replays at twice the rate; a trace is the same for every seed, so `seeds` only repeats the policies' own choices."""
+class Options:
+    """`trace` is a file; `speed` 2 replays it at twice the rate. Requests count from `warmup_s` on.
+
+    A trace is the same for every seed, so `seeds` only repeats the policies' own choices.
+    """
 
     trace: str | None = None
     speed: float = 1.0
     seeds: int = 2
     warmup_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.seeds < 2:
+            raise UserError(f"options.seeds: {self.seeds} is below 2, which an interval needs")
+        if not self.warmup_s >= 0:
+            raise UserError(f"options.warmup_s: {self.warmup_s} is negative")
 
 
 def hit_rates(batch: RequestBatch, cache: CacheSpec) -> dict[str, float]:
@@ -55,11 +64,8 @@ def run(context: Context) -> Outcome:
     """All policies on the whole trace, with hybrid caches where it names prefixes."""
     options: Options = context.options
     setting = simulated.Setting.of(context)
-    recorded = (
-        read_trace(Path(options.trace), options.speed)
-        if options.trace
-        else draw_sessions(SessionSpec(0.4), options.duration_s, context.settings.seed)
-    )
+    assert options.trace is not None
+    recorded = read_trace(Path(options.trace), options.speed)
     batch = recorded.batch
     cache = context.settings.policy.cache.spec(setting.base.prfaas)
     rows: list[Metric] = [
@@ -71,21 +77,28 @@ def run(context: Context) -> Outcome:
     end = float(batch.arrival_s[-1]) + 1e-6
     outcome = simulated.compare(
         context,
-        cases,
-        lambda _: recorded,
+        [simulated.Comparison(cases, lambda _: recorded)],
         (min(options.warmup_s, end / 2), end),
         setting.slo,
         options.seeds,
         bin_s=60.0,
     )
-    source = Path(options.trace).name if options.trace else "generated sessions (no trace given)"
     metrics = [*rows, *map(_without_repeats, outcome.metrics)]
-    return replace(outcome, metrics=metrics, provenance={"trace": source, "requests": len(batch.arrival_s)})
+    return replace(
+        outcome, metrics=metrics, provenance={"trace": Path(options.trace).name, "requests": len(batch.arrival_s)}
+    )
 
 
 def _without_repeats(metric: Metric) -> Metric:
     """A policy that draws nothing gives the same value for every seed of one trace: that is one sample, and no interval."""
     return replace(metric, ci_low=math.nan, ci_high=math.nan, n=1) if metric.ci_low == metric.ci_high else metric
+
+
+def check(settings: Settings, options: Options) -> None:
+    """A deployment that can serve, and a trace for it. Raises UserError naming the key."""
+    simulated.check(settings, options)
+    if options.trace is None:
+        raise UserError("options.trace: no file given; accepted: the path of a request trace")
 
 
 def files(settings: Settings) -> Sequence[Path]:
@@ -100,6 +113,6 @@ EXPERIMENT = Experiment(
     run,
     simulated.FIGURES,
     Options,
-    simulated.check,
+    check,
     files,
 )

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import curve_fit
 
+from repro.configuration import Value
 from repro.errors import UserError
 
 FloatArray = NDArray[np.float64]
@@ -28,7 +29,7 @@ SOURCES = ("published", "public", "measured", "calibrated", "computed")
 
 
 @dataclass(frozen=True)
-class PrefillCurve:
+class PrefillCurve(Value):
     """T_prefill(l) of one instance in seconds.
 
     Either measured `tokens` and `seconds` read through `interpolation`, or, for the two parametric ones, `coefficients` directly:

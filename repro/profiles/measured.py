@@ -8,9 +8,7 @@ same library: the best rate of a large matrix product, and of a large copy.
 
 from __future__ import annotations
 
-import math
 import resource
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,13 +19,13 @@ import numpy as np
 import psutil
 import torch
 from scipy.optimize import nnls
-from scipy.stats import t as student
 from torch.utils.flop_counter import FlopCounterMode
 
 from repro.errors import UserError
 from repro.models.layout import StateLayout
 from repro.models.prefill import chunked_prefill
 from repro.profiles.base import DecodeStep, KVSize, PhaseProfile, PrefillCurve
+from repro.record.statistics import Estimate
 
 Clock = Callable[[], float]
 Progress = Callable[[str], None]
@@ -67,7 +65,7 @@ class ProfileSpec:
 
 @dataclass(frozen=True)
 class Timing:
-    """A mean over repeats in seconds with its 95 % interval (Student's t), and the peak memory of the process or device."""
+    """A mean over repeats in seconds with its 95 % interval, and the peak memory of the process or device."""
 
     tokens: int
     batch: int
@@ -219,12 +217,11 @@ def _repeat(
         action()
         _synchronise(device)
         samples.append(clock() - start)
-    mean = statistics.fmean(samples)
-    half = float(student.ppf(0.975, repeats - 1)) * statistics.stdev(samples) / math.sqrt(repeats)
+    found = Estimate.of(samples)
     peak = (
         torch.cuda.max_memory_allocated(device) if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     )
-    return Timing(tokens, batch, mean, mean - half, mean + half, repeats, peak)
+    return Timing(tokens, batch, found.value, found.low, found.high, repeats, peak)
 
 
 def _synchronise(device: torch.device) -> None:

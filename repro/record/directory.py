@@ -24,6 +24,7 @@ import yaml
 from repro.errors import UserError
 from repro.record import metrics, provenance
 from repro.record.metrics import Metric
+from repro.record.requests import validate
 
 #: Records that are committed, and from which the figures are drawn.
 REFERENCE = Path("results") / "reference"
@@ -103,7 +104,8 @@ class RunDirectory:
         metrics.frame(rows).to_csv(self.path / "metrics.csv", index=False, float_format="%.10g")
 
     def write_requests(self, requests: pd.DataFrame) -> None:
-        """requests.parquet."""
+        """requests.parquet. Raises ValueError where the table does not fit the schema."""
+        validate(requests)
         requests.to_parquet(self.path / "requests.parquet", index=False)
 
     def write_table(self, name: str, table: pd.DataFrame) -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from repro.serving.system import Run, Served
 
-ROUTES = {"unsplit": "local", "bulk": "prfaas", "layerwise": "prfaas"}
+_ROUTES = {"unsplit": "pd", "bulk": "prfaas", "layerwise": "prfaas"}
 
 
 def requests_frame(run: Run, origin_s: float, **labels: Any) -> pd.DataFrame:
@@ -26,7 +26,7 @@ def _row(served: Served, origin_s: float) -> dict[str, Any]:
         "cached_tokens": served.cached_tokens,
         "held_tokens": served.held_tokens,
         "output_tokens": len(served.tokens),
-        "route": ROUTES[served.mode],
+        "route": _ROUTES[served.mode],
         "queue_s": served.queue_s,
         "prefill_s": served.prefill_s,
         "first_piece_s": served.first_piece_s - served.prefill_start_s,

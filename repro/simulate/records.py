@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
@@ -16,17 +15,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from repro.record.request_metrics import Sums, Totals, good
+from repro.record.requests import ANSWERED, COLUMNS, OUTCOMES, ROUTES
 from repro.workload.spec import ServiceLevel
 
-#: Columns of requests.parquet, in the order of the simulator's rows.
-COLUMNS = (
-    "id", "arrival_s", "input_tokens", "cached_tokens", "output_tokens", "route", "queue_s", "prefill_s", "transfer_s",
-    "transfer_exposed_s", "kv_bytes", "decode_queue_s", "ttft_s", "tpot_s", "finish_s", "outcome", "prefill_worker", "decode_worker",
-)  # fmt: skip
-_INTEGERS = ("id", "input_tokens", "cached_tokens", "output_tokens", "prefill_worker", "decode_worker")
+_INTEGERS = ("id", "input_tokens", "cached_tokens", "output_tokens")
+_ANSWERED = tuple(OUTCOMES.index(outcome) for outcome in ANSWERED)
 _AT = {name: i for i, name in enumerate(COLUMNS)}
-OUTCOMES = ("ok", "failed", "timed_out", "fell_back")
-ROUTES = ("pd", "prfaas")
+#: Pools that a worker's number counts in, by route: who prefilled.
+_PREFILL_POOLS = ("pd_p", "prfaas")
 
 Row = tuple[float, ...]
 
@@ -35,7 +32,7 @@ class Sink(Protocol):
     """Takes finished requests, in the order in which they finished."""
 
     def take(self, rows: Sequence[Row]) -> None:
-        """Rows in the order of `COLUMNS`, route and outcome as indices."""
+        """Rows in the order of the schema's columns, route and outcome as indices, workers as numbers within their pool."""
         ...
 
 
@@ -57,9 +54,20 @@ class Table:
         for i, name in enumerate(COLUMNS):
             column = data[:, i]
             columns[name] = column.astype(np.int64) if name in _INTEGERS else column
-        columns["route"] = np.array(ROUTES, dtype=object)[data[:, _AT["route"]].astype(int)]
+        route = data[:, _AT["route"]].astype(int)
+        columns["prefill_worker"] = _names(
+            data[:, _AT["prefill_worker"]], np.array(_PREFILL_POOLS, dtype=object)[route]
+        )
+        columns["decode_worker"] = _names(data[:, _AT["decode_worker"]], np.full(len(data), "pd_d", dtype=object))
+        columns["route"] = np.array(ROUTES, dtype=object)[route]
         columns["outcome"] = np.array(OUTCOMES, dtype=object)[data[:, _AT["outcome"]].astype(int)]
         return pd.DataFrame(columns)
+
+
+def _names(numbers: NDArray[np.float64], pools: NDArray[np.object_]) -> NDArray[np.object_]:
+    """`prfaas/3` for worker 3 of the PrfaaS pool, and nothing where nobody had the request."""
+    keys = pd.Series(pools) + "/" + pd.Series(numbers.astype(np.int64)).astype(str)
+    return np.asarray(keys.where(numbers >= 0, "").to_numpy(dtype=object))
 
 
 def _array(rows: Sequence[Row]) -> NDArray[np.float64]:
@@ -100,36 +108,13 @@ class Sketch:
         return math.exp(self._LOW + (min(index, self._BINS - 1) + 0.5) * self._STEP)
 
 
-@dataclass(frozen=True)
-class Totals:
-    """A run in numbers; rates are per second of the measured window, in which the counted requests arrived."""
-
-    requests: int
-    completed: int
-    offered_per_s: float
-    goodput: float
-    good_fraction: float
-    ttft_mean_s: float
-    ttft_p50_s: float
-    ttft_p90_s: float
-    ttft_p99_s: float
-    tpot_mean_s: float
-    tpot_p99_s: float
-    queue_mean_s: float
-    transfer_exposed_s: float
-    offload_fraction: float
-    egress_bps: float
-    cached_fraction: float
-
-
 class Streaming:
     """Keeps sums and sketches of the requests that arrived in [`from_s`, `until_s`)."""
 
     def __init__(self, slo: ServiceLevel, from_s: float = 0.0, until_s: float = math.inf) -> None:
         self._slo, self._from_s, self._until_s = slo, from_s, until_s
         self.ttft, self.tpot = Sketch(), Sketch()
-        self._requests = self._good = self._offloaded = 0
-        self._queue_s = self._exposed_s = self._bytes = self._input = self._cached = 0.0
+        self._sums = Sums()
         self._last_s = from_s
 
     def take(self, rows: Sequence[Row]) -> None:
@@ -139,46 +124,24 @@ class Streaming:
         data = data[(arrival >= self._from_s) & (arrival < self._until_s)]
         if not len(data):
             return
-        self._requests += len(data)
+        sums = self._sums
         self._last_s = max(self._last_s, float(data[:, _AT["arrival_s"]].max()))
-        self._input += float(data[:, _AT["input_tokens"]].sum())
-        done = data[np.isin(data[:, _AT["outcome"]], (0, 3))]
+        done = data[np.isin(data[:, _AT["outcome"]], _ANSWERED)]
         ttft, tpot = done[:, _AT["ttft_s"]], done[:, _AT["tpot_s"]]
         self.ttft.take(ttft)
         self.tpot.take(tpot)
-        self._good += int(good(ttft, tpot, self._slo).sum())
         remote = done[:, _AT["route"]] > 0
-        self._offloaded += int(remote.sum())
-        self._queue_s += float(done[:, _AT["queue_s"]].sum())
-        self._exposed_s += float(done[remote, _AT["transfer_exposed_s"]].sum())
-        self._bytes += float(done[remote, _AT["kv_bytes"]].sum())
-        self._cached += float(done[:, _AT["cached_tokens"]].sum())
+        sums.requests += len(data)
+        sums.completed += len(done)
+        sums.good += int(good(ttft, tpot, self._slo).sum())
+        sums.offloaded += int(remote.sum())
+        sums.queue_s += float(done[:, _AT["queue_s"]].sum())
+        sums.exposed_s += float(done[remote, _AT["transfer_exposed_s"]].sum())
+        sums.sent_bytes += float(done[remote, _AT["kv_bytes"]].sum())
+        sums.input_tokens += float(done[:, _AT["input_tokens"]].sum())
+        sums.cached_tokens += float(done[:, _AT["cached_tokens"]].sum())
 
     def totals(self) -> Totals:
         """Everything counted so far."""
-        span = (self._until_s if self._until_s < math.inf else self._last_s) - self._from_s
-        n, done = self._requests, self.ttft.n
-        per_s = 1 / span if span > 0 else math.nan
-        return Totals(
-            requests=n,
-            completed=done,
-            offered_per_s=n * per_s,
-            goodput=self._good * per_s,
-            good_fraction=self._good / n if n else math.nan,
-            ttft_mean_s=self.ttft.mean,
-            ttft_p50_s=self.ttft.quantile(0.5),
-            ttft_p90_s=self.ttft.quantile(0.9),
-            ttft_p99_s=self.ttft.quantile(0.99),
-            tpot_mean_s=self.tpot.mean,
-            tpot_p99_s=self.tpot.quantile(0.99),
-            queue_mean_s=self._queue_s / done if done else math.nan,
-            transfer_exposed_s=self._exposed_s / self._offloaded if self._offloaded else math.nan,
-            offload_fraction=self._offloaded / done if done else math.nan,
-            egress_bps=8 * self._bytes * per_s,
-            cached_fraction=self._cached / self._input if self._input else math.nan,
-        )
-
-
-def good(ttft_s: NDArray[np.float64], tpot_s: NDArray[np.float64], slo: ServiceLevel) -> NDArray[np.bool_]:
-    """Whether each request met the service level; a part in 10⁹ of tolerance, so that a step of exactly 1/40 s passes."""
-    return (ttft_s <= slo.ttft_s) & (tpot_s <= (1 + 1e-9) / slo.tokens_per_s)
+        span_s = (self._until_s if self._until_s < math.inf else self._last_s) - self._from_s
+        return Totals.of(self._sums, self.ttft, self.tpot, span_s, self._slo)

@@ -9,41 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
-from repro.simulate.records import COLUMNS, Row
+from repro.record.requests import COLUMNS
+from repro.record.statistics import Estimate
+from repro.simulate.records import Row
 from repro.simulate.simulation import Simulation
 from repro.simulate.spec import SimulationSpec
 from repro.workload.stream import RequestBatch
 
-_ARRIVAL, _FINISH = COLUMNS.index("arrival_s"), COLUMNS.index("finish_s")
+_ARRIVAL, _FINISH = tuple(COLUMNS).index("arrival_s"), tuple(COLUMNS).index("finish_s")
 
 #: Growth of the number in the system, as a share of arrivals, that still counts as none.
 TOLERANCE = 0.005
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds with its 95 % interval (Student's t); no interval from a single seed."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Estimate:
-        """From one value per seed."""
-        data = np.asarray(values, dtype=np.float64)
-        n, mean = len(data), float(np.mean(data))
-        if n < 2:
-            return Estimate(mean, math.nan, math.nan, n)
-        half = float(stdtrit(n - 1, 0.975) * data.std(ddof=1) / math.sqrt(n))
-        return Estimate(mean, mean - half, mean + half, n)
 
 
 class _Times:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri
 
+from repro.configuration import Value
 from repro.errors import UserError
 
 FloatArray = NDArray[np.float64]
@@ -78,7 +79,7 @@ class LengthDistribution(Protocol):
 
 
 @dataclass(frozen=True)
-class TruncatedLogNormal:
+class TruncatedLogNormal(Value):
     """exp(N(μ, σ²)) conditioned on [minimum_tokens, maximum_tokens] (§4.1: μ = 9.90, σ = 1.00 on [128, 128K])."""
 
     mu: float

@@ -13,12 +13,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from repro.configuration import Value
 from repro.errors import UserError
 from repro.workload.lengths import CurveFunction, FloatArray, LengthDistribution
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(Value):
     """Each length comes from `parts[i]` with probability `weights[i]` (which are normalised)."""
 
     parts: tuple[LengthDistribution, ...]

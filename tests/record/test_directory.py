@@ -14,15 +14,24 @@ from repro.errors import UserError
 from repro.record import provenance
 from repro.record.directory import Record, RunDirectory, configuration_hash
 from repro.record.metrics import Metric
+from repro.simulate.records import Table
 
 ROW = Metric("table6", "model", "prfaas_pd", "lambda_max", 3.2, "req/s", "computed", paper=3.24)
+
+
+def requests(*ttft_s: float) -> pd.DataFrame:
+    table = Table()
+    table.take(
+        [(i, 0.0, 9, 0, 2, 0, 0.0, 0.1, 0.0, 0.0, 1.0, 0.0, ttft, 0.02, 1.0, 0, 0, 0) for i, ttft in enumerate(ttft_s)]
+    )
+    return table.frame()
 
 
 def complete(directory: RunDirectory) -> Record:
     directory.begin({"name": "x", "seed": 1}, ["repro", "seed=1"], {"seed": 1})
     directory.write_metrics([ROW])
     directory.write_table("series", pd.DataFrame({"x": [1, 2], "y": [0.5, 0.25]}))
-    directory.write_requests(pd.DataFrame({"id": [0, 1], "ttft_s": [0.1, 0.2]}))
+    directory.write_requests(requests(0.1, 0.2))
     directory.add_provenance({"link": {"rate_bps": 1e9}})
     return directory.complete()
 

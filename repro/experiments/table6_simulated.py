@@ -7,34 +7,36 @@ and at the paper's representative lengths, stand beside the simulated one.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import pandas as pd
+from matplotlib.figure import Figure
 
+from repro.experiments.base import Context, Outcome
+from repro.experiments.deployment import deployment, operating_points
+from repro.experiments.study import run_points, seeds_of
 from repro.paper import tables
+from repro.record.directory import Record
 from repro.record.metrics import Metric
+from repro.record.request_metrics import UNITS, Totals
+from repro.record.statistics import Estimate
+from repro.report import style
+from repro.scheduling.throughput import Deployment, OperatingPoint
 from repro.simulate.deployments import requests, shared_link, simulated
-from repro.simulate.records import Streaming, Totals
+from repro.simulate.records import Streaming
 from repro.simulate.simulation import Simulation
 from repro.simulate.spec import SimulationSpec
-from repro.simulate.stability import Estimate, lambda_max
+from repro.simulate.stability import lambda_max
 from repro.workload.arrivals import Poisson
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from repro.experiments.base import Context, Outcome
-    from repro.record.directory import Record
-    from repro.scheduling.throughput import Deployment, OperatingPoint
-    from repro.workload.spec import ServiceLevel
+from repro.workload.spec import ServiceLevel
+from repro.workload.stream import Independent
 
 #: Load at which nobody waits: what remains is prefill, the last piece's transfer and one decode step, as in the paper's TTFT.
 IDLE = 0.02
 LOADS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-UNITS = {
-    "ttft_mean_s": "s", "ttft_p50_s": "s", "ttft_p90_s": "s", "ttft_p99_s": "s", "tpot_mean_s": "s", "goodput": "req/s",
-    "queue_mean_s": "s", "transfer_exposed_s": "s", "offload_fraction": "", "egress_bps": "bit/s",
-}  # fmt: skip
+METRICS = (
+    "ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "tpot_mean_s", "tpot_slo_ratio", "goodput", "queue_mean_s",
+    "transfer_exposed_s", "offload_fraction", "egress_bps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,47 @@ class Effort:
     seeds: int
 
 
+@dataclass(frozen=True)
+class Searched:
+    """One search for Λ_max: a deployment under one seed, from the model's guess."""
+
+    spec: SimulationSpec
+    base: Deployment
+    requests: int
+    guess_per_s: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One run at a rate; the first tenth is warm-up and not counted."""
+
+    spec: SimulationSpec
+    base: Deployment
+    requests: int
+    rate_per_s: float
+    slo: ServiceLevel
+    seed: int
+
+
+def search(point: Searched) -> float:
+    """Λ_max of one seed by bisection."""
+
+    def stream(rate_per_s: float, seed: int) -> Independent:
+        return requests(point.base, Poisson(rate_per_s), point.requests, seed)
+
+    return lambda_max(point.spec, stream, point.guess_per_s, [point.seed]).value
+
+
+def at_load(point: Loaded) -> Totals:
+    """One run in numbers."""
+    sink = Streaming(point.slo, from_s=0.1 * point.requests / point.rate_per_s)
+    Simulation(point.spec, sink).run(requests(point.base, Poisson(point.rate_per_s), point.requests, point.seed))
+    return sink.totals()
+
+
 def run(context: Context, effort: Effort) -> Outcome:
     """The three deployments: Λ_max by bisection, then TTFT when idle and at 50 to 95 % of it."""
-    from repro.experiments.base import Outcome
-    from repro.experiments.deployment import deployment, operating_points
-
     settings = context.settings
     base = deployment(settings)
     link = shared_link(settings.link)
@@ -57,38 +95,52 @@ def run(context: Context, effort: Effort) -> Outcome:
     representative = operating_points(
         base, replace(settings, policy=replace(settings.policy, lengths="representative"))
     )
-    seeds = [settings.seed + i for i in range(effort.seeds)]
-    rows: list[Metric] = []
-    best: dict[str, Estimate] = {}
-    loads: list[dict[str, object]] = []
-    for case, point in points.items():
-        spec = simulated(base, point, link)
-        printed = tables.TABLE_6[case]
-        best[case] = found = lambda_max(
-            spec, lambda rate, seed: requests(base, Poisson(rate), effort.requests, seed), point.lambda_max, seeds
+    specs = {case: simulated(base, point, link) for case, point in points.items()}
+    seeds = seeds_of(context, effort.seeds)
+    searches = {
+        f"Λ_max of {case}, seed {seed}": Searched(specs[case], base, effort.requests, point.lambda_max, seed)
+        for case, point in points.items()
+        for seed in seeds
+    }
+    rates = iter(run_points(context, search, searches))
+    best = {case: Estimate.of([next(rates) for _ in seeds]) for case in points}
+    slo = settings.workload.slo
+    loads = {
+        f"{case} at {load:g} of Λ_max, seed {seed}": Loaded(
+            specs[case], base, effort.requests, best[case].value * load, slo, seed
         )
-        context.progress(f"{case}: Λ_max {found.value:.3f} req/s, by the model {point.lambda_max:.3f}")
-        rows += _throughput_rows(context, case, found, point, representative[case])
+        for case in points
+        for load in (IDLE, *LOADS)
+        for seed in seeds
+    }
+    totals = iter(run_points(context, at_load, loads))
+    rows: list[Metric] = []
+    drawn: list[dict[str, object]] = []
+    for case, point in points.items():
+        rows += _throughput_rows(context, case, best[case], point, representative[case])
+        printed = tables.TABLE_6[case]
         for load in (IDLE, *LOADS):
-            totals = at_load(spec, base, found.value * load, effort, seeds, settings.workload.slo)
+            found = [next(totals) for _ in seeds]
             name = case if load == IDLE else f"{case}.load_{round(100 * load)}"
-            for metric, unit in UNITS.items():
-                estimate = Estimate.of([getattr(total, metric) for total in totals])
+            for metric in METRICS:
+                estimate = Estimate.of([getattr(total, metric) for total in found])
                 paper = printed[metric].value if load == IDLE and metric in printed else float("nan")
                 rows.append(
                     context.metric(
-                        name, metric, estimate.value, unit, "simulated",
+                        name, metric, estimate.value, UNITS[metric], "simulated",
                         interval=(estimate.low, estimate.high), n=estimate.n, paper=paper,
                     )
                 )  # fmt: skip
-                loads.append({"case": case, "load": load, "metric": metric, **vars(estimate)})
+                drawn.append({"case": case, "load": load, "metric": metric, **vars(estimate)})
     homogeneous = best["homogeneous_pd"]
-    for case, found in best.items():
+    for case, estimate in best.items():
         paper = tables.TABLE_6[case]["ratio"].value
         rows.append(
-            context.metric(case, "ratio", found.value / homogeneous.value, "", "simulated", n=found.n, paper=paper)
+            context.metric(
+                case, "ratio", estimate.value / homogeneous.value, "", "simulated", n=estimate.n, paper=paper
+            )
         )
-    return Outcome(rows, {"loads": pd.DataFrame(loads)})
+    return Outcome(rows, {"loads": pd.DataFrame(drawn)})
 
 
 def _throughput_rows(
@@ -117,23 +169,8 @@ def _throughput_rows(
     ]
 
 
-def at_load(
-    spec: SimulationSpec, base: Deployment, rate_per_s: float, effort: Effort, seeds: list[int], slo: ServiceLevel
-) -> list[Totals]:
-    """One run per seed at that rate; the first tenth is warm-up and not counted."""
-    span_s = effort.requests / rate_per_s
-    results = []
-    for seed in seeds:
-        sink = Streaming(slo, from_s=0.1 * span_s)
-        Simulation(spec, sink).run(requests(base, Poisson(rate_per_s), effort.requests, seed))
-        results.append(sink.totals())
-    return results
-
-
 def draw_loads(record: Record) -> Figure:
     """TTFT over load for the three deployments: mean as lines, P90 dashed, with their intervals."""
-    from repro.report import style
-
     table = record.table("loads")
     figure, (axis,) = style.panels(1)
     for case, colour in style.CASE_COLOURS.items():

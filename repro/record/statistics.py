@@ -1,0 +1,91 @@
+"""Estimates over repeats and seeds: one rule for every interval that the kit prints.
+
+- A mean has the 95 % interval of Student's t.
+- A quantity that cannot be negative (seconds, rates, shares) never gets a bound at or below zero from values that are all above it: where
+  Student's interval would reach there, as it does with few and scattered repeats, it is taken on the logarithms.
+- A difference may have either sign and keeps Student's interval; it is paired, value by value, where both sides met the same requests.
+- A quantile has the interval of the bias-corrected bootstrap, and no value at all from fewer samples than put one beyond it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval over `n` samples; bounds are nan where there are too few for any."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Estimate:
+        """The mean of a quantity that cannot be negative."""
+        found = Estimate.of_signed(values)
+        data = np.asarray(values, np.float64)
+        if found.n < 2 or found.low > 0 or not (data > 0).all():
+            return found
+        logs = np.log(data)
+        half = _half_width(logs)
+        low, high = math.exp(float(logs.mean()) - half), math.exp(float(logs.mean()) + half)
+        return Estimate(found.value, min(low, found.value), max(high, found.value), found.n)
+
+    @staticmethod
+    def of_signed(values: Sequence[float]) -> Estimate:
+        """The mean of a quantity that may have either sign."""
+        data = np.asarray(values, dtype=np.float64)
+        n, mean = len(data), float(np.mean(data))
+        if n < 2:
+            return Estimate(mean, math.nan, math.nan, n)
+        half = _half_width(data)
+        return Estimate(mean, mean - half, mean + half, n)
+
+    @staticmethod
+    def paired(values: Sequence[float], others: Sequence[float]) -> Estimate:
+        """The mean of `values` − `others`, sample by sample."""
+        return Estimate.of_signed([value - other for value, other in zip(values, others, strict=True)])
+
+    @staticmethod
+    def geometric(values: Sequence[float]) -> Estimate:
+        """The geometric mean of positive values, as of ratios and rates."""
+        found = Estimate.of_signed([math.log(value) for value in values])
+        return Estimate(math.exp(found.value), math.exp(found.low), math.exp(found.high), found.n)
+
+    @staticmethod
+    def of_quantile(values: ArrayLike, fraction: float, seed: int = 0) -> Estimate:
+        """A quantile with its bootstrap interval."""
+        from scipy.stats import bootstrap  # half a second of imports that only this needs
+
+        data = np.asarray(values, np.float64)
+        value = quantile(data, fraction)
+        if not math.isfinite(value) or np.ptp(data) == 0:
+            return Estimate(value, math.nan, math.nan, len(data))
+        found = bootstrap(
+            (data,),
+            lambda sample, axis: np.quantile(sample, fraction, axis=axis),
+            confidence_level=CONFIDENCE,
+            n_resamples=999,
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+        return Estimate(value, float(found.low), float(found.high), len(data))
+
+
+def _half_width(data: NDArray[np.float64]) -> float:
+    n = len(data)
+    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2) * data.std(ddof=1) / math.sqrt(n))
+
+
+def quantile(values: NDArray[np.float64], fraction: float) -> float:
+    """A quantile; nan where there are fewer samples than put one beyond it (100 for P99)."""
+    return float(np.quantile(values, fraction)) if len(values) * (1 - fraction) > 1 - 1e-9 else math.nan
