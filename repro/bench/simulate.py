@@ -32,13 +32,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from repro import native
 from repro.bench._record import recorded
 from repro.bench._simulate_ours import stream
 from repro.bench._simulate_peers import PEERS, Peer, Workload, parse_peer
 from repro.errors import UserError
 from repro.record.metrics import Metric
 from repro.record.statistics import Estimate
-from repro.simulate import native
 
 #: What is asked of this simulator: so many times the fastest peer, of which 3,500 req/s were known (splitwise-sim).
 FACTOR = 10

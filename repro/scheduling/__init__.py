@@ -1,1 +1,5 @@
-"""The scheduler of §3.4: throughput model, grid search, routers, placement and the two control loops; pure, without clock or I/O."""
+"""The scheduler of §3.4: throughput model, grid search, and one scheduler object with routers, loops and KVCache manager; pure."""
+
+from repro import native
+
+native.prefer()

@@ -78,32 +78,50 @@ class _Heat(NamedTuple):
 
 
 class KVCacheManager:
-    """Prefix matches of all clusters. `size_bytes(blocks)` is what a prefix of so many blocks weighs on the link.
+    """Prefix matches of all clusters, by blocks of `block_tokens`. `size_bytes(blocks)` is what a prefix weighs on the link.
 
-    `linked(source, target)` says whether anything can be sent from one cluster to the other.
+    `linked(source, target)` says whether anything can be sent from one cluster to the other. `under_way` holds the target and the last
+    key of every copy that has begun and not ended.
     """
 
     def __init__(
         self,
         indices: dict[str, PrefixIndex],
+        block_tokens: int,
         size_bytes: Callable[[int], float],
         remember: int = 4096,
         linked: Callable[[str, str], bool] = lambda source, target: True,
     ) -> None:
-        self.indices = indices
+        self.under_way: set[tuple[str, int]] = set()
+        self._indices = indices
+        self._block_tokens = block_tokens
         self._size_bytes = size_bytes
         self._remember = remember
-        self._linked = linked
+        self._elsewhere = {
+            target: [
+                (source, index) for source, index in indices.items() if source != target and linked(source, target)
+            ]
+            for target in indices
+        }
         self._heat: dict[tuple[str, int], _Heat] = {}
 
-    def matches(self, chain: Sequence[int]) -> dict[str, int]:
-        """Blocks of `chain` that each cluster can serve."""
-        return {name: index.match_blocks(chain) for name, index in self.indices.items()}
+    def usable(self, keys: Sequence[int], tokens: int) -> Sequence[int]:
+        """The keys of a prompt of `tokens` that a cache could serve: one token at least is computed, or there is nothing to decode from."""
+        return keys[: (tokens - 1) // self._block_tokens]
+
+    def match_tokens(self, cluster: str, chain: Sequence[int]) -> tuple[int, int]:
+        """Tokens of `chain` that `cluster` can serve, and the most that another cluster linked to it can."""
+        own, elsewhere = self._indices[cluster].match_blocks(chain), self._longest_elsewhere(cluster, chain)[1]
+        return own * self._block_tokens, elsewhere * self._block_tokens
+
+    def attention_tokens(self, cluster: str, chain: Sequence[int]) -> int:
+        """Tokens of `chain` whose attention blocks `cluster` holds, which need not be sent there."""
+        return self._indices[cluster].attention_blocks(chain) * self._block_tokens
 
     def fetch(self, target: str, chain: Sequence[int]) -> Move | None:
         """The longest prefix that another cluster has and `target` has not; of equals, the first cluster's."""
         source, size = self._longest_elsewhere(target, chain)
-        index = self.indices[target]
+        index = self._indices[target]
         if size <= index.match_blocks(chain):
             return None
         # Attention blocks that are there already stay; checkpoints always travel.
@@ -113,17 +131,16 @@ class KVCacheManager:
 
     def _longest_elsewhere(self, target: str, chain: Sequence[int]) -> tuple[str, int]:
         best, most = "", 0
-        for name, index in self.indices.items():
-            if name != target and self._linked(name, target):
-                held = index.match_blocks(chain)
-                if held > most:
-                    best, most = name, held
+        for name, index in self._elsewhere[target]:
+            held = index.match_blocks(chain)
+            if held > most:
+                best, most = name, held
         return best, most
 
-    def lacked(self, cluster: str, chain: Sequence[int], cached_blocks: int) -> None:
-        """Note that `cluster` was asked for `chain` and had `cached_blocks` of it; what others hold beyond that becomes heat."""
-        _, held = self._longest_elsewhere(cluster, chain)
-        saved = held - cached_blocks
+    def asked(self, cluster: str, chain: Sequence[int]) -> None:
+        """Note that a request with this prefix goes to `cluster`, or calls it home: what it lacks and others hold becomes heat."""
+        held = self._longest_elsewhere(cluster, chain)[1]
+        saved = held - self._indices[cluster].match_blocks(chain)
         if saved <= 0:
             return
         key = (cluster, chain[held - 1])
@@ -147,3 +164,15 @@ class KVCacheManager:
                 budget_bytes -= move.size_bytes
                 moves.append(move)
         return moves
+
+    def begin(self, move: Move) -> bool:
+        """Whether to begin a copy now: not when one like it is on its way, nor when its source has evicted the prefix meanwhile."""
+        aim = (move.target, move.chain[-1])
+        if aim in self.under_way or self._indices[move.source].match_blocks(move.chain) < move.blocks:
+            return False
+        self.under_way.add(aim)
+        return True
+
+    def end(self, move: Move) -> None:
+        """A copy that was begun has arrived, or came to nothing."""
+        self.under_way.discard((move.target, move.chain[-1]))

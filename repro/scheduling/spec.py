@@ -12,7 +12,8 @@ from repro.errors import UserError
 from repro.kvcache.sizing import CacheOptions
 from repro.scheduling.admission import AdmissionSpec
 from repro.scheduling.long_term import LongTermSpec
-from repro.scheduling.policies import RandomSplit, Router, router
+from repro.scheduling.placement import PLACEMENTS
+from repro.scheduling.policies import RandomSplit, Router, Threshold, router
 from repro.scheduling.rebalance import RebalanceSpec
 from repro.scheduling.short_term import ShortTermSpec
 
@@ -64,3 +65,24 @@ class PolicySpec:
         if self.router == "random_split":
             return RandomSplit(offload_fraction if self.offload_share is None else self.offload_share)
         return router(self.router)
+
+
+@dataclass(frozen=True)
+class SchedulerSpec:
+    """What a `Scheduler` is made of: a policy whose threshold and router have been found, as numbers and values.
+
+    `fallback_s`: after so long an outage of the link, transfers are given up and prefilled in the PD cluster; null never.
+    """
+
+    router: Router = field(default_factory=Threshold)
+    threshold_tokens: float = 0.0
+    placement: str = "least_work"
+    short_term: ShortTermSpec = field(default_factory=ShortTermSpec)
+    long_term: LongTermSpec = field(default_factory=LongTermSpec)
+    admission: AdmissionSpec = field(default_factory=AdmissionSpec)
+    fallback_s: float | None = None
+    rebalance: RebalanceSpec = field(default_factory=RebalanceSpec)
+
+    def __post_init__(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise UserError(f"policy.placement: {self.placement!r} is unknown; accepted: {', '.join(PLACEMENTS)}")

@@ -1,5 +1,5 @@
 """The discrete-event simulator: the same scheduler under queues, batches, a shared link, caches and failures; seeded, virtual clock."""
 
-from repro.simulate import native
+from repro import native
 
 native.prefer()

@@ -1,19 +1,17 @@
-"""The scheduler's two loops in a run: measure, let `repro.scheduling` decide, and carry out what it decides (§3.4.3)."""
+"""The scheduler's timers in a run: reports of links and instances go in, and what it decides is carried out (§3.4.3)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from repro.scheduling import long_term, short_term
-from repro.scheduling.long_term import DecodeView
-from repro.scheduling.short_term import Observation
-from repro.scheduling.views import ClusterView, LinkView, SchedulerState
-from repro.simulate.clusters import PdClusterState, PrfaasClusterState
+from repro.scheduling.decisions import Conversion
+from repro.scheduling.observations import InstanceReport, LinkReport, PdReport
+from repro.scheduling.scheduler import Scheduler
+from repro.scheduling.views import SchedulerState
 from repro.simulate.events import EventQueue
 from repro.simulate.ledger import RequestLedger
-from repro.simulate.spec import SchedulerSpec
+from repro.simulate.resources import PdResources, PrfaasResources
 
 _SAMPLES = 20_000
 
@@ -34,58 +32,53 @@ class Sample(NamedTuple):
 
 
 class Control:
-    """Both loops of every PD cluster. `give_up(now, after)` is called with the fast loop's beat, when transfers may be given up."""
+    """Both loops of every PD cluster. `give_up(now)` is called with the fast loop's beat, when transfers may be given up."""
 
     def __init__(
         self,
-        scheduler: SchedulerSpec,
-        pd_clusters: Sequence[PdClusterState],
-        prfaas_clusters: Sequence[PrfaasClusterState],
+        scheduler: Scheduler,
+        pd_clusters: Sequence[PdResources],
+        prfaas_clusters: Sequence[PrfaasResources],
         events: EventQueue,
         ledger: RequestLedger,
-        give_up: Callable[[float, float], None],
+        give_up: Callable[[float], None],
     ) -> None:
         self.samples: list[Sample] = []
         self._scheduler = scheduler
-        self._pd_clusters = pd_clusters
         self._prfaas_clusters = prfaas_clusters
         self._events = events
         self._ledger = ledger
         self._give_up = give_up
         self._sample_every_s = 0.0
-        short, slow = scheduler.short_term, scheduler.long_term
-        self._period_s = short.period_s
-        if short.enabled or slow.enabled or scheduler.fallback_s is not None:
+        self._sample_at_s = [0.0] * len(pd_clusters)
+        spec = scheduler.spec
+        self._period_s = spec.short_term.period_s
+        self._slow_period_s = spec.long_term.period_s
+        if scheduler.watches:
             for pd in pd_clusters:
                 events.at(self._period_s, self._tick, pd)
-            if slow.enabled:
+            if spec.long_term.enabled:
                 for pd in pd_clusters:
-                    events.at(slow.period_s, self._slow_tick, pd)
+                    events.at(self._slow_period_s, self._slow_tick, pd)
 
-    def _tick(self, now_s: float, pd: PdClusterState) -> None:
-        """The fast loop: measure, decide, and let routing see it."""
+    def _tick(self, now_s: float, pd: PdResources) -> None:
+        """The fast loop's beat."""
         if not self._ledger.open:
             return
         self._events.at(now_s + self._period_s, self._tick, pd)
-        seen = self._observe(now_s, pd)
         scheduler = self._scheduler
-        memory_s = scheduler.long_term.memory_s
-        pd.slow_capacity_bps = _ewma(pd.slow_capacity_bps, seen.link.capacity_bps, self._period_s, memory_s)
-        pd.state = short_term.step(scheduler.short_term, pd.state, seen, pd.costs)
-        pd.situation = SchedulerState(
-            pd.state.threshold_tokens, pd.state.bandwidth_scarce, seen.pd, seen.prfaas, seen.link
-        )
-        if now_s >= pd.sample_at_s:
-            self._sample(now_s, pd, seen)
-        if scheduler.fallback_s is not None and pd.index == 0:
-            self._give_up(now_s, scheduler.fallback_s)
+        state = scheduler.short_term(now_s, pd.index, self._links(now_s))
+        if now_s >= self._sample_at_s[pd.index]:
+            self._sample(now_s, pd, state)
+        if pd.index == 0 and scheduler.spec.fallback_s is not None:
+            self._give_up(now_s)
 
-    def _sample(self, now_s: float, pd: PdClusterState, seen: Observation) -> None:
-        pd.sample_at_s = now_s + self._sample_every_s
+    def _sample(self, now_s: float, pd: PdResources, state: SchedulerState) -> None:
+        self._sample_at_s[pd.index] = now_s + self._sample_every_s
         self.samples.append(
             Sample(
-                now_s, pd.index, pd.state.threshold_tokens, pd.state.bandwidth_scarce, pd.prefill.serving,
-                pd.decode.serving, seen.link.utilisation, seen.prfaas.waiting_s, seen.pd.waiting_s, len(pd.decode.waiting),
+                now_s, pd.index, state.threshold_tokens, state.bandwidth_scarce, pd.state.serving, len(pd.state.decoding),
+                state.link.utilisation, state.prfaas.waiting_s, state.pd.waiting_s, len(pd.decode.waiting),
             )
         )  # fmt: skip
         if len(self.samples) > _SAMPLES:
@@ -93,66 +86,32 @@ class Control:
             self.samples = self.samples[::2]
             self._sample_every_s = 2 * max(self._sample_every_s, self._period_s)
 
-    def _observe(self, now_s: float, pd: PdClusterState) -> Observation:
-        elapsed = now_s - pd.measured_s
-        if elapsed > 0:
-            rate = pd.arrived / elapsed
-            pd.recent.arrived(pd.arrived)
-            pd.rate_per_s = _ewma(pd.rate_per_s, rate, elapsed, 20.0)
-            pd.slow_rate_per_s = _ewma(pd.slow_rate_per_s, rate, elapsed, self._scheduler.long_term.memory_s)
-            pd.arrived, pd.measured_s = 0, now_s
-        capacity = used = backlog = rtt_s = waiting = 0.0
-        instances = 0
-        for prfaas in self._prfaas_clusters:
-            measured = prfaas.link.measure(now_s)
-            capacity += measured.capacity_bps
-            used += measured.utilisation * measured.capacity_bps
-            backlog += measured.backlog_bytes
-            rtt_s = max(rtt_s, prfaas.spec.link.rtt_s)
-            serving = prfaas.prefill.serving
-            instances += serving
-            waiting += prfaas.prefill.waiting_s(now_s) * serving
-        return Observation(
-            now_s,
-            pd.recent,
-            pd.rate_per_s,
-            ClusterView(max(round(instances * pd.share), min(instances, 1)), waiting / instances if instances else 0.0),
-            ClusterView(pd.prefill.serving, pd.prefill.waiting_s(now_s)),
-            LinkView(capacity * pd.share, used / capacity if capacity > 0 else 1.0, backlog * pd.share, 0.0, rtt_s),
-        )
+    def _links(self, now_s: float) -> list[LinkReport]:
+        """The simulated links' own counters: the simulator knows what a live sender has to estimate."""
+        return [LinkReport(*prfaas.link.measure(now_s), prfaas.spec.link.rtt_s) for prfaas in self._prfaas_clusters]
 
-    def _slow_tick(self, now_s: float, pd: PdClusterState) -> None:
-        """The slow loop: one node at a time, and none while one is on its way."""
+    def _slow_tick(self, now_s: float, pd: PdResources) -> None:
+        """The slow loop's beat."""
         if not self._ledger.open:
             return
-        slow = self._scheduler.long_term
-        self._events.at(now_s + slow.period_s, self._slow_tick, pd)
-        if pd.converting or not pd.finished or math.isnan(pd.slow_capacity_bps):
-            return
-        seen = self._observe(now_s, pd)
-        usual = seen._replace(rate_per_s=pd.slow_rate_per_s, link=seen.link._replace(capacity_bps=pd.slow_capacity_bps))
-        decode = DecodeView(pd.decode.serving, pd.tokens_per_s, pd.finished_tokens / pd.finished)
-        move = long_term.step(slow, usual, decode, pd.costs)
-        if not move:
-            return
-        pd.converting = move
-        if move > 0:
-            batches = pd.decode.members
-            chosen = min(batches, key=lambda i: (len(batches[i].heap), i))
-            pd.decode.close(now_s, chosen, lambda now, i: self._restart(now, pd, i))
-        else:
-            queues = pd.prefill.members
-            chosen = min(queues, key=lambda i: (len(queues[i]), i))
-            pd.prefill.close(now_s, chosen, lambda now, i: self._restart(now, pd, i))
+        self._events.at(now_s + self._slow_period_s, self._slow_tick, pd)
+        prefill, decode = pd.prefill.members, pd.decode.members
+        report = PdReport(
+            [InstanceReport(i, len(queue)) for i, queue in prefill.items()],
+            [InstanceReport(i, len(batch.heap)) for i, batch in decode.items()],
+            pd.finished,
+            pd.finished_tokens,
+        )
+        conversion = self._scheduler.long_term(now_s, pd.index, self._links(now_s), report)
+        if conversion is not None:
+            stage = pd.decode if conversion.to == "prefill" else pd.prefill
+            stage.close(now_s, conversion.instance, lambda now, _: self._restart(now, pd, conversion))
 
-    def _restart(self, now_s: float, pd: PdClusterState, instance: int) -> None:
-        self._events.at(now_s + self._scheduler.long_term.restart_s, self._converted, (pd, instance))
+    def _restart(self, now_s: float, pd: PdResources, conversion: Conversion) -> None:
+        restart_s = self._scheduler.spec.long_term.restart_s
+        self._events.at(now_s + restart_s, self._converted, (pd, conversion))
 
-    def _converted(self, now_s: float, moved: tuple[PdClusterState, int]) -> None:
-        pd, instance = moved
-        (pd.prefill if pd.converting > 0 else pd.decode).open(now_s, instance)
-        pd.converting = 0
-
-
-def _ewma(before: float, value: float, elapsed_s: float, memory_s: float) -> float:
-    return value if math.isnan(before) else before + (1 - math.exp(-elapsed_s / memory_s)) * (value - before)
+    def _converted(self, now_s: float, moved: tuple[PdResources, Conversion]) -> None:
+        pd, conversion = moved
+        self._scheduler.converted(now_s, conversion)
+        (pd.prefill if conversion.to == "prefill" else pd.decode).open(now_s, conversion.instance)

@@ -12,20 +12,9 @@ import math
 from collections import deque
 from collections.abc import Callable
 
+from repro.scheduling.tables import StepTimes
 from repro.simulate.events import EventQueue
 from repro.simulate.job import Job
-
-
-class StepTimes:
-    """T_decode(batch, context) as step(b) + slope(b) · context, read off a profile once per batch size."""
-
-    def __init__(self, decode_step_s: Callable[[int, float], float], batch_max: int) -> None:
-        probe = 1e6
-        self.step_s = [0.0] + [float(decode_step_s(b, 0.0)) for b in range(1, batch_max + 1)]
-        self.slope_s = [0.0] + [
-            (float(decode_step_s(b, probe)) - self.step_s[b]) / probe for b in range(1, batch_max + 1)
-        ]
-        self.grows = any(slope > 0 for slope in self.slope_s)
 
 
 class Batch:
@@ -60,11 +49,6 @@ class DecodeStage:
         self._smallest = batch_max
         self._closing: dict[int, Callable[[float, int], None]] = {}
         self._order = 0
-
-    @property
-    def serving(self) -> int:
-        """Instances that take work."""
-        return len(self.members) - len(self._closing)
 
     def open(self, now_s: float, instance: int) -> None:
         """Let an instance serve."""

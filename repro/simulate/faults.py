@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from repro.errors import UserError
-from repro.scheduling.views import Route
-from repro.simulate.clusters import PdClusterState, PrfaasClusterState
-from repro.simulate.decode import DecodeStage
+from repro.scheduling.observations import StalledTransfer
+from repro.scheduling.scheduler import Scheduler
 from repro.simulate.dispatch import Dispatch
 from repro.simulate.events import EventQueue
 from repro.simulate.job import Job
-from repro.simulate.prefill import ChunkedPrefill, WholePrefill
+from repro.simulate.link import Flow
+from repro.simulate.resources import PdResources, PrfaasResources
 from repro.simulate.spec import Fault
 
 
@@ -26,11 +25,13 @@ class Faults:
     def __init__(
         self,
         faults: Sequence[Fault],
-        pd_clusters: Sequence[PdClusterState],
-        prfaas_clusters: Sequence[PrfaasClusterState],
+        scheduler: Scheduler,
+        pd_clusters: Sequence[PdResources],
+        prfaas_clusters: Sequence[PrfaasResources],
         events: EventQueue,
         dispatch: Dispatch,
     ) -> None:
+        self._scheduler = scheduler
         self._pd_clusters = pd_clusters
         self._prfaas_clusters = prfaas_clusters
         self._events = events
@@ -46,8 +47,10 @@ class Faults:
         stage = self._pd_clusters[fault.cluster].decode if fault.pool == "pd_d" else place.prefill
         if fault.instance not in stage.members:
             return  # it has been converted, or is down already
+        scheduler = self._scheduler
+        scheduler.failed(fault.pool, fault.cluster, fault.instance)
         lost = stage.fail(now_s, fault.instance)
-        self._events.at(now_s + fault.for_s, self._repair, (stage, fault.instance))
+        self._events.at(now_s + fault.for_s, self._repair, fault)
         if fault.pool == "prfaas":
             gone = {job.id for job in lost}
             link = self._prfaas_clusters[fault.cluster].link
@@ -55,33 +58,32 @@ class Faults:
                 if isinstance(flow.payload, Job) and flow.payload.id in gone:
                     link.cancel(now_s, flow)
         for job in lost:
-            self._again(now_s, job, Route(job.offloaded))
+            self._again(now_s, job, scheduler.lost(now_s, job.input_tokens, job.pd.index, job.chain, job.offloaded))
 
-    def _repair(self, now_s: float, repaired: tuple[WholePrefill | ChunkedPrefill | DecodeStage, int]) -> None:
-        stage, instance = repaired
-        stage.open(now_s, instance)
+    def _repair(self, now_s: float, fault: Fault) -> None:
+        self._scheduler.repaired(now_s, fault.pool, fault.cluster, fault.instance)
+        place = self._prfaas_clusters[fault.cluster] if fault.pool == "prfaas" else self._pd_clusters[fault.cluster]
+        stage = self._pd_clusters[fault.cluster].decode if fault.pool == "pd_d" else place.prefill
+        stage.open(now_s, fault.instance)
 
-    def give_up_stalled(self, now_s: float, after_s: float) -> None:
-        """Prefill anew, in the PD cluster, what a link that has been down for `after_s` holds up, where that is sooner."""
-        for prfaas in self._prfaas_clusters:
-            if prfaas.link.capacity > 0:
-                prfaas.down_since_s = math.inf
-                continue
-            prfaas.down_since_s = min(prfaas.down_since_s, now_s)
-            if now_s - prfaas.down_since_s < after_s:
-                continue
-            for flow in prfaas.link.flows():
-                job = flow.payload
-                if not isinstance(job, Job):
-                    continue  # a copy between caches, for which nobody waits
-                # A running prefill is left to end: its transfer may yet find the link repaired.
-                running = not flow.draining or job.prefill_end_s < 0 or job.parts > 1
-                if running or not job.offloaded or not job.pd.prefill.serving:
-                    continue
-                # An outage is expected to last as long as it has lasted: worse than prefilling anew only if that is done sooner. What
-                # is stalled is late already, so it takes idle instances only; in a queue it would make others late as well.
-                anew_s = job.pd.tables.prefill_s[job.input_tokens]
-                idle = job.pd.prefill.predicted_wait_s(now_s) <= 0
-                if idle and anew_s < now_s - prfaas.down_since_s:
-                    prfaas.link.cancel(now_s, flow)
-                    self._again(now_s, job, Route(False))
+    def give_up_stalled(self, now_s: float) -> None:
+        """Offer the scheduler what a link that is down holds up, and prefill anew what it gives up."""
+        for index in self._scheduler.overdue(now_s):
+            link = self._prfaas_clusters[index].link
+            flows = [flow for flow in link.flows() if _stalled(flow)]
+            jobs: list[Job] = [flow.payload for flow in flows]
+            stalled = [StalledTransfer(job.id, job.pd.index, job.input_tokens, job.chain) for job in jobs]
+            decided = {transfer.id: decision for transfer, decision in self._scheduler.give_up(now_s, index, stalled)}
+            for flow, job in zip(flows, jobs, strict=True):
+                if job.id in decided:
+                    link.cancel(now_s, flow)
+                    self._again(now_s, job, decided[job.id])
+
+
+def _stalled(flow: Flow) -> bool:
+    """Whether a request waits for this flow alone: its prefill has ended, and this is the last of its transfers.
+
+    A running prefill is left to end, for its transfer may yet find the link repaired; nobody waits for a copy between caches.
+    """
+    job = flow.payload
+    return isinstance(job, Job) and job.offloaded and flow.draining and job.prefill_end_s >= 0 and job.parts <= 1

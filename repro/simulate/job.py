@@ -23,6 +23,7 @@ class Job:
     offloaded: bool = False
     fell_back: bool = False
     prfaas: Any = None
+    decision: Any = None
     flow: Any = None
     parts: int = 0
     work_tokens: int = 0

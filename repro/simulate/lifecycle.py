@@ -6,15 +6,12 @@ Each method is what one stage calls when it is done with a job; none decides any
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from repro.kvcache.pool import HybridPool
 from repro.simulate.events import EventQueue
 from repro.simulate.job import Job
 from repro.simulate.ledger import RequestLedger
-
-if TYPE_CHECKING:
-    from repro.simulate.clusters import PdClusterState, PrfaasClusterState
+from repro.simulate.resources import PdResources, PrfaasResources
 
 
 class RequestLifecycle:
@@ -31,14 +28,14 @@ class RequestLifecycle:
 
     def remote_began(self, now_s: float, job: Job) -> None:
         """The first piece of an offloaded prefill exists."""
-        prfaas: PrfaasClusterState = job.prfaas
+        prfaas: PrfaasResources = job.prfaas
         job.flow = prfaas.link.produce(
             now_s, job.prefill_worker, job.kv_bytes, job.kv_bytes / job.work_s, self._sent, job
         )
 
     def remote_ended(self, now_s: float, job: Job) -> None:
         """An offloaded prefill has ended; what is unsent drains."""
-        prfaas: PrfaasClusterState = job.prfaas
+        prfaas: PrfaasResources = job.prfaas
         if prfaas.cache is not None and job.chain is not None:
             _keep(prfaas.cache, job)
         if self._whole:
@@ -48,7 +45,7 @@ class RequestLifecycle:
 
     def remote_part(self, now_s: float, job: Job, done: int, tokens: int) -> None:
         """A chunk of an offloaded prefill has ended; its KVCache goes at once, the fixed-size state with the last chunk."""
-        kv = job.prfaas.tables.kv_bytes
+        kv = job.prfaas.state.tables.kv_bytes
         size = kv[done + tokens] - kv[done]
         if done + tokens >= job.work_tokens:
             size = max(job.kv_bytes - (kv[done] - kv[0]), 1.0)
@@ -61,12 +58,12 @@ class RequestLifecycle:
             self._sent(now_s, job)
 
     def _sent(self, now_s: float, job: Job) -> None:
-        prfaas: PrfaasClusterState = job.prfaas
+        prfaas: PrfaasResources = job.prfaas
         job.flow = None
         self._events.at(now_s + prfaas.half_rtt_s, self._delivered, job)
 
     def _delivered(self, now_s: float, job: Job) -> None:
-        pd: PdClusterState = job.pd
+        pd: PdResources = job.pd
         job.delivered_s = now_s
         if pd.cache is not None and job.chain is not None:
             # One state has crossed, that at the end: no checkpoint inside the prompt appears.
@@ -75,7 +72,7 @@ class RequestLifecycle:
 
     def local_ended(self, now_s: float, job: Job) -> None:
         """A prefill in the PD cluster has ended; its RDMA is no bottleneck (equation 4)."""
-        pd: PdClusterState = job.pd
+        pd: PdResources = job.pd
         if pd.cache is not None and job.chain is not None:
             _keep(pd.cache, job)
         job.delivered_s = now_s
@@ -83,7 +80,7 @@ class RequestLifecycle:
 
     def finished(self, now_s: float, job: Job) -> None:
         """The last token is out."""
-        pd: PdClusterState = job.pd
+        pd: PdResources = job.pd
         pd.finished += 1
         pd.finished_tokens += job.output_tokens
         if job.kept_chain and pd.cache is not None:

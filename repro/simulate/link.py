@@ -114,10 +114,11 @@ class Sender:
 
 
 class SharedLink:
-    """One direction of a link during a run. Inside, rates are in bytes/s."""
+    """One direction of a link during a run. Inside, rates are in bytes/s. `changed(up)`, if set, is called at every change of its rate."""
 
     def __init__(self, spec: SharedLinkSpec, events: EventQueue) -> None:
         self.spec = spec
+        self.changed: Callable[[bool], None] | None = None
         self.capacity = spec.rate_bps / 8
         self.bytes_sent = 0.0
         self.offered_bytes = 0.0
@@ -237,6 +238,8 @@ class SharedLink:
         self._advance(now_s)
         self.capacity = capacity
         self._divide(now_s)
+        if self.changed is not None:
+            self.changed(capacity > 0)
 
     def _available(self, flow: Flow) -> float:
         return flow.supply * (self._at_s - flow.began_s)

@@ -8,72 +8,26 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
-from repro.scheduling.placement import Placement
 from repro.simulate.events import EventQueue
 from repro.simulate.job import NOT_YET, Job
 
 OnJob = Callable[[float, Job], None]
 
 
-class PrefillStage(Protocol):
-    """What the simulation asks of a pool of prefill instances."""
-
-    members: dict[int, deque[Job]]
-
-    def assign(self, now_s: float, job: Job, preferred: int | None = None) -> None:
-        """Queue a job at an instance. LookupError when there is none."""
-        ...
-
-    def predicted_wait_s(self, now_s: float) -> float:
-        """Seconds until the next job given could start."""
-        ...
-
-    def waiting_s(self, now_s: float) -> float:
-        """Promised work that is left, in seconds per instance."""
-        ...
-
-    def open(self, now_s: float, instance: int) -> None:
-        """Let an instance serve."""
-        ...
-
-    def close(self, now_s: float, instance: int, drained: Callable[[float, int], None]) -> None:
-        """Give an instance nothing new, and call `drained` when it has finished what it has."""
-        ...
-
-    def fail(self, now_s: float, instance: int) -> list[Job]:
-        """Stop an instance at once; returns the jobs that it loses."""
-        ...
-
-
 class _Stage:
-    def __init__(self, events: EventQueue, placement: Placement, ended: OnJob) -> None:
+    def __init__(self, events: EventQueue, ended: OnJob) -> None:
         self.members: dict[int, deque[Job]] = {}
         self._events = events
-        self._placement = placement
         self._ended = ended
         self._closing: dict[int, Callable[[float, int], None]] = {}
 
-    @property
-    def serving(self) -> int:
-        """Instances that take work."""
-        return len(self._placement.free_at_s)
-
-    def predicted_wait_s(self, now_s: float) -> float:
-        free_at = self._placement.free_at_s
-        return max(min(free_at.values()) - now_s, 0.0) if free_at else float("inf")
-
-    def waiting_s(self, now_s: float) -> float:
-        free_at = self._placement.free_at_s
-        return sum([at - now_s for at in free_at.values() if at > now_s]) / len(free_at) if free_at else 0.0
-
-    def open(self, now_s: float, instance: int) -> None:
+    def open(self, now_s: float, instance: int) -> None:  # noqa: ARG002
+        """Let an instance serve."""
         self.members[instance] = deque()
-        self._placement.add(instance, now_s)
 
     def close(self, now_s: float, instance: int, drained: Callable[[float, int], None]) -> None:
-        self._placement.remove(instance)
+        """Call `drained` when an instance, which gets nothing new, has finished what it has."""
         self._closing[instance] = drained
         if not self.members[instance]:
             self._leave(now_s, instance)
@@ -83,7 +37,7 @@ class _Stage:
         self._closing.pop(instance)(now_s, instance)
 
     def fail(self, now_s: float, instance: int) -> list[Job]:  # noqa: ARG002
-        self._placement.remove(instance)
+        """Stop an instance at once; returns the jobs that it loses."""
         self._closing.pop(instance, None)
         lost = list(self.members.pop(instance, ()))
         for job in lost:
@@ -94,27 +48,22 @@ class _Stage:
 class WholePrefill(_Stage):
     """First come, first served, one request at a time. `began(now, job)` is called when a job's first piece exists, if wanted."""
 
-    def __init__(
-        self,
-        events: EventQueue,
-        placement: Placement,
-        ended: OnJob,
-        began: OnJob | None = None,
-        first_piece: float = 0.0,
-    ) -> None:
-        super().__init__(events, placement, ended)
+    def __init__(self, events: EventQueue, ended: OnJob, began: OnJob | None = None, first_piece: float = 0.0) -> None:
+        super().__init__(events, ended)
         self._began = began
         self._first_piece = first_piece
 
-    def assign(self, now_s: float, job: Job, preferred: int | None = None) -> None:
-        """Write down when the job starts and ends."""
-        work_s = job.work_s
-        instance = self._placement.take(now_s, work_s, preferred)
-        end_s = self._placement.free_at_s[instance]
+    def assign(self, now_s: float, job: Job, instance: int) -> None:
+        """Queue a job at an instance: write down when it starts and ends."""
+        work_s, queue = job.work_s, self.members[instance]
+        end_s = now_s
+        if queue and queue[-1].prefill_end_s > now_s:
+            end_s = queue[-1].prefill_end_s
+        end_s += work_s
         job.prefill_worker = instance
         job.prefill_start_s = start_s = end_s - work_s if end_s - work_s > now_s else now_s
         job.prefill_end_s = end_s
-        self.members[instance].append(job)
+        queue.append(job)
         if self._began is not None:
             self._events.at(start_s + work_s * self._first_piece, self._begin, job)
         self._events.at(end_s, self._end, job)
@@ -144,22 +93,20 @@ class ChunkedPrefill(_Stage):
     def __init__(
         self,
         events: EventQueue,
-        placement: Placement,
         ended: OnJob,
         chunk_tokens: int,
         chunk_s: Callable[[int, int], float],
         part: Callable[[float, Job, int, int], None] | None = None,
     ) -> None:
-        super().__init__(events, placement, ended)
+        super().__init__(events, ended)
         self._chunk_tokens = chunk_tokens
         self._chunk_s = chunk_s
         self._part = part
         self._turn: dict[int, tuple[Job, int, float]] = {}
         self._done: dict[int, int] = {}
 
-    def assign(self, now_s: float, job: Job, preferred: int | None = None) -> None:
+    def assign(self, now_s: float, job: Job, instance: int) -> None:
         """Join the instance's round."""
-        instance = self._placement.take(now_s, job.work_s, preferred)
         job.prefill_worker = instance
         job.prefill_start_s = NOT_YET
         self._done[job.id] = 0

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import gc
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from repro.errors import UserError
-from repro.simulate.clusters import PdClusterState, PrfaasClusterState
+from repro.kvcache.pool import HybridPool
+from repro.scheduling.scheduler import CacheIndices, Scheduler
 from repro.simulate.control import Control, Sample
 from repro.simulate.dispatch import Dispatch
 from repro.simulate.events import EventQueue
@@ -22,6 +24,7 @@ from repro.simulate.ledger import RequestLedger
 from repro.simulate.lifecycle import RequestLifecycle
 from repro.simulate.rebalance import Rebalancing
 from repro.simulate.records import Sink
+from repro.simulate.resources import PdResources, PrfaasResources
 from repro.simulate.spec import SimulationSpec
 from repro.workload.stream import RequestBatch
 
@@ -54,24 +57,39 @@ class Simulation:
         self.spec = spec
         self.events = events = EventQueue()
         self._ledger = ledger = RequestLedger(sink)
-        lifecycle = RequestLifecycle(events, ledger, spec.chunk_tokens is None)
-        shares = sum(pd.share for pd in spec.pd)
-        self.prfaas_clusters = prfaas_clusters = [
-            PrfaasClusterState(i, prfaas, spec, events, lifecycle) for i, prfaas in enumerate(spec.prfaas)
-        ]
-        self.pd_clusters = pd_clusters = [
-            PdClusterState(i, pd, pd.share / shares, spec, events, lifecycle, prfaas_clusters)
-            for i, pd in enumerate(spec.pd)
-        ]
-        rebalance = spec.scheduler.rebalance
-        self.rebalancing = (
-            Rebalancing(rebalance, pd_clusters, prfaas_clusters, events, ledger) if rebalance.enabled else None
+        pd_pools = [HybridPool(spec.cache) if spec.cache else None for _ in spec.pd]
+        prfaas_pools = [HybridPool(spec.cache) if spec.cache else None for _ in spec.prfaas]
+        self.scheduler = scheduler = Scheduler(
+            spec.scheduler, spec.pd, spec.prfaas, _indices(spec, pd_pools, prfaas_pools)
         )
-        asked = self.rebalancing.asked if self.rebalancing else None
-        self._dispatch = Dispatch(spec.scheduler, pd_clusters, prfaas_clusters, events, ledger, asked)
+        lifecycle = RequestLifecycle(events, ledger, spec.chunk_tokens is None)
+        self.prfaas_clusters = [
+            PrfaasResources(
+                cluster,
+                state,
+                pool,
+                spec,
+                events,
+                lifecycle.remote_began,
+                lifecycle.remote_part,
+                lifecycle.remote_ended,
+            )
+            for cluster, state, pool in zip(spec.prfaas, scheduler.prfaas, prfaas_pools, strict=True)
+        ]
+        self.pd_clusters = [
+            PdResources(cluster, state, pool, spec, events, lifecycle.local_ended, lifecycle.finished)
+            for cluster, state, pool in zip(spec.pd, scheduler.pd, pd_pools, strict=True)
+        ]
+        clusters = self.pd_clusters, self.prfaas_clusters
+        for prfaas in self.prfaas_clusters:
+            prfaas.link.changed = partial(scheduler.link_changed, prfaas.index)
+        self.rebalancing = (
+            Rebalancing(scheduler, *clusters, events, ledger) if spec.scheduler.rebalance.enabled else None
+        )
+        self._dispatch = Dispatch(scheduler, *clusters, events, ledger)
         lifecycle.go_on = self._dispatch.go_on
-        faults = Faults(spec.faults, pd_clusters, prfaas_clusters, events, self._dispatch)
-        self._control = Control(spec.scheduler, pd_clusters, prfaas_clusters, events, ledger, faults.give_up_stalled)
+        faults = Faults(spec.faults, scheduler, *clusters, events, self._dispatch)
+        self._control = Control(scheduler, *clusters, events, ledger, faults.give_up_stalled)
 
     def run(self, batches: Iterable[RequestBatch]) -> Summary:
         """Play all requests of the stream, whose arrivals must not go back in time, and then what is still under way."""
@@ -91,7 +109,7 @@ class Simulation:
         limit, overloaded = self.spec.limit_requests, False
         live = ledger.live
         for batch in batches:
-            self._cover(batch.longest_tokens())
+            self.scheduler.cover(batch.longest_tokens())
             chains, turns = batch.chains, batch.turns
             for i, (arrival_s, tokens, output) in enumerate(
                 zip(batch.arrival_s.tolist(), batch.input_tokens.tolist(), batch.output_tokens.tolist(), strict=True)
@@ -130,6 +148,15 @@ class Simulation:
             copied_bytes=self.rebalancing.copied_bytes if self.rebalancing else 0.0,
         )
 
-    def _cover(self, tokens: int) -> None:
-        for tables in [pd.tables for pd in self.pd_clusters] + [prfaas.tables for prfaas in self.prfaas_clusters]:
-            tables.cover(tokens)
+
+def _indices(
+    spec: SimulationSpec, pd: Sequence[HybridPool | None], prfaas: Sequence[HybridPool | None]
+) -> CacheIndices | None:
+    """The pools themselves tell the scheduler what they hold."""
+    if spec.cache is None:
+        return None
+    return CacheIndices(
+        spec.cache.block_tokens,
+        [pool for pool in pd if pool is not None],
+        [pool for pool in prfaas if pool is not None],
+    )

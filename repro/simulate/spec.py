@@ -4,45 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
-
-from numpy.typing import ArrayLike
+from typing import Literal
 
 from repro.errors import UserError
 from repro.kvcache.pool import CacheSpec
-from repro.scheduling.admission import AdmissionSpec
-from repro.scheduling.long_term import LongTermSpec
-from repro.scheduling.placement import PLACEMENTS
-from repro.scheduling.policies import Homogeneous, Naive, Router, Threshold
-from repro.scheduling.rebalance import RebalanceSpec
-from repro.scheduling.short_term import ShortTermSpec
+from repro.scheduling.policies import Homogeneous, Naive
+from repro.scheduling.spec import SchedulerSpec
+from repro.scheduling.tables import Profile
 from repro.simulate.link import SharedLinkSpec
-
-
-class Profile(Protocol):
-    """What the simulator asks of one model on one instance (`repro.profiles.base.PhaseProfile` fits)."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        ...
-
-    @property
-    def batch_max(self) -> int:
-        """BS_max of equation 5."""
-        ...
-
-    def prefill_s(self, tokens: ArrayLike) -> Any:
-        """T_prefill(l) in seconds."""
-        ...
-
-    def kv_bytes(self, tokens: ArrayLike) -> Any:
-        """S_kv(l) in bytes."""
-        ...
-
-    def decode_step_s(self, batch: int, context_tokens: float = 0.0) -> float:
-        """T_decode of one step in seconds."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -74,24 +43,6 @@ class PrfaasCluster:
     def __post_init__(self) -> None:
         if self.instances < 1:
             raise UserError(f"cluster.prfaas.instances: {self.instances} is below 1; leave the cluster out instead")
-
-
-@dataclass(frozen=True)
-class SchedulerSpec:
-    """The scheduler of every home. `fallback_s`: after so long an outage, transfers are given up and prefilled at home."""
-
-    router: Router = field(default_factory=Threshold)
-    threshold_tokens: float = 0.0
-    placement: str = "least_work"
-    short_term: ShortTermSpec = field(default_factory=ShortTermSpec)
-    long_term: LongTermSpec = field(default_factory=LongTermSpec)
-    admission: AdmissionSpec = field(default_factory=AdmissionSpec)
-    fallback_s: float | None = None
-    rebalance: RebalanceSpec = field(default_factory=RebalanceSpec)
-
-    def __post_init__(self) -> None:
-        if self.placement not in PLACEMENTS:
-            raise UserError(f"policy.placement: {self.placement!r} is unknown; accepted: {', '.join(PLACEMENTS)}")
 
 
 @dataclass(frozen=True)

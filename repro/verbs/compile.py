@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from repro import native
 from repro.errors import UserError
-from repro.simulate import native
 
 
 def main(argv: list[str]) -> int:

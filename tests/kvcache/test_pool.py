@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from repro.errors import UserError
 from repro.kvcache.pool import CacheSpec, GroupSpec, HybridPool
-from repro.scheduling.kvcache_manager import KVCacheManager, Replica
 
 MLA = GroupSpec("mla", "block", 1024.0)
 KDA = GroupSpec("kda", "request", 4 * 1024.0)
@@ -132,60 +131,6 @@ def test_room_is_never_exceeded_and_no_block_is_kept_without_its_prefix(
         assert cache.used_pages <= pages
         present = [(0, key) in cache._entries for key in keys]
         assert present == sorted(present, reverse=True)
-
-
-def test_a_replica_that_got_all_messages_answers_as_the_pool_does() -> None:
-    cache, replica = pool(MLA, KDA, checkpoint_blocks=2), Replica(needs_checkpoint=True)
-    cache.insert((1, 2, 3, 4, 5))
-    replica.apply((1, 2, 3, 4, 5), (), (2, 4, 5), ())
-    for n in range(6):
-        keys = tuple(range(1, n + 1))
-        assert cache.match_blocks(keys) == replica.match_blocks(keys)
-    replica.apply((), (3, 4, 5), (), (4, 5))
-    assert replica.match_blocks((1, 2, 3, 4, 5)) == 2
-
-
-def test_the_directory_fetches_the_longest_prefix_and_only_what_is_missing() -> None:
-    here, there = pool(MLA), pool(MLA)
-    here.insert((1, 2))
-    there.insert((1, 2, 3, 4, 5))
-    directory = KVCacheManager({"pd": here, "prfaas": there}, lambda blocks: 100.0 + 10.0 * blocks)
-    move = directory.fetch("pd", (1, 2, 3, 4, 5, 6))
-    assert move is not None
-    assert (move.source, move.blocks, move.size_bytes) == ("prfaas", 5, 100.0 + 30.0)
-    assert directory.fetch("prfaas", (1, 2, 3)) is None
-
-
-def test_rebalancing_proposes_what_was_lacked_most_often_within_its_budget() -> None:
-    here, there = pool(MLA), pool(MLA)
-    there.insert((1, 2, 3))
-    there.insert((7, 8, 9))
-    directory = KVCacheManager({"pd": here, "prfaas": there}, lambda blocks: 10.0 * blocks)
-    for _ in range(5):
-        directory.lacked("pd", (1, 2, 3, 4), 0)
-    directory.lacked("pd", (7, 8, 9), 0)
-    (move,) = directory.rebalance(budget_bytes=30.0)
-    assert move.chain == (1, 2, 3)
-    assert directory.rebalance(1e9) == []
-
-
-def test_nothing_is_proposed_between_clusters_that_no_link_joins() -> None:
-    pools = {name: pool(MLA) for name in ("pd0", "pd1", "prfaas")}
-    pools["pd0"].insert((1, 2, 3))
-    pools["prfaas"].insert((1, 2))
-    directory = KVCacheManager(pools, lambda blocks: 10.0 * blocks, linked=lambda a, b: "prfaas" in (a, b))
-    move = directory.fetch("pd1", (1, 2, 3))
-    assert move is not None
-    assert (move.source, move.blocks) == ("prfaas", 2)
-
-
-def test_a_move_weighs_the_state_that_is_missing_not_the_blocks_that_are_there() -> None:
-    here, there = pool(MLA, KDA), pool(MLA, KDA)
-    there.insert((1, 2, 3))
-    here.insert((1, 2, 3, 4))
-    move = KVCacheManager({"pd": here, "prfaas": there}, lambda blocks: 100.0 + 10.0 * blocks).fetch("pd", (1, 2, 3))
-    assert move is not None
-    assert move.size_bytes == 100.0
 
 
 def test_a_pool_without_a_block_level_group_is_refused() -> None:

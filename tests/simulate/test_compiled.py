@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from test_invariants import busy, everything, play
 
+from repro import native
 from repro.errors import UserError
-from repro.simulate import native
 
 
 def test_an_edit_of_any_compiled_source_leaves_the_build_aside(tmp_path: Path) -> None:

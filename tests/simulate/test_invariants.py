@@ -17,12 +17,13 @@ from repro.scheduling.long_term import LongTermSpec
 from repro.scheduling.placement import PLACEMENTS
 from repro.scheduling.policies import Homogeneous, LengthAware, Naive, Prfaas, RandomSplit, Router, Threshold
 from repro.scheduling.short_term import ShortTermSpec
+from repro.scheduling.spec import SchedulerSpec
 from repro.simulate.decode import DecodeStage, StepTimes
 from repro.simulate.events import EventQueue
 from repro.simulate.job import Job
 from repro.simulate.link import CapacityChange, SharedLinkSpec
 from repro.simulate.simulation import Simulation
-from repro.simulate.spec import Fault, PdCluster, PrfaasCluster, SchedulerSpec, SimulationSpec
+from repro.simulate.spec import Fault, PdCluster, PrfaasCluster, SimulationSpec
 from repro.simulate.stability import lambda_max
 from repro.workload.arrivals import Gamma, Poisson
 from repro.workload.outputs import FixedOutput, LogNormalOutput

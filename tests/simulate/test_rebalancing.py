@@ -11,10 +11,11 @@ from repro.errors import UserError
 from repro.kvcache.pool import CacheSpec, GroupSpec
 from repro.scheduling.policies import Prfaas, Threshold
 from repro.scheduling.rebalance import RebalanceSpec
+from repro.scheduling.spec import SchedulerSpec
 from repro.simulate.link import CapacityChange, SharedLinkSpec
 from repro.simulate.records import Table
 from repro.simulate.simulation import Simulation, Summary
-from repro.simulate.spec import Fault, PdCluster, SchedulerSpec, SimulationSpec
+from repro.simulate.spec import Fault, PdCluster, SimulationSpec
 from repro.workload.stream import Recorded, RequestBatch
 
 BLOCK = 100
@@ -96,7 +97,7 @@ def test_small_pools_that_evict_all_the_time_keep_their_pages_accounted(
         pinned = sum(bool(entry.pins) for entry in entries)
         assert min((entry.pins for entry in entries), default=0) >= 0
         # What is still leased or pinned is of copies that were under way when the last request left.
-        under_way = len(simulation.rebalancing._under_way) if simulation.rebalancing else 0
+        under_way = len(simulation.scheduler.caches.under_way) if simulation.scheduler.caches else 0
         assert (leased > 0) <= (under_way > 0)
         assert (pinned > 0) <= (under_way > 0)
 

@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 
 from repro.scheduling.policies import Homogeneous
+from repro.scheduling.spec import SchedulerSpec
 from repro.simulate.link import SharedLinkSpec
 from repro.simulate.records import Table
 from repro.simulate.simulation import Simulation, Summary
-from repro.simulate.spec import PdCluster, PrfaasCluster, SchedulerSpec, SimulationSpec
+from repro.simulate.spec import PdCluster, PrfaasCluster, SimulationSpec
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The simulator's hot modules, compiled from their own source: an optional speed-up that cannot differ from what the source says.
+"""The hot modules of scheduler and simulator, compiled from their own source: an optional speed-up that cannot change a result.
 
 `python -m repro compile` lets mypyc compile `MODULES` into a folder that is named by a digest of their sources and of this Python. Import
 looks for the folder of the sources as they are, and for nothing else: after an edit they run as Python again until they are compiled
@@ -27,16 +27,17 @@ from types import ModuleType
 from repro.errors import UserError
 
 MODULES = (
-    "clusters", "control", "decode", "dispatch", "events", "faults", "job", "ledger", "lifecycle", "link", "prefill", "rebalance",
-    "simulation",
+    *(f"scheduling.{name}" for name in ("clusters", "loops", "scheduler", "tables")),
+    *(f"simulate.{name}" for name in ("control", "decode", "dispatch", "events", "faults", "job", "ledger", "lifecycle", "link")),
+    *(f"simulate.{name}" for name in ("prefill", "rebalance", "resources", "simulation")),
 )  # fmt: skip
 _HERE = Path(__file__).resolve().parent
-_GROUP = "repro_simulate"
+_GROUP = "repro_native"
 
 
 def sources() -> list[Path]:
     """What is compiled."""
-    return [_HERE / f"{name}.py" for name in MODULES]
+    return [_HERE.joinpath(*name.split(".")).with_suffix(".py") for name in MODULES]
 
 
 def folder(files: Sequence[Path] | None = None) -> Path:
@@ -64,8 +65,9 @@ class _Finder(MetaPathFinder):
         return importlib.util.spec_from_file_location(fullname, file) if file else None
 
 
+@functools.cache
 def prefer() -> None:
-    """Let imports find the build, if there is one of today's sources; called before any of them is imported."""
+    """Let imports find the build, if there is one of today's sources; called by both rooms before any of them is imported."""
     if os.environ.get("REPRO_COMPILED") == "0" or not (built := folder()).is_dir():
         return
     files = {
@@ -101,8 +103,8 @@ def build() -> Path:
         raise UserError(f"compile: {target.parent} cannot be written ({error.strerror})") from error
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="compiling-") as made:
         done = subprocess.run(
-            [sys.executable, "-c", _SCRIPT, made, *(str(path.relative_to(_HERE.parents[1])) for path in sources())],
-            cwd=_HERE.parents[1], env=os.environ | {"REPRO_COMPILED": "0"}, capture_output=True, text=True, check=False,
+            [sys.executable, "-c", _SCRIPT, made, *(str(path.relative_to(_HERE.parent)) for path in sources())],
+            cwd=_HERE.parent, env=os.environ | {"REPRO_COMPILED": "0"}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
