@@ -26,6 +26,7 @@ from repro.transport.signals import ConnectionSignal, Laggards, read_signal
 from repro.transport.spec import BACKENDS, TransportSpec
 from repro.transport.wire import (
     ENVELOPE_BYTES,
+    MAX_REASON_BYTES,
     Envelope,
     Kind,
     PeerError,
@@ -34,6 +35,8 @@ from repro.transport.wire import (
     hold_buffer,
     read_exactly,
     read_into,
+    read_sealed,
+    sealed,
     set_timeouts,
     write_all,
 )
@@ -71,7 +74,7 @@ class Traffic(Protocol):
         """A data connection is gone, and with it whatever of its bytes was not acknowledged."""
 
     def heard(self, envelope: Envelope, text: str) -> None:
-        """The receiver said something."""
+        """The receiver said something. Raises PeerError for what it cannot mean."""
 
     def tick(self) -> None:
         """A little time has passed."""
@@ -186,7 +189,7 @@ class Connections:
             backend = BACKENDS.index(spec.backend)
             hello = Hello(role, slot, self._session, self._traffic.oldest(), backend)
             answer = introduce(sock, hello, self._secret, timeout_s)
-            set_timeouts(sock, 3 * spec.heartbeat_s + spec.stall_s if role is Role.CONTROL else None, None)
+            set_timeouts(sock, spec.silence_s if role is Role.CONTROL else None, None)
         except (PeerError, OSError):
             close(sock)
             raise
@@ -285,10 +288,13 @@ class Connections:
                     envelope = Envelope.unpack(head)
                     text = ""
                     if envelope.kind is Kind.REFUSED:
-                        text = read_exactly(sock, min(envelope.length, 1000)).decode(errors="replace")
+                        if envelope.length > MAX_REASON_BYTES:
+                            raise PeerError(f"a reason of {envelope.length} bytes, {MAX_REASON_BYTES} are accepted")
+                        text = read_sealed(sock, envelope.length).decode(errors="replace")
                     self._traffic.heard(envelope, text)
             except (PeerError, OSError) as error:
                 if not self._closed.is_set():
+                    self.last_problem = f"control connection: {error}"
                     log.info("control connection lost: %s", error)
             with self._lock:
                 self._control = None
@@ -343,7 +349,7 @@ def _encoded(batch: Batch, *, with_payload: bool) -> list[bytes | memoryview]:
             buffers.append(Envelope(Kind.CANCEL, transfer.number, oldest=oldest).head())
         elif (manifest := transfer.manifest) is not None:
             envelope = Envelope(Kind.MANIFEST, transfer.number, length=len(manifest), oldest=oldest)
-            buffers += (envelope.head(), manifest)
+            buffers += (envelope.head(), sealed(manifest))
     return buffers
 
 

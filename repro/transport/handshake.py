@@ -3,10 +3,13 @@
 Either side proves that it knows the shared secret by an HMAC over everything said so far, both nonces included, so that
 nothing recorded can be played again and neither side's proof can be thrown back at it. The secret alone keeps strangers
 out of a trusted network; it hides nothing and does not protect what follows. TLS does both.
+
+A receiver that does not let a sender in says why, in place of its next word, so that "busy" is not taken for "forbidden".
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import socket
@@ -21,13 +24,17 @@ from typing import Final
 from repro.errors import UserError
 from repro.transport.wire import PeerError, close, read_exactly
 
-# magic, version, role, backend, slot, segment bytes, session, nonce, oldest
+# magic, version, role, backend, slot, session, nonce, oldest
 _HELLO: Final = struct.Struct("<6sHBBH16s32sQ")
-_CHALLENGE: Final = struct.Struct("<32s16s")  # nonce, receiver
+_CHALLENGE: Final = struct.Struct("<B32s")  # refusal, nonce
 _PROOF_BYTES: Final = 32
-_WELCOME: Final = struct.Struct("<32s16sQ")  # proof, token of the session's memory, window
+_WELCOME: Final = struct.Struct("<B32s16sQ")  # refusal, proof, token of the session's memory, window
+_TERMS: Final = struct.Struct("<16sQ")  # of a welcome, what its proof is over
 _MAGIC: Final = b"PRFAAS"
-_VERSION: Final = 2
+_VERSION: Final = 3
+# What a receiver with no room for another TLS handshake says: a fatal alert, "internal error", in the clear.
+_BUSY_ALERT: Final = bytes((21, 3, 3, 0, 2, 2, 80))
+_BUSY_REASON: Final = "TLSV1_ALERT_INTERNAL_ERROR"
 
 
 class Role(IntEnum):
@@ -35,6 +42,42 @@ class Role(IntEnum):
 
     DATA = 0
     CONTROL = 1
+
+
+class Refusal(IntEnum):
+    """Why a receiver does not let a connection in; its text is the sender's to say."""
+
+    NONE = 0
+    BUSY = 1
+    SECRET = 2
+    SENDERS = 3
+    CONNECTIONS = 4
+    BACKEND = 5
+    VERSION = 6
+
+    @property
+    def text(self) -> str:
+        """In the sender's words."""
+        return _REFUSALS[self]
+
+
+_REFUSALS: Final = {
+    Refusal.NONE: "the receiver lets it in",
+    Refusal.BUSY: "the receiver is busy: as many connections as it serves at once are in their handshake",
+    Refusal.SECRET: "the receiver refused the secret",
+    Refusal.SENDERS: "the receiver is busy: as many senders as it takes are there (transport.limits.max_sessions)",
+    Refusal.CONNECTIONS: "the receiver takes no more connections of one sender (transport.limits.max_connections)",
+    Refusal.BACKEND: "the receiver takes KVCache by another transport.backend",
+    Refusal.VERSION: "the receiver speaks another version of the handshake",
+}
+
+
+class RefusedError(PeerError):
+    """A peer that is not let in, and is told so."""
+
+    def __init__(self, refusal: Refusal, message: str) -> None:
+        self.refusal = refusal
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -73,20 +116,29 @@ def introduce(sock: socket.socket, hello: Hello, secret: bytes, timeout_s: float
         os.urandom(32),
         hello.oldest,
     )
-    try:
-        sock.sendall(first)
-        challenge = bytes(read_exactly(sock, _CHALLENGE.size, deadline))
-        said = first + challenge
-        sock.sendall(_proof(secret, b"sender", said))
-        answer = read_exactly(sock, _WELCOME.size, deadline)
-    except OSError as error:
-        raise PeerError(f"the receiver closed during the handshake ({error.strerror or error})") from None
-    except PeerError as error:
-        raise PeerError(f"the receiver refused the secret or certificate, or is no receiver: {error}") from None
-    proof, token, window = _WELCOME.unpack(answer)
-    if not hmac.compare_digest(proof, _proof(secret, b"receiver", said + token)):
+    challenge = _ask(sock, first, _CHALLENGE.size, deadline)
+    said = first + challenge
+    answer = _ask(sock, _proof(secret, b"sender", said), _WELCOME.size, deadline)
+    _, proof, token, window = _WELCOME.unpack(answer)
+    if not hmac.compare_digest(proof, _proof(secret, b"receiver", said + _TERMS.pack(token, window))):
         raise PeerError("the receiver does not know the shared secret")
     return Welcome(token, window)
+
+
+def _ask(sock: socket.socket, words: bytes, size: int, deadline: float) -> bytes:
+    """Say something and read the answer. Raises PeerError, in the receiver's words where it says why it refuses."""
+    # A receiver that has refused and closed already fails the sending, but what it said before can be read.
+    with contextlib.suppress(OSError):
+        sock.sendall(words)
+    try:
+        first = read_exactly(sock, 1, deadline)
+        rest = b"" if first[0] else read_exactly(sock, size - 1, deadline)
+    except PeerError as error:
+        raise PeerError(f"no answer to the handshake, neither a welcome nor a refusal: {error}") from None
+    if first[0]:
+        known = first[0] in set(Refusal)
+        raise PeerError(Refusal(first[0]).text if known else "what answers is no receiver, or one that speaks TLS only")
+    return bytes(first + rest)
 
 
 def examine(sock: socket.socket, secret: bytes, timeout_s: float) -> tuple[Hello, bytes]:
@@ -97,10 +149,12 @@ def examine(sock: socket.socket, secret: bytes, timeout_s: float) -> tuple[Hello
     if magic != _MAGIC:
         raise PeerError(f"garbage instead of a handshake ({first[:8]!r})")
     if version != _VERSION:
-        raise PeerError(f"speaks version {version} of the handshake, only {_VERSION} is spoken here")
+        raise RefusedError(
+            Refusal.VERSION, f"speaks version {version} of the handshake, only {_VERSION} is spoken here"
+        )
     if role not in (Role.DATA, Role.CONTROL):
         raise PeerError(f"asks for an unknown role, {role}")
-    challenge = _CHALLENGE.pack(os.urandom(32), bytes(16))
+    challenge = _CHALLENGE.pack(Refusal.NONE, os.urandom(32))
     said = first + challenge
     try:
         sock.sendall(challenge)
@@ -108,17 +162,23 @@ def examine(sock: socket.socket, secret: bytes, timeout_s: float) -> tuple[Hello
     except OSError as error:
         raise PeerError(f"closed during the handshake ({error.strerror or error})") from None
     if not hmac.compare_digest(proof, _proof(secret, b"sender", said)):
-        raise PeerError("wrong secret")
+        raise RefusedError(Refusal.SECRET, "wrong secret")
     return Hello(Role(role), slot, session, oldest, backend), said
 
 
 def welcome(sock: socket.socket, welcome: Welcome, secret: bytes, said: bytes) -> None:
     """The receiver's last word, which proves that it knows the secret too. Raises PeerError."""
-    proof = _proof(secret, b"receiver", said + welcome.token)
+    proof = _proof(secret, b"receiver", said + _TERMS.pack(welcome.token, welcome.window_bytes))
     try:
-        sock.sendall(_WELCOME.pack(proof, welcome.token, welcome.window_bytes))
+        sock.sendall(_WELCOME.pack(Refusal.NONE, proof, welcome.token, welcome.window_bytes))
     except OSError as error:
         raise PeerError(f"closed during the handshake ({error.strerror or error})") from None
+
+
+def turn_away(sock: socket.socket, refusal: Refusal, *, before_tls: bool = False) -> None:
+    """Tell a peer why it is not let in, as far as it still listens: one packet, which is never waited for."""
+    with contextlib.suppress(OSError):
+        sock.sendall(_BUSY_ALERT if before_tls else bytes((refusal,)))
 
 
 def tls_context(folder: str, *, receiver: bool) -> ssl.SSLContext:
@@ -150,6 +210,8 @@ def encrypt(sock: socket.socket, context: ssl.SSLContext, *, receiver: bool, tim
         wrapped = context.wrap_socket(sock, server_side=receiver, server_hostname=name)
     except (ssl.SSLError, OSError) as error:
         close(sock)
+        if getattr(error, "reason", None) == _BUSY_REASON:
+            raise PeerError(Refusal.BUSY.text) from None
         raise PeerError(f"TLS handshake failed ({error})") from None
     wrapped.settimeout(None)
     return wrapped

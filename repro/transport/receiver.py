@@ -21,7 +21,18 @@ from types import TracebackType
 
 from repro.kvcache.frames import Manifest, Piece, block_digests
 from repro.transport.arena import Arena, Block
-from repro.transport.handshake import Hello, Role, Welcome, encrypt, examine, tls_context, welcome
+from repro.transport.handshake import (
+    Hello,
+    Refusal,
+    RefusedError,
+    Role,
+    Welcome,
+    encrypt,
+    examine,
+    tls_context,
+    turn_away,
+    welcome,
+)
 from repro.transport.remote_memory import Target, open_target, send_description
 from repro.transport.session import Claim, Failure, Outbox, PieceArrival, Session, Whole
 from repro.transport.spec import BACKENDS, TransportSpec
@@ -36,6 +47,7 @@ from repro.transport.wire import (
     hold_buffer,
     read_exactly,
     read_into,
+    read_sealed,
     set_timeouts,
 )
 
@@ -235,6 +247,7 @@ class Receiver:
                     self._sockets.add(sock)
             if not welcome_to_try:
                 self._refuse_peer(address, f"{_MAX_STRANGERS} connections are in their handshake already")
+                turn_away(sock, Refusal.BUSY, before_tls=self._tls is not None)
                 close(sock)
                 continue
             self._start(lambda sock=sock, address=address: self._serve(sock, address))  # type: ignore[misc]
@@ -264,16 +277,19 @@ class Receiver:
             with self._lock:
                 self._strangers -= 1
             stranger = False
-            set_timeouts(current, self._limits.segment_timeout_s, self._spec.stall_s * 4)
             if hello.role is Role.CONTROL:
+                set_timeouts(current, None, 4 * self._spec.stall_s)
                 outbox: Outbox = queue.SimpleQueue()
                 session.speak_through(outbox, hello.oldest)
                 self._speak(current, outbox)
             else:
+                set_timeouts(current, self._patience_s(current), None)
                 if not self._spec.receive_buffer_bytes:
                     hold_buffer(current, socket.SO_RCVBUF, self._spec.connections)
                 self._read(current, session, hello.slot)
         except PeerError as error:
+            if isinstance(error, RefusedError):
+                turn_away(current, error.refusal)
             if not self._closed.is_set():
                 self._refuse_peer(address, str(error))
         except OSError as error:
@@ -294,6 +310,13 @@ class Receiver:
                     session.connections -= 1
                     session.alone_since_s = time.monotonic()
 
+    def _patience_s(self, sock: socket.socket) -> float:
+        """How long a wait for more bytes of a data connection may take; of a whole record, which has 16 KiB, under TLS."""
+        patience_s = self._limits.segment_timeout_s
+        if isinstance(sock, ssl.SSLSocket) and self._target is None:
+            patience_s = min(patience_s, self._spec.silence_s)
+        return patience_s
+
     def _speak(self, sock: socket.socket, outbox: Outbox) -> None:
         """Carry what the session has to say, and a pulse where there is nothing, until another connection does."""
         while True:
@@ -310,13 +333,13 @@ class Receiver:
     def _enrol(self, hello: Hello, sock: socket.socket) -> Session:
         """The connection's session; a connection that takes another's slot ends that one."""
         if hello.backend != BACKENDS.index(self._spec.backend):
-            raise PeerError(f"sends by another backend than {self._spec.backend}")
+            raise RefusedError(Refusal.BACKEND, f"sends by another backend than {self._spec.backend}")
         key = (hello.session, hello.role, hello.slot)
         with self._lock:
             session = self._sessions.get(hello.session)
             if session is None:
                 if len(self._sessions) >= self._limits.max_sessions:
-                    raise PeerError(f"{self._limits.max_sessions} senders are here already")
+                    raise RefusedError(Refusal.SENDERS, f"{self._limits.max_sessions} senders are here already")
                 session = self._sessions[hello.session] = Session(
                     os.urandom(16),
                     self._arena,
@@ -326,7 +349,7 @@ class Receiver:
                 )
             previous = self._slots.pop(key, None)
             if previous is None and session.connections > self._limits.max_connections:
-                raise PeerError(f"more than {self._limits.max_connections} connections")
+                raise RefusedError(Refusal.CONNECTIONS, f"more than {self._limits.max_connections} connections")
             self._slots[key] = sock
             session.connections += 1
         if previous is not None:
@@ -373,7 +396,7 @@ class Receiver:
                 limit = self._limits.max_manifest_bytes + 4096
                 if not 0 < envelope.length <= limit:
                     raise PeerError(f"a manifest of {envelope.length} bytes, {limit} are accepted")
-                packed = read_exactly(sock, envelope.length, time.monotonic() + patience)
+                packed = read_sealed(sock, envelope.length, time.monotonic() + patience)
                 session.close_with(envelope, packed)
             elif envelope.kind is Kind.CANCEL:
                 session.cancel(envelope.transfer)

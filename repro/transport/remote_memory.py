@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from repro.errors import UserError
-from repro.transport.wire import PeerError, read_exactly
+from repro.transport.wire import PeerError, read_sealed, sealed
 
 _LENGTH = struct.Struct("<I")
 _MAX_DESCRIPTION_BYTES = 1 << 20
@@ -103,17 +103,17 @@ def open_origin(backend: str, description: dict[str, Any], host: str, bounce_byt
 def send_description(sock: socket.socket, target: Target) -> None:
     """The receiver's part, after the handshake of a data connection."""
     text = json.dumps(target.describe()).encode()
-    sock.sendall(_LENGTH.pack(len(text)) + text)
+    sock.sendall(sealed(_LENGTH.pack(len(text))) + sealed(text))
 
 
 def read_description(sock: socket.socket, timeout_s: float) -> dict[str, Any]:
     """The sender's part. Raises PeerError."""
     deadline = time.monotonic() + timeout_s
-    (length,) = _LENGTH.unpack(read_exactly(sock, _LENGTH.size, deadline))
+    (length,) = _LENGTH.unpack(read_sealed(sock, _LENGTH.size, deadline))
     if length > _MAX_DESCRIPTION_BYTES:
         raise PeerError(f"a description of {length} bytes")
     try:
-        description = json.loads(read_exactly(sock, length, deadline))
+        description = json.loads(read_sealed(sock, length, deadline))
     except ValueError:
         raise PeerError("a description that is not JSON") from None
     if not isinstance(description, dict):

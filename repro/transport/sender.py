@@ -32,7 +32,7 @@ from repro.transport.outgoing import (
 from repro.transport.schedule import Schedule
 from repro.transport.signals import ConnectionSignal
 from repro.transport.spec import TransportSpec
-from repro.transport.wire import Envelope, Kind
+from repro.transport.wire import FROM_RECEIVER, Envelope, Kind, PeerError
 
 log = logging.getLogger("repro.transport")
 
@@ -419,12 +419,17 @@ class Sender:
             self._work.notify_all()
 
     def heard(self, envelope: Envelope, text: str) -> None:
-        """The receiver said something."""
+        """The receiver said something. Raises PeerError for what it cannot mean: the control connection ends."""
+        kind = envelope.kind
+        if kind not in FROM_RECEIVER:
+            raise PeerError(f"{kind.name} is not for a sender")
         with self._lock:
             transfer = self._transfers.get(envelope.transfer)
-            if transfer is None:
+            if transfer is None or kind is Kind.PULSE:
                 return
-            kind = envelope.kind
+            over = transfer.outcome is not None
+            if not over and (kind is Kind.RELEASED or (kind is Kind.DELIVERED and transfer.manifest is None)):
+                raise PeerError(f"{kind.name} of request {transfer.request_id}, which is still on its way")
             if kind is Kind.ACK:
                 self._acked(transfer, envelope.piece)
             elif kind is Kind.AGAIN and envelope.piece in transfer.pieces:
@@ -432,9 +437,9 @@ class Sender:
                 if not outgoing.acked:
                     outgoing.sent.clear()
                     self._push(transfer, outgoing, 0, outgoing.piece.payload.nbytes, again=True)
-            elif kind is Kind.DELIVERED and transfer.outcome is None:
+            elif kind is Kind.DELIVERED and not over:
                 self._delivered(transfer)
-            elif kind is Kind.REFUSED and transfer.outcome is None:
+            elif kind is Kind.REFUSED and not over:
                 self._fail(transfer, "refused", text)
             elif kind is Kind.RELEASED:
                 self._forget(transfer)

@@ -20,13 +20,14 @@ from repro.kvcache.frames import Assembly, FrameError, FrameHeader, Manifest, Pi
 from repro.transport.arena import Arena, Block
 from repro.transport.arriving import ArrivingPiece
 from repro.transport.spec import MAX_SEGMENT_BYTES, ReceiverLimits
-from repro.transport.wire import Envelope, Kind, PeerError
+from repro.transport.wire import MAX_REASON_BYTES, Envelope, Kind, PeerError, sealed
 
 log = logging.getLogger("repro.transport")
 
 _ATTEMPTS = 3
 _MAX_FINISHED = 1 << 16
-Outbox: TypeAlias = "queue.SimpleQueue[bytes | None]"  # None: another connection speaks now
+_MAX_UNSAID = 4096  # answers that wait for a control connection which does not take them
+Outbox: TypeAlias = "queue.SimpleQueue[bytes | None]"  # None: the control connection is to end
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,9 @@ class Session:
 
     def heard(self, oldest: int) -> None:
         """The sender has no interest in transfers below `oldest` any more."""
-        if oldest <= self._oldest:
-            return
-        with self._lock:
-            self._oldest = oldest
-            for number in [n for n in self._finished if n < oldest]:
-                del self._finished[number]
+        if oldest > self._oldest:
+            with self._lock:
+                self._forget_below(oldest)
 
     def claim(self, envelope: Envelope, raw_header: bytes | memoryview) -> Claim | None:
         """Where the segment belongs, or None where it is not wanted (late, repeated or refused).
@@ -210,7 +208,7 @@ class Session:
         for claim in claims:
             self.filled(claim, None)
 
-    def close_with(self, envelope: Envelope, packed: bytearray) -> None:
+    def close_with(self, envelope: Envelope, packed: bytes) -> None:
         """The manifest has come."""
         try:
             manifest = Manifest.unpack(packed, self._frame_limits)
@@ -250,18 +248,12 @@ class Session:
         """A new control connection (None: no more): it says again all that may have been lost with the one before."""
         with self._lock:
             previous, self._outbox = self._outbox, outbox
+            self._forget_below(oldest)
+            # As one entry that comes before all others. It may be long, but not longer than what the limits let us hold.
+            if outbox is not None and (known := self._all_that_was_said()):
+                outbox.put(known)
         if previous is not None:
             previous.put(None)
-        self.heard(oldest)
-        with self._lock:
-            for said in self._finished.values():
-                self._post(said)
-            for transfer in self._transfers.values():
-                for piece, incoming in transfer.pieces.items():
-                    if incoming.acknowledged:
-                        self._say(Envelope(Kind.ACK, transfer.number, piece))
-                    elif incoming.attempts:
-                        self._say(Envelope(Kind.AGAIN, transfer.number, piece))
 
     def abandon(self, reason: str) -> None:
         """The sender is gone for good: give its memory back."""
@@ -273,6 +265,22 @@ class Session:
             self.opened(slot)
 
     # Below, the lock is held.
+
+    def _forget_below(self, oldest: int) -> None:
+        if oldest > self._oldest:
+            self._oldest = oldest
+            for number in [n for n in self._finished if n < oldest]:
+                del self._finished[number]
+
+    def _all_that_was_said(self) -> bytes:
+        said = [words for finished in self._finished.values() for words in finished]
+        for transfer in self._transfers.values():
+            for piece, incoming in transfer.pieces.items():
+                if incoming.acknowledged:
+                    said.append(Envelope(Kind.ACK, transfer.number, piece).pack())
+                elif incoming.attempts:
+                    said.append(Envelope(Kind.AGAIN, transfer.number, piece).pack())
+        return b"".join(said)
 
     def _open(self, number: int) -> _Transfer | None:
         transfer = self._transfers.get(number)
@@ -315,8 +323,8 @@ class Session:
         request_id = -1 if transfer.request_id is None else transfer.request_id
         log.warning("refused request %d (transfer %d): %s", request_id, transfer.number, reason)
         transfer.dropped = True
-        text = reason.encode()[:1000]
-        said = Envelope(Kind.REFUSED, transfer.number, length=len(text)).pack() + text
+        text = reason.encode()[:MAX_REASON_BYTES]
+        said = Envelope(Kind.REFUSED, transfer.number, length=len(text)).pack() + sealed(text)
         self._finished[transfer.number] = [said]
         self._post([said])
         self._report(Failure(request_id, reason))
@@ -345,9 +353,16 @@ class Session:
         self._post([packed])
 
     def _post(self, said: list[bytes]) -> None:
-        if self._outbox is not None:
-            for words in said:
-                self._outbox.put(words)
+        outbox = self._outbox
+        if outbox is None:
+            return
+        if outbox.qsize() >= _MAX_UNSAID:
+            log.warning("ended a control connection whose sender did not take %d answers", _MAX_UNSAID)
+            self._outbox = None
+            outbox.put(None)
+            return
+        for words in said:
+            outbox.put(words)
 
     def _arrived(self, transfer: _Transfer, incoming: ArrivingPiece) -> None:
         """A piece is sealed: keep it, or have it sent again where its checksum does not hold."""

@@ -93,6 +93,11 @@ class TransportSpec:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise UserError(f"transport.{name}: {value}, a positive number or null is accepted")
 
+    @property
+    def silence_s(self) -> float:
+        """A connection that says nothing for so long, though heartbeats are due on it, is given up."""
+        return 3 * self.heartbeat_s + self.stall_s
+
     def secret_bytes(self) -> bytes:
         """The shared secret itself; empty where none is asked for. Raises UserError where it cannot be read."""
         if self.secret is None:

@@ -1,6 +1,9 @@
 """What crosses a connection: heads of fixed size, each followed by exactly the bytes that it announces.
 
-A head is an envelope and room for the frame header of the piece that it speaks of, so that one read fetches both.
+A head is an envelope and room for the frame header of the piece that it speaks of, so that one read fetches both. Heads,
+answers and texts carry checksums: TCP's own lets an altered segment pass now and then, and a middlebox computes a new
+one. Where a checksum does not hold nothing on that connection can be believed, so it ends, and its session resumes on
+the next: pieces that were acknowledged stay, the others are sent again. A payload has its piece's checksum.
 
 After its handshake a connection runs in one direction only. Data connections carry segments of pieces, manifests and
 cancellations to the decode side; one control connection per session carries acknowledgements back. So no thread ever
@@ -17,14 +20,18 @@ import time
 from enum import IntEnum
 from typing import Final, NamedTuple
 
+import xxhash
+
 from repro.kvcache.frames import HEADER_BYTES
 
-_MAGIC: Final = b"PKT1"
+_MAGIC: Final = b"PKT2"
 # magic, kind, reserved | transfer | oldest | offset | piece, length
 _ENVELOPE: Final = struct.Struct("<4sHHQQQII")
-ENVELOPE_BYTES: Final = _ENVELOPE.size
+_SEAL: Final = struct.Struct("<Q")  # xxh3_64 of all that follows it
+ENVELOPE_BYTES: Final = _SEAL.size + _ENVELOPE.size
 HEAD_BYTES: Final = ENVELOPE_BYTES + HEADER_BYTES
 LOCAL_BUFFER_BYTES: Final = 64 << 10  # of payload; Linux keeps as much again for its own books
+MAX_REASON_BYTES: Final = 1000
 NO_HEADER: Final = bytes(HEADER_BYTES)
 
 
@@ -36,7 +43,7 @@ class Kind(IntEnum):
     """What an envelope announces. The first group goes to the receiver, the second comes back from it."""
 
     SEGMENT = 1  # `length` bytes of the piece's payload from `offset`
-    MANIFEST = 2  # `length` bytes of a packed manifest
+    MANIFEST = 2  # `length` bytes of a packed manifest, and their checksum
     CANCEL = 3
     HEARTBEAT = 4
     RESERVE = 5  # asks where a backend that writes memory remotely may write the piece
@@ -44,10 +51,13 @@ class Kind(IntEnum):
     ACK = 16  # the piece is here and its checksum holds
     AGAIN = 17  # the piece came altered: send it again
     DELIVERED = 18  # the request is whole and handed over
-    REFUSED = 19  # `length` bytes of reason
+    REFUSED = 19  # `length` bytes of reason, and their checksum
     RELEASED = 20  # the request's memory is free again
     PULSE = 21
     PLACE = 22  # the answer to RESERVE: write at `offset`
+
+
+FROM_RECEIVER: Final = frozenset((Kind.ACK, Kind.AGAIN, Kind.DELIVERED, Kind.REFUSED, Kind.RELEASED, Kind.PULSE))
 
 
 class Envelope(NamedTuple):
@@ -62,30 +72,49 @@ class Envelope(NamedTuple):
 
     def pack(self) -> bytes:
         """The `ENVELOPE_BYTES` bytes of an answer. To the receiver goes a whole head: see `head`."""
-        return _ENVELOPE.pack(_MAGIC, self.kind, 0, self.transfer, self.oldest, self.offset, self.piece, self.length)
+        return self.head(b"")
 
     def head(self, raw_header: bytes = NO_HEADER) -> bytes:
         """The `HEAD_BYTES` bytes that go to the receiver."""
-        return self.pack() + raw_header
+        _, transfer, piece, offset, length, oldest = self
+        body = _ENVELOPE.pack(_MAGIC, self.kind, 0, transfer, oldest, offset, piece, length) + raw_header
+        return _SEAL.pack(xxhash.xxh3_64_intdigest(body)) + body
 
     @staticmethod
     def unpack(buf: bytes | bytearray | memoryview) -> Envelope:
-        """Raises PeerError where this is not an envelope."""
-        magic, kind, reserved, transfer, oldest, offset, piece, length = _ENVELOPE.unpack_from(buf)
+        """Read a whole answer or head. Raises PeerError where it is none, or was altered on its way."""
+        magic, kind, reserved, transfer, oldest, offset, piece, length = _ENVELOPE.unpack_from(buf, _SEAL.size)
         if magic != _MAGIC or reserved:
-            raise PeerError(f"garbage where an envelope should begin ({bytes(buf[:8])!r})")
+            raise PeerError(f"garbage where an envelope should begin ({bytes(buf[:16])!r})")
+        if _SEAL.unpack_from(buf)[0] != xxhash.xxh3_64_intdigest(memoryview(buf)[_SEAL.size :]):
+            raise PeerError("an envelope whose checksum does not hold: it was altered on its way")
         try:
             return Envelope(Kind(kind), transfer, piece, offset, length, oldest)
         except ValueError:
             raise PeerError(f"an envelope of unknown kind {kind}") from None
 
 
+def sealed(text: bytes) -> bytes:
+    """A text (a manifest, a reason) as it follows its envelope: with its checksum before it."""
+    return _SEAL.pack(xxhash.xxh3_64_intdigest(text)) + text
+
+
+def read_sealed(sock: socket.socket, size: int, deadline: float | None = None) -> bytes:
+    """A text of `size` bytes that `sealed` wrote. Raises PeerError as `read_exactly`, or where it was altered."""
+    raw = bytes(read_exactly(sock, _SEAL.size + size, deadline))
+    text = raw[_SEAL.size :]
+    if raw != sealed(text):
+        raise PeerError("a text whose checksum does not hold: it was altered on its way")
+    return text
+
+
 def read_into(sock: socket.socket, view: memoryview, deadline: float | None = None) -> bool:
     """Fill `view`. False where the peer closed before the first byte; PeerError where it closed or idled after it.
 
-    The socket's own receive timeout (`SO_RCVTIMEO`) bounds each wait; `deadline` (monotonic) bounds the whole.
+    The socket's own receive timeout (`set_timeouts`) bounds each wait; `deadline` (monotonic) bounds the whole.
     """
-    flags = 0 if isinstance(sock, ssl.SSLSocket) else socket.MSG_WAITALL
+    encrypted = isinstance(sock, ssl.SSLSocket)
+    flags = 0 if encrypted else socket.MSG_WAITALL
     done, size = 0, len(view)
     while done < size:
         if deadline is not None and time.monotonic() > deadline:
@@ -93,7 +122,7 @@ def read_into(sock: socket.socket, view: memoryview, deadline: float | None = No
         try:
             count = sock.recv_into(view[done:], size - done, flags)
         except (BlockingIOError, TimeoutError, ssl.SSLWantReadError):
-            if deadline is None:
+            if deadline is None or encrypted:
                 raise PeerError(f"silent: {done} of {size} bytes came in time") from None
             continue
         except OSError as error:
@@ -173,7 +202,15 @@ def hold_buffer(sock: socket.socket, option: int, connections: int) -> bool:
 
 
 def set_timeouts(sock: socket.socket, receive_s: float | None, send_s: float | None = None) -> None:
-    """Kernel timeouts on a blocking socket: unlike `settimeout` they cost no extra system call per message."""
+    """Kernel timeouts on a blocking socket: unlike `settimeout` they cost no extra system call per message.
+
+    Under TLS it is `settimeout` for both directions, the receiving one's where it is given: it bounds how long one *record*
+    takes. A kernel's timeout starts anew with every byte, so an altered length of a record would have the reader wait
+    for as many heartbeats as fill it.
+    """
+    if isinstance(sock, ssl.SSLSocket):
+        sock.settimeout(receive_s or send_s)
+        return
     for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
         whole = int(seconds or 0)
         micro = int(((seconds or 0) - whole) * 1e6)

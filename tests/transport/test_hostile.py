@@ -18,7 +18,7 @@ from repro.errors import UserError
 from repro.transport import TransportSpec, open_receiver, open_sender
 from repro.transport.certificates import make_certificates
 from repro.transport.handshake import Hello, Role, introduce
-from repro.transport.wire import HEAD_BYTES, Envelope, Kind, PeerError
+from repro.transport.wire import HEAD_BYTES, Envelope, Kind, PeerError, sealed
 
 
 class Scene(HonestTraffic):
@@ -61,7 +61,7 @@ def test_a_wrong_secret_is_refused(scene: Scene) -> None:
 def test_a_receiver_without_the_secret_is_refused_by_the_sender(spec: TransportSpec) -> None:
     near, far = socket.socketpair()
     with near, far:
-        far.sendall(bytes(48) + bytes(56))  # any challenge, any welcome
+        far.sendall(bytes(33) + bytes(57))  # any challenge, any welcome
         with pytest.raises(PeerError, match="does not know the shared secret"):
             introduce(near, Hello(Role.DATA, 0, bytes(16)), b"open sesame", 1)
 
@@ -121,6 +121,47 @@ def test_a_crowd_of_silent_strangers_does_not_keep_honest_peers_out(scene: Scene
     assert eventually(lambda: scene.receiver.stats()["threads"] <= 2 + scene.spec.connections + 1)
 
 
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_sender_that_finds_the_receiver_busy_says_so(
+    spec: TransportSpec, tmp_path: FilePath, encrypted: bool
+) -> None:
+    if encrypted:
+        make_certificates(tmp_path / "tls")
+        spec = replace(spec, tls=str(tmp_path / "tls"))
+    spec = replace(spec, connect_timeout_s=0.5, limits=replace(spec.limits, handshake_timeout_s=5))
+    with open_receiver(spec, "127.0.0.1") as receiver:
+        crowd = [socket.create_connection(("127.0.0.1", receiver.port)) for _ in range(64)]
+        assert eventually(lambda: receiver.stats()["threads"] >= 64)
+        with pytest.raises(UserError, match=r"the receiver is busy: .* in their handshake"):
+            open_sender(spec, ("127.0.0.1", receiver.port))
+        for sock in crowd:
+            sock.close()
+
+
+def test_a_sender_too_many_says_that_the_receiver_has_as_many_as_it_takes(spec: TransportSpec) -> None:
+    spec = replace(spec, connect_timeout_s=0.5, limits=replace(spec.limits, max_sessions=1))
+    with (
+        open_receiver(spec, "127.0.0.1") as receiver,
+        open_sender(spec, ("127.0.0.1", receiver.port)),
+        pytest.raises(UserError, match="as many senders as it takes are there"),
+    ):
+        open_sender(spec, ("127.0.0.1", receiver.port))
+
+
+@pytest.mark.parametrize("kind", [Kind.DELIVERED, Kind.RELEASED, Kind.SEGMENT])
+def test_an_answer_that_the_receiver_cannot_mean_ends_its_connection_and_no_request(scene: Scene, kind: Kind) -> None:
+    (first, second), manifest = make_request(7, [1000, 1000])
+    scene.honest.begin(7)
+    scene.honest.send(first)
+    with pytest.raises(PeerError, match=r"still on its way|not for a sender"):
+        scene.honest.heard(Envelope(kind, transfer=0), "")
+    scene.honest.send(second)
+    scene.honest.finish(manifest)
+    with scene.receiver.receive(5) as received:
+        assert_same(received, [first, second])
+    scene.honest.wait(7, 5)
+
+
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**31])
 def test_an_absurd_length_is_refused_before_anything_is_allocated(scene: Scene, length: int) -> None:
     used = scene.receiver.arena.used_bytes
@@ -145,12 +186,12 @@ def test_half_a_manifest_is_refused(scene: Scene) -> None:
     packed = manifest.pack()
     with scene.insider() as sock:
         sock.sendall(segment(bytes(pieces[0].payload), pieces[0].header.pack()))
-        sock.sendall(Envelope(Kind.MANIFEST, length=len(packed)).head() + packed[: len(packed) // 2])
+        sock.sendall(Envelope(Kind.MANIFEST, length=len(packed)).head() + sealed(packed)[: len(packed) // 2])
         sock.shutdown(socket.SHUT_WR)
         scene.refused_for("closed in the middle of a message")
     with scene.insider() as sock:
         half = packed[: len(packed) // 2]
-        sock.sendall(Envelope(Kind.MANIFEST, length=len(half)).head() + half)
+        sock.sendall(Envelope(Kind.MANIFEST, length=len(half)).head() + sealed(half))
         scene.refused_for("refused request 5")
 
 
@@ -158,7 +199,7 @@ def test_a_replayed_piece_changes_nothing(scene: Scene) -> None:
     pieces, manifest = make_request(5, [100])
     packed = manifest.pack()
     once = segment(bytes(pieces[0].payload), pieces[0].header.pack())
-    whole = once + Envelope(Kind.MANIFEST, length=len(packed)).head() + packed
+    whole = once + Envelope(Kind.MANIFEST, length=len(packed)).head() + sealed(packed)
     with scene.insider() as sock:
         sock.sendall(once + whole)
         with scene.receiver.receive(5) as received:
@@ -285,7 +326,7 @@ def test_two_thousand_mutated_streams_neither_crash_nor_hang_nor_pass_as_good(sp
         for offset in range(0, piece.payload.nbytes, spec.segment_bytes):
             part = bytes(piece.payload[offset : offset + spec.segment_bytes])
             good += segment(part, piece.header.pack(), piece=piece.header.piece, offset=offset)
-    good += Envelope(Kind.MANIFEST, length=len(packed)).head() + packed
+    good += Envelope(Kind.MANIFEST, length=len(packed)).head() + sealed(packed)
     mutations: list[Mutation] = [flip, cut, splice, drop, overwrite_number]
     with open_receiver(spec, "127.0.0.1") as receiver, open_sender(spec, ("127.0.0.1", receiver.port)) as honest:
         for _ in range(2000):

@@ -25,7 +25,7 @@ from repro.transport import Receiver, Sender, TransferFailed, TransportSpec, ope
 from repro.transport.handshake import Hello, Role, introduce
 from repro.transport.remote_memory import missing, read_description
 from repro.transport.spec import BACKENDS
-from repro.transport.wire import ENVELOPE_BYTES, Envelope, Kind, read_exactly
+from repro.transport.wire import ENVELOPE_BYTES, Envelope, Kind, read_exactly, sealed
 
 MakePath = Callable[[int], Path]
 REMOTE = tuple(backend for backend in BACKENDS if backend != "tcp")
@@ -60,7 +60,7 @@ class Insider:
 
     def close_request(self, manifest: Manifest, transfer: int = 0) -> None:
         packed = manifest.pack()
-        self.sock.sendall(Envelope(Kind.MANIFEST, transfer, length=len(packed)).head() + packed)
+        self.sock.sendall(Envelope(Kind.MANIFEST, transfer, length=len(packed)).head() + sealed(packed))
 
     def ended(self) -> bool:
         self.sock.settimeout(5)

@@ -52,7 +52,7 @@ def test_a_request_that_another_connection_completed_keeps_its_memory_beyond_rel
     generation = scene.session.opened(0)
     scene.session.broken_off(0, generation, [scene.claim()])
     scene.write(scene.claim())
-    scene.session.close_with(Envelope(Kind.MANIFEST, 0), bytearray(scene.manifest.pack()))
+    scene.session.close_with(Envelope(Kind.MANIFEST, 0), scene.manifest.pack())
     scene.session.release(scene.whole[0])
     assert scene.arena.used_bytes > 0
     scene.session.opened(0)
