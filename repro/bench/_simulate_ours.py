@@ -21,7 +21,7 @@ from repro.scheduling.short_term import ShortTermSpec
 from repro.scheduling.spec import PolicySpec
 from repro.scheduling.throughput import Deployment, OperatingPoint
 from repro.simulate.deployments import requests, simulated, with_scheduler
-from repro.simulate.link import SharedLinkSpec
+from repro.simulate.link_spec import SharedLinkSpec
 from repro.simulate.records import Streaming
 from repro.simulate.simulation import Simulation
 from repro.workload.arrivals import Poisson

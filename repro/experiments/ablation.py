@@ -16,7 +16,7 @@ from repro.scheduling.admission import AdmissionSpec
 from repro.scheduling.policies import LengthAware, RandomSplit
 from repro.scheduling.short_term import ShortTermSpec
 from repro.simulate.deployments import requests, with_scheduler
-from repro.simulate.link import CapacityChange
+from repro.simulate.link_spec import CapacityChange
 from repro.workload.arrivals import Piecewise
 
 

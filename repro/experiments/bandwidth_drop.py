@@ -27,7 +27,7 @@ from repro.record.request_metrics import summarise
 from repro.record.statistics import Estimate
 from repro.report import style
 from repro.simulate.deployments import requests
-from repro.simulate.link import CapacityChange
+from repro.simulate.link_spec import CapacityChange
 from repro.workload.arrivals import Poisson
 from repro.workload.spec import ServiceLevel
 

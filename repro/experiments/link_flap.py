@@ -10,7 +10,7 @@ from repro.experiments import simulated
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.simulate.deployments import requests
-from repro.simulate.link import CapacityChange
+from repro.simulate.link_spec import CapacityChange
 from repro.workload.arrivals import Poisson
 
 

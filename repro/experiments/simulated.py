@@ -32,7 +32,7 @@ from repro.scheduling.throughput import Deployment, OperatingPoint
 from repro.settings import Settings
 from repro.simulate.control import Sample
 from repro.simulate.deployments import shared_link, simulated, with_scheduler
-from repro.simulate.link import SharedLinkSpec
+from repro.simulate.link_spec import SharedLinkSpec
 from repro.simulate.spec import SimulationSpec
 from repro.workload.spec import ServiceLevel
 from repro.workload.stream import RequestBatch

@@ -8,7 +8,7 @@ from repro.link.spec import LinkSpec
 from repro.scheduling.policies import Homogeneous, Naive, Router, Threshold
 from repro.scheduling.spec import SchedulerSpec
 from repro.scheduling.throughput import Deployment, OperatingPoint
-from repro.simulate.link import CapacityChange, SharedLinkSpec
+from repro.simulate.link_spec import CapacityChange, SharedLinkSpec
 from repro.simulate.spec import PdCluster, PrfaasCluster, SimulationSpec
 from repro.workload.arrivals import ArrivalProcess
 from repro.workload.outputs import FixedOutput, OutputLengths

@@ -13,7 +13,8 @@ from repro.scheduling.tables import CostTables, StepTimes
 from repro.simulate.decode import DecodeStage
 from repro.simulate.events import EventQueue
 from repro.simulate.job import Job
-from repro.simulate.link import SharedLink, SharedLinkSpec
+from repro.simulate.link import SharedLink
+from repro.simulate.link_spec import SharedLinkSpec
 from repro.simulate.prefill import ChunkedPrefill, OnJob, WholePrefill
 from repro.simulate.spec import PdCluster, PrfaasCluster, SimulationSpec
 

@@ -11,7 +11,7 @@ from repro.kvcache.pool import CacheSpec
 from repro.scheduling.policies import Homogeneous, Naive
 from repro.scheduling.spec import SchedulerSpec
 from repro.scheduling.tables import Profile
-from repro.simulate.link import SharedLinkSpec
+from repro.simulate.link_spec import SharedLinkSpec
 
 
 @dataclass(frozen=True)

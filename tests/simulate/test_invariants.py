@@ -21,7 +21,7 @@ from repro.scheduling.spec import SchedulerSpec
 from repro.simulate.decode import DecodeStage, StepTimes
 from repro.simulate.events import EventQueue
 from repro.simulate.job import Job
-from repro.simulate.link import CapacityChange, SharedLinkSpec
+from repro.simulate.link_spec import CapacityChange, SharedLinkSpec
 from repro.simulate.simulation import Simulation
 from repro.simulate.spec import Fault, PdCluster, PrfaasCluster, SimulationSpec
 from repro.simulate.stability import lambda_max

@@ -8,7 +8,8 @@ import pytest
 from tiny import Exponential, Lengths, TinyProfile, local, play
 
 from repro.simulate.events import EventQueue
-from repro.simulate.link import SharedLink, SharedLinkSpec
+from repro.simulate.link import SharedLink
+from repro.simulate.link_spec import SharedLinkSpec
 from repro.workload.arrivals import Poisson
 from repro.workload.outputs import FixedOutput, OutputLengths
 from repro.workload.stream import Independent

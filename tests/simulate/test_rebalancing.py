@@ -12,7 +12,7 @@ from repro.kvcache.pool import CacheSpec, GroupSpec
 from repro.scheduling.policies import Prfaas, Threshold
 from repro.scheduling.rebalance import RebalanceSpec
 from repro.scheduling.spec import SchedulerSpec
-from repro.simulate.link import CapacityChange, SharedLinkSpec
+from repro.simulate.link_spec import CapacityChange, SharedLinkSpec
 from repro.simulate.records import Table
 from repro.simulate.simulation import Simulation, Summary
 from repro.simulate.spec import Fault, PdCluster, SimulationSpec

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from repro.simulate.events import EventQueue
-from repro.simulate.link import CapacityChange, SharedLink, SharedLinkSpec, fill
+from repro.simulate.link import SharedLink, fill
+from repro.simulate.link_spec import CapacityChange, SharedLinkSpec
 
 
 def spec(**kwargs: Any) -> SharedLinkSpec:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from repro.scheduling.policies import Homogeneous
 from repro.scheduling.spec import SchedulerSpec
-from repro.simulate.link import SharedLinkSpec
+from repro.simulate.link_spec import SharedLinkSpec
 from repro.simulate.records import Table
 from repro.simulate.simulation import Simulation, Summary
 from repro.simulate.spec import PdCluster, PrfaasCluster, SimulationSpec
