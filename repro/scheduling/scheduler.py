@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 from repro.scheduling import loops
 from repro.scheduling.admission import admitted
 from repro.scheduling.clusters import PdClusterState, PdPlan, PrefillState, PrfaasClusterState, PrfaasPlan
-from repro.scheduling.decisions import Action, Conversion, Decision
+from repro.scheduling.decisions import Conversion, Decision
 from repro.scheduling.kvcache_manager import KVCacheManager, Move, PrefixIndex
 from repro.scheduling.observations import InstanceReport, LinkReport, PdReport, StalledTransfer
 from repro.scheduling.policies import splitmix64
@@ -67,6 +67,7 @@ class Scheduler:
         self.caches = self._manager(indices, (prfaas[0] if prfaas else pd[0])) if indices else None
         self._route = spec.router.route
         self._limit_s = spec.admission.limit_s
+        self._limited = self._limit_s < math.inf
         self._covered = -1
         self._unused_bytes = 0.0
 
@@ -111,7 +112,7 @@ class Scheduler:
         caches = self.caches
         if chain is None or caches is None:
             home.recent.append(tokens)
-            request = RequestView(number, tokens)
+            request = tuple.__new__(RequestView, (number, tokens, 0, 0))
         else:
             own, elsewhere = caches.match_tokens(home.name, chain)
             home.recent.append(tokens - (own if home.state.bandwidth_scarce else max(own, elsewhere)))
@@ -147,21 +148,15 @@ class Scheduler:
             remote = self._least_busy(now_s)
             if remote is None:
                 # Nobody prefills there, nor is there a link for what it holds: what the PD cluster holds itself has to do.
-                cached = 0 if offload or chain is None or self.caches is None else self._own_tokens(home, chain)
+                cached = 0 if offload or chain is None else self._own_tokens(home, chain)
                 offload = fetch = False
-        if not offload and self.prfaas and not home.serving:
+        if not offload and not home.placement.free_at_s:
             remote = self._least_busy(now_s)
             if remote is not None:
                 offload, cached, fetch = True, 0, False
-        tables = home.tables
-        state: PrefillState = home
-        index = -1
-        if offload:
-            assert remote is not None
-            state, tables, index = remote, remote.tables, remote.index
-        elif fetch:
-            assert remote is not None
-            index = remote.index
+        state: PrefillState = home if not offload or remote is None else remote
+        index = remote.index if remote is not None else -1
+        tables = state.tables
         work_s = tables.prefill_s[tokens - cached]
         kv_bytes = tables.kv_bytes[tokens]
         if chain is not None and self.caches is not None:
@@ -172,22 +167,18 @@ class Scheduler:
                 self.caches.asked(home.name, chain)
                 if offload:
                     self.caches.asked(state.name, chain)
-        action: Action = "prefill"
-        if self._limit_s < math.inf and not admitted(state.predicted_wait_s(now_s) + work_s, self._limit_s):
-            action = "refuse"
-        elif fetch:
-            assert remote is not None
-            size = self._fetch_bytes(remote, state, chain or (), cached)
-            return Decision("fetch", offload, index, -1, cached, work_s, kv_bytes, size, fell_back)
-        else:
-            try:
-                instance = state.placement.take(now_s, work_s)
-            except LookupError:
-                action = "fail"
-            else:
-                return Decision("prefill", offload, index, instance, cached, work_s, kv_bytes, 0.0, fell_back)
-        decision = Decision(action, offload, index, -1, cached, work_s, kv_bytes, 0.0, fell_back)
-        return decision if action == "refuse" or last else self._elsewhere(now_s, home, tokens, chain, decision)
+        if self._limited and not admitted(state.predicted_wait_s(now_s) + work_s, self._limit_s):
+            return Decision("refuse", offload, index, -1, cached, work_s, kv_bytes, 0.0, fell_back)
+        if fetch and remote is not None:
+            fetch_bytes = self._fetch_bytes(remote, state, chain or (), cached)
+            return Decision("fetch", offload, index, -1, cached, work_s, kv_bytes, fetch_bytes, fell_back)
+        try:
+            instance = state.placement.take(now_s, work_s)
+        except LookupError:
+            nobody = Decision("fail", offload, index, -1, cached, work_s, kv_bytes, 0.0, fell_back)
+            return nobody if last else self._elsewhere(now_s, home, tokens, chain, nobody)
+        # What a NamedTuple's own constructor does, at half its price: this is the one made for every request.
+        return tuple.__new__(Decision, ("prefill", offload, index, instance, cached, work_s, kv_bytes, 0.0, fell_back))
 
     def _elsewhere(
         self, now_s: float, home: PdClusterState, tokens: int, chain: Sequence[int] | None, decision: Decision
@@ -202,7 +193,8 @@ class Scheduler:
         """The PrfaaS cluster that could begin first; among several, one with a link that carries."""
         clusters = self.prfaas
         if len(clusters) == 1:
-            return clusters[0] if clusters[0].serving else None
+            only = clusters[0]
+            return only if only.placement.free_at_s else None
         able = [cluster for cluster in clusters if cluster.serving and cluster.link_up]
         return min(able, key=lambda cluster: (cluster.predicted_wait_s(now_s), cluster.index)) if able else None
 

@@ -65,7 +65,6 @@ class Dispatch:
         action, offload, prfaas, instance, cached, job.work_s, job.kv_bytes, fetch_bytes, fell_back = decision
         job.offloaded = offload
         job.cached_tokens = cached
-        job.work_tokens = job.input_tokens - cached
         job.prfaas = self._prfaas_clusters[prfaas] if prfaas >= 0 else None
         if fell_back:
             job.fell_back = True

@@ -26,7 +26,6 @@ class Job:
     decision: Any = None
     flow: Any = None
     parts: int = 0
-    work_tokens: int = 0
     work_s: float = 0.0
     kv_bytes: float = 0.0
     prefill_worker: int = -1
@@ -44,3 +43,8 @@ class Job:
         self.input_tokens = input_tokens
         self.output_tokens = output_tokens
         self.pd = pd
+
+    @property
+    def work_tokens(self) -> int:
+        """What has to be computed of the prompt."""
+        return self.input_tokens - self.cached_tokens

@@ -294,7 +294,9 @@ class SharedLink:
             return True
         if len(self._active) == 1:
             (sender,) = self._active
-            own = sum(flow.supply for flow in sender.producing)
+            own = 0.0
+            for flow in sender.producing:
+                own += flow.supply
             rate = min(spare / sender.drains, self._flow_cap, (self._nic - own) / sender.drains)
             if rate < self._greediest:
                 return False

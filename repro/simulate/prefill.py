@@ -56,10 +56,7 @@ class WholePrefill(_Stage):
     def assign(self, now_s: float, job: Job, instance: int) -> None:
         """Queue a job at an instance: write down when it starts and ends."""
         work_s, queue = job.work_s, self.members[instance]
-        end_s = now_s
-        if queue and queue[-1].prefill_end_s > now_s:
-            end_s = queue[-1].prefill_end_s
-        end_s += work_s
+        end_s = (queue[-1].prefill_end_s if queue else now_s) + work_s
         job.prefill_worker = instance
         job.prefill_start_s = start_s = end_s - work_s if end_s - work_s > now_s else now_s
         job.prefill_end_s = end_s
