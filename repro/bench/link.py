@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+from repro.errors import UserError
 from repro.link import LinkSpec, leftovers, open_link
 from repro.link.link import Unavailable
 from repro.record.directory import RunDirectory, configuration_hash
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
                 rows += _cycles(backend, arguments.cycles)
             except Unavailable as reason:
                 print(reason, file=sys.stderr)
+        if not rows:
+            raise UserError(f"bench link: none of --backends {arguments.backends} can be used here")
         for row in rows:
             print(f"{row.case:32} {row.metric:24} {row.value:12.5g} {row.unit}", file=sys.stderr)
         directory.write_metrics(rows)

@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,7 @@ LINKS = {
     "5g": LinkSpec(name="5g", rate_bps=5e9, rtt_s=0.05, loss=0.001),
 }
 _PATIENCE_S = 120.0
+_IPERF3 = ("iperf3", "setpriv")  # it is started by the other, which ends it with us
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,17 @@ class Contender:
 
 
 def contenders(base: TransportSpec, connections: Sequence[int], certificates: str, *, local: bool) -> list[Contender]:
-    """Everything that can be compared here; a backend that is not installed is left out with a line on stderr."""
+    """Everything that can be compared here; what is not installed is left out with a line on stderr, before anything runs."""
     chosen = []
+    absent = [program for program in _IPERF3 if shutil.which(program) is None]
+    if absent:
+        print(f"iperf3 is left out: {' and '.join(absent)} not installed", file=sys.stderr)
     for count in connections:
         spec = replace(base, connections=count)
-        chosen += [
-            Contender(f"sockets_{count}", "sockets", spec),
-            Contender(f"iperf3_{count}", "iperf3", spec),
-            Contender(f"tcp_{count}", "transport", spec),
-        ]
+        chosen.append(Contender(f"sockets_{count}", "sockets", spec))
+        if not absent:
+            chosen.append(Contender(f"iperf3_{count}", "iperf3", spec))
+        chosen.append(Contender(f"tcp_{count}", "transport", spec))
     middle = replace(base, connections=sorted(connections)[len(connections) // 2])
     if local:
         # Plain sockets with the buffers that the transport chooses within a machine: what that choice alone is worth.
@@ -124,7 +128,10 @@ def _iperf3(spec: TransportSpec, link: Link, job: Job) -> dict[str, float]:
             done = subprocess.run(
                 link.command("prefill", client), capture_output=True, text=True, timeout=_PATIENCE_S, check=False
             )
-            result = json.loads(done.stdout)
+            try:
+                result = json.loads(done.stdout)
+            except ValueError:
+                raise UserError(f"iperf3: {done.stderr.strip() or f'no result, status {done.returncode}'}") from None
             if "refused" not in result.get("error", ""):
                 break
             threading.Event().wait(0.1)  # the server is not up yet
@@ -283,6 +290,8 @@ def main(argv: list[str]) -> int:
             if link.backend == "relay" and any(contender.spec.backend != "tcp" for contender in chosen):
                 chosen = [contender for contender in chosen if contender.spec.backend == "tcp"]
                 print("mooncake and nixl are left out: a relay link does not carry what they open", file=sys.stderr)
+            if not chosen:
+                raise UserError(f"bench transport: --only {arguments.only}: nothing of that can run here")
             if not local:
                 link.measure()
             piece_bytes = arguments.piece_bytes or (32 << 20 if local else 4 << 20)
