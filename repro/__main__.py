@@ -2,6 +2,10 @@
 
 import sys
 
-from repro.app import main
+try:
+    from repro.app import main
+except KeyboardInterrupt:  # while importing; once that is done, `main` says it
+    print("error: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 sys.exit(main())

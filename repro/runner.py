@@ -97,7 +97,7 @@ def _unread_of_choices(composition: Composition, experiment: base.Experiment) ->
         group, _, choice = word.partition("=")
         if group not in groups() or group in GLOBAL_GROUPS or group == "model" or choice not in choices(group):
             continue
-        for key in _flat(preset(group, choice), group):
+        for key in flat(preset(group, choice), group):
             if key.rpartition(".")[2] not in base.DESCRIPTIONS and not experiment.reads_key(
                 key, composition.settings.tier
             ):
@@ -133,7 +133,7 @@ def _other_configuration(
     """Keys in which a run differs from what its experiment's file says, effort and descriptions aside."""
     usual = compose([f"experiment={experiment.name}", f"tier={settings.tier}"]).settings
     usual = replace(usual, options=plain(build(experiment.options, usual.options, "options")))
-    own, papers = _flat(configuration), _flat(base.restricted(plain(usual), experiment, settings.tier))
+    own, papers = flat(configuration), flat(base.restricted(plain(usual), experiment, settings.tier))
     aside = (*PRESENTATION, *experiment.effort, "parts")
     found = {key for key in {**own, **papers} if own.get(key) != papers.get(key)}
     return tuple(
@@ -146,11 +146,12 @@ def _other_configuration(
     )
 
 
-def _flat(values: Mapping[str, Any], key: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], key: str = "") -> dict[str, Any]:
+    """A nested mapping's values by dotted key."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         where = f"{key}.{name}" if key else name
-        found |= _flat(value, where) if isinstance(value, Mapping) else {where: value}
+        found |= flat(value, where) if isinstance(value, Mapping) else {where: value}
     return found
 
 
