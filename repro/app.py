@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from repro.errors import UserError
+from repro.errors import UserError, writing
 from repro.presets import CONF, GLOBAL_GROUPS, choices, groups
 
 _TERMINATED = "terminated"
@@ -105,7 +105,8 @@ def _hydra(arguments: list[str]) -> int:
     application = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)
     before, sys.argv = sys.argv, ["repro", *arguments, f"hydra.sweep.dir='{folder}'"]
     try:
-        application()
+        with writing(folder):
+            application()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
     finally:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from repro.composition import Composition, compose
 from repro.configuration import build, plain
-from repro.errors import UserError
+from repro.errors import UserError, writing
 from repro.experiments import base
 from repro.experiments.study import forget
 from repro.models.checkpoint import checkpoint_files
@@ -177,7 +177,7 @@ def _run(prepared: Prepared, command: list[str], progress: Progress) -> Record:
             directory.begin(prepared.configuration, command, {"seed": settings.seed})
         except OSError as error:
             raise UserError(f"results: {settings.results} cannot be written ({error.strerror})") from error
-        with tracking.Mirror(settings.tracking, directory.path) as mirror:
+        with writing(directory.path), tracking.Mirror(settings.tracking, directory.path) as mirror:
             if settings.tier not in MEASURED_TIERS and not prepared.parts:
                 mirror.load()
             context = base.Context(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,53 @@ def test_two_values_that_do_not_go_together_are_refused(
 def test_a_folder_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert app.main([*TABLE_6, "results=/proc/nowhere"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: results: /proc/nowhere cannot be written")
+
+
+def on_a_small_disk(folder: Path, size: str, filler_bytes: int, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """The command line, with results on a disk of that size which nobody else sees, some of it taken."""
+    alone = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--user", "--map-root-user"]
+    mount = f"mount -t tmpfs -o size={size} tmpfs {folder}"
+    probe = subprocess.run([*alone, "sh", "-c", mount], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        pytest.skip(f"no disk of one's own here: {probe.stderr.strip()}")
+    script = f'{mount} && head -c {filler_bytes} /dev/zero > {folder}/filler && exec "$@"'
+    command = [sys.executable, "-m", "repro", *words, f"results={folder}", "tracking=disabled"]
+    return subprocess.run([*alone, "sh", "-c", script, "sh", *command], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("size", "filler_bytes", "words"),
+    [
+        ("4k", 4096, ["experiment=figure2"]),
+        ("12k", 0, ["experiment=figure2"]),
+        ("4k", 4096, ["-m", "experiment=figure2", "seed=1,2"]),
+    ],
+    ids=["at the start", "later", "of a sweep"],
+)
+def test_a_full_disk_is_one_line_that_names_the_path(
+    tmp_path: Path, size: str, filler_bytes: int, words: list[str]
+) -> None:
+    done = on_a_small_disk(tmp_path, size, filler_bytes, words)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: results: {tmp_path}/")
+    assert line.endswith("cannot be written (No space left on device)")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_an_interrupt_while_importing_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "repro.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "repro.app")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("repro", run_name="__main__")
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 def test_help_lists_every_experiment_and_verb_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ skipped, a failed or cut one starts afresh. `DONE` is written last and atomicall
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -21,7 +22,7 @@ from typing import IO, Any
 import pandas as pd
 import yaml
 
-from repro.errors import UserError
+from repro.errors import UserError, writing
 from repro.record import metrics, provenance
 from repro.record.metrics import Metric
 from repro.record.requests import validate
@@ -96,23 +97,27 @@ class RunDirectory:
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
-        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(configuration), sort_keys=False))
+        with writing(self.path):
+            (self.path / "config.yaml").write_text(yaml.safe_dump(dict(configuration), sort_keys=False))
         self._write_json("provenance.json", provenance.collect(command, seeds))
 
     def write_metrics(self, rows: Iterable[Metric]) -> None:
         """metrics.csv."""
-        metrics.frame(rows).to_csv(self.path / "metrics.csv", index=False, float_format="%.10g")
+        with writing(self.path):
+            metrics.frame(rows).to_csv(self.path / "metrics.csv", index=False, float_format="%.10g")
 
     def write_requests(self, requests: pd.DataFrame) -> None:
         """requests.parquet. Raises ValueError where the table does not fit the schema."""
         validate(requests)
-        requests.to_parquet(self.path / "requests.parquet", index=False)
+        with writing(self.path):
+            requests.to_parquet(self.path / "requests.parquet", index=False)
 
     def write_table(self, name: str, table: pd.DataFrame) -> None:
         """tables/<name>.csv."""
         folder = self.path / "tables"
-        folder.mkdir(exist_ok=True)
-        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.10g")
+        with writing(self.path):
+            folder.mkdir(exist_ok=True)
+            table.to_csv(folder / f"{name}.csv", index=False, float_format="%.10g")
 
     def add_provenance(self, extra: Mapping[str, Any]) -> None:
         """What is known only after the run: its end, and what it measured of its surroundings."""
@@ -129,17 +134,21 @@ class RunDirectory:
         """Say what went wrong in FAILED.json; the next call with this configuration runs it again."""
         if self._lock is not None and self.path.exists():
             failure = {"type": type(error).__name__, "message": str(error), "end": provenance.now(), **(detail or {})}
-            self._write_json("FAILED.json", failure)
+            with contextlib.suppress(UserError, OSError):  # a disk that is full takes no more of this either
+                self._write_json("FAILED.json", failure)
         self._release()
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         partial = self.path / f".{name}.partial"
-        with partial.open("w") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path / name)
+        try:
+            with writing(self.path), partial.open("w") as file:
+                json.dump(value, file, indent=1)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path / name)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @property
     def _lock_path(self) -> Path:
