@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 
-from repro.link.kernel import die_with_parent
+from repro.processes import die_with_parent
 from repro.profiles.presets import load_profile
 from repro.scheduling.long_term import LongTermSpec
 from repro.scheduling.policies import Prfaas

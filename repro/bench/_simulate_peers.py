@@ -21,7 +21,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from repro import processes
 from repro.errors import UserError
+from repro.processes import tied
 from repro.workload.stream import Independent
 
 _LOOP = Path(__file__).with_name("_simulate_loop.py")
@@ -308,11 +310,8 @@ def _timed(name: str, python: Path, folder: Path, method: str, command: list[str
     }
     with log.open("w") as file:
         try:
-            done = subprocess.run(
-                [str(python), str(_LOOP), str(out), method, *command],
-                cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                timeout=_LIMIT_S, check=False,
-            )  # fmt: skip
+            argv = tied([str(python), str(_LOOP), str(out), method, *command])
+            done = processes.run(argv, cwd=folder, environment=environment, output=file, timeout_s=_LIMIT_S)
         except subprocess.TimeoutExpired:
             raise UserError(f"{name}: not done after {_LIMIT_S:.0f} s; give it fewer with --requests") from None
     if done.returncode or not out.is_file():

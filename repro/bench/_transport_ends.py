@@ -1,6 +1,6 @@
 """The two ends that `scripts/bench transport` puts on a path, as processes of their own: `receive` and `send`.
 
-Each end prints one JSON line when it is ready and one when it is done. A contender's job is the same for all: keep the
+Each end answers once when it is ready and once when it is done. A contender's job is the same for all: keep the
 path full of requests of equal pieces for `warm_s + seconds`, and count the bytes that the other end has confirmed to
 have in memory within the last `seconds`. CPU is this process's own, user and system, from ready to done, per byte moved
 in all of that time. Plain sockets do what any receiver of KVCache must: fill fresh places of prefaulted memory.
@@ -8,28 +8,28 @@ in all of that time. Plain sockets do what any receiver of KVCache must: fill fr
 
 from __future__ import annotations
 
-import gc
-import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import psutil
 
 from repro.configuration import build
 from repro.kvcache.frames import DType, Manifest, Piece, StateKind
-from repro.serving.channel import die_with_parent
+from repro.processes import Message, Parent, run_worker
 from repro.transport import Sender, TransportSpec, open_receiver, open_sender
 from repro.transport.arena import Arena
 
 REQUEST_BYTES = 128 << 20
 UNDER_WAY = 3
-_answers = sys.stdout
+
+#: Tells the benchmark that this end is ready, and where it listens.
+Say = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -48,30 +48,18 @@ class Job:
     own_process: bool = False
 
 
-def main(argv: list[str]) -> int:
-    """`receive JOB` or `send JOB PORT`, JOB as JSON."""
-    die_with_parent()
-    gc.freeze()  # as every worker does
-    # Libraries print to stdout now and then, and that must not be read as a result: they get stderr.
-    global _answers
-    _answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    values = json.loads(argv[1])
-    job = build(Job, values)
+def work(parent: Parent, asked: Message) -> None:
+    """Be the end that `open` asks for, then answer with its result."""
+    job = build(Job, asked["job"])
     ends: dict[tuple[str, str], Callable[..., dict[str, Any]]] = {
         ("receive", "sockets"): receive_by_sockets,
         ("send", "sockets"): send_by_sockets,
         ("receive", "transport"): receive_by_transport,
         ("send", "transport"): send_by_transport,
     }
-    result = ends[argv[0], job.contender](job, *map(int, argv[2:]))
-    say(result)
-    return 0
-
-
-def say(result: dict[str, Any]) -> None:
-    """One line for the benchmark that started this process."""
-    print(json.dumps(result), file=_answers, flush=True)
+    result = ends[asked["role"], job.contender](job, partial(parent.reply, asked), *asked["where"])
+    if (asked := parent.read())["kind"] != "stop":
+        parent.reply(asked, **result)
 
 
 def cpu_s() -> float:
@@ -109,7 +97,7 @@ def configure(sock: socket.socket, spec: TransportSpec) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, spec.send_buffer_bytes)
 
 
-def receive_by_sockets(job: Job) -> dict[str, Any]:
+def receive_by_sockets(job: Job, say: Say) -> dict[str, Any]:
     """Each connection fills its part of a request's memory, round and round, and confirms each piece by one byte."""
     count, size = job.spec.connections, job.piece_bytes
     listener = socket.create_server((job.host, 0), backlog=count)
@@ -129,7 +117,7 @@ def receive_by_sockets(job: Job) -> dict[str, Any]:
             at = (at + size) % (per_connection * size)
             sock.sendall(b"k")
 
-    say({"port": listener.getsockname()[1]})
+    say(port=listener.getsockname()[1])
     cpu = cpu_s()
     threads = [threading.Thread(target=fill, args=(slot, listener.accept()[0])) for slot in range(count)]
     for thread in threads:
@@ -139,7 +127,7 @@ def receive_by_sockets(job: Job) -> dict[str, Any]:
     return {"cpu_s": cpu_s() - cpu, "total_bytes": sum(totals)}
 
 
-def send_by_sockets(job: Job, port: int) -> dict[str, Any]:
+def send_by_sockets(job: Job, say: Say, port: int) -> dict[str, Any]:
     """A thread per connection that does nothing but `sendall`, and one that counts the confirmations."""
     count, size = job.spec.connections, job.piece_bytes
     pieces = max(count, REQUEST_BYTES // size)
@@ -164,7 +152,7 @@ def send_by_sockets(job: Job, port: int) -> dict[str, Any]:
         while got := socks[slot].recv(64):
             confirmed[slot] += len(got) * size
 
-    say({"ready": True})
+    say()
     cpu = cpu_s()
     threads = [threading.Thread(target=work, args=(slot,)) for slot in range(count) for work in (fill, count_up)]
     for thread in threads:
@@ -176,10 +164,10 @@ def send_by_sockets(job: Job, port: int) -> dict[str, Any]:
     return {**result, "cpu_s": cpu_s() - cpu, "total_bytes": sum(confirmed)}
 
 
-def receive_by_transport(job: Job) -> dict[str, Any]:
+def receive_by_transport(job: Job, say: Say) -> dict[str, Any]:
     """Takes whole requests and releases them, as decode does once it has restored them."""
     with open_receiver(job.spec, job.host, own_process=job.own_process) as receiver:
-        say({"port": receiver.port})
+        say(port=receiver.port)
         cpu = cpu_s()
         total = 0
         while True:
@@ -191,7 +179,7 @@ def receive_by_transport(job: Job) -> dict[str, Any]:
         return {"cpu_s": cpu_s() - cpu, "total_bytes": total}
 
 
-def send_by_transport(job: Job, port: int) -> dict[str, Any]:
+def send_by_transport(job: Job, say: Say, port: int) -> dict[str, Any]:
     """A few requests under way at any time, from memory that is checksummed once: capture pays for that elsewhere."""
     size = job.piece_bytes
     source = prefaulted(REQUEST_BYTES)
@@ -202,7 +190,7 @@ def send_by_transport(job: Job, port: int) -> dict[str, Any]:
     with open_sender(job.spec, (job.host, port), own_process=job.own_process) as sender:
         if isinstance(sender, Sender):
             sender.register(source)
-        say({"ready": True})
+        say()
         cpu = cpu_s()
 
         def send_requests() -> None:
@@ -246,4 +234,4 @@ def _piece(payload: memoryview, index: int) -> Piece:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_worker(work)

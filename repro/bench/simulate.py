@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from repro import native
+from repro import native, processes
 from repro.bench._record import recorded
 from repro.bench._simulate_ours import stream
 from repro.bench._simulate_peers import PEERS, Peer, Workload, parse_peer
@@ -129,7 +128,7 @@ def _ours(size: int, options: argparse.Namespace) -> dict[str, float]:
     loops = "static" if options.static else "controllers"
     command = [sys.executable, "-m", "repro.bench._simulate_ours", str(size), str(options.load), loops]
     environment = os.environ | {"REPRO_COMPILED": str(int(options.compiled))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = processes.run(command, environment=environment)
     if done.returncode:
         raise UserError(f"{size:,} requests: {' '.join(done.stderr.split()[-40:])}")
     values: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

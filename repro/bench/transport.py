@@ -19,7 +19,6 @@ import json
 import math
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,9 +29,11 @@ from typing import Any
 
 import pandas as pd
 
+from repro import processes
 from repro.bench._transport_ends import Job
 from repro.errors import UserError
 from repro.link import Link, LinkSpec, open_link
+from repro.processes import Child, tied
 from repro.record.directory import RunDirectory, configuration_hash
 from repro.record.metrics import Metric
 from repro.record.provenance import PROJECT
@@ -101,12 +102,12 @@ def measure(contender: Contender, link: Link, job: Job) -> dict[str, float]:
         [sys.executable, "-m", "repro.bench._transport_ends"],
         namespaced=link.backend not in ("none", "relay"),
     )
-    with _Process(link.command("decode", [*end, "receive", json.dumps(asdict(told))])) as receiving:
-        host, port = link.dial(receiving.line()["port"])
-        there = json.dumps(asdict(replace(told, host=host)))
-        with _Process(link.command("prefill", [*end, "send", there, str(port)])) as sending:
-            sending.line()
-            sent, received = sending.line(), receiving.line()
+    with _end("receiving", link.command("decode", end)) as receiving:
+        host, port = link.dial(receiving.ask("open", _PATIENCE_S, role="receive", job=asdict(told), where=[])["port"])
+        there = asdict(replace(told, host=host))
+        with _end("sending", link.command("prefill", end)) as sending:
+            sending.ask("open", _PATIENCE_S, role="send", job=there, where=[port])
+            sent, received = (one.ask("result", _PATIENCE_S) for one in (sending, receiving))
     return {
         "goodput_bps": 8 * sent["bytes"] / sent["wall_s"],
         "send_cpu_s_per_gb": 1e9 * sent["cpu_s"] / sent["total_bytes"],
@@ -116,18 +117,15 @@ def measure(contender: Contender, link: Link, job: Job) -> dict[str, float]:
 
 def _iperf3(spec: TransportSpec, link: Link, job: Job) -> dict[str, float]:
     """iperf3 says what its two ends used, in percent of one core."""
-    tied = ["setpriv", "--pdeathsig", "KILL", "iperf3", "--json", "-p", "5201"]
     host, port = link.dial(5201)
-    server = [*tied, "-s", "-1", "-B", link.listen_host("decode")]
+    server = tied(["iperf3", "--json", "-p", "5201", "-s", "-1", "-B", link.listen_host("decode")])
     options = ["-P", str(spec.connections), "-t", f"{job.seconds:.0f}", "-O", f"{math.ceil(job.warm_s)}"]
     if spec.congestion_control:
         options += ["-C", spec.congestion_control]
-    client = ["setpriv", "--pdeathsig", "KILL", "iperf3", "--json", "-c", host, "-p", str(port), *options]
-    with _Process(link.command("decode", server)):
+    client = tied(["iperf3", "--json", "-c", host, "-p", str(port), *options])
+    with Child("iperf3 server", link.command("decode", server), channel=False, stderr="dropped"):
         for _ in range(20):
-            done = subprocess.run(
-                link.command("prefill", client), capture_output=True, text=True, timeout=_PATIENCE_S, check=False
-            )
+            done = processes.run(link.command("prefill", client), timeout_s=_PATIENCE_S)
             try:
                 result = json.loads(done.stdout)
             except ValueError:
@@ -147,38 +145,8 @@ def _iperf3(spec: TransportSpec, link: Link, job: Job) -> dict[str, float]:
     }
 
 
-class _Process:
-    """An end of the path; it is gone when the block is left."""
-
-    def __init__(self, command: list[str]) -> None:
-        self._name = " ".join(command)[-200:]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=PROJECT)
-
-    def line(self) -> dict[str, Any]:
-        """The next line that it says. Raises UserError where it says nothing for two minutes, or ends."""
-        timer = threading.Timer(_PATIENCE_S, self._process.kill)
-        timer.start()
-        try:
-            assert self._process.stdout is not None
-            text = self._process.stdout.readline()
-        finally:
-            timer.cancel()
-        if not text:
-            raise UserError(f"{self._name}: ended without a result")
-        line: dict[str, Any] = json.loads(text)
-        return line
-
-    def __enter__(self) -> _Process:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            self._process.wait(timeout=0 if kind else 10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+def _end(name: str, command: list[str]) -> Child:
+    return Child(f"{name} end", command, stderr="inherited", cwd=PROJECT)
 
 
 def rounds(chosen: list[Contender], run: Callable[[Contender], dict[str, float]], repeats: int) -> pd.DataFrame:

@@ -24,12 +24,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from repro import processes
 from repro.errors import UserError
 from repro.experiments.base import Context, Experiment, Outcome
 from repro.link import Link, LinkChange, LinkSpec, open_link
 from repro.link.backends import BY_NAME
 from repro.link.link import Unavailable
 from repro.link.measurement import LinkMeasurement, Plan, across
+from repro.processes import Child, tied
 from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.report import style
@@ -185,23 +187,21 @@ def _iperf3(link: Link, connections: int, control: str, seconds: float) -> dict[
     if shutil.which("iperf3") is not None:
         # Left out at the start: slow start, which takes some round trips.
         omit = str(min(10, math.ceil(0.5 + 12 * spec.rtt_s)))
-        serve = link.command("decode", ["iperf3", "-s", "-1", "-p", "5201", "-B", link.listen_host("decode")])
-        with subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-            try:
-                time.sleep(0.2)
-                host, port = link.dial(5201)
-                words = ["iperf3", "-c", host, "-p", str(port), "-J", "-t", f"{math.ceil(seconds)}", "-O", omit]
-                words += ["-P", str(connections), *([] if link.backend == "relay" else ["-C", control])]
-                done = subprocess.run(
-                    link.command("prefill", words), capture_output=True, text=True, timeout=60 + seconds, check=False
-                )
-                end = json.loads(done.stdout).get("end", {})
-                goodput = end["sum_received"]["bits_per_second"]
-                retransmits = end["sum_sent"]["retransmits"]
-            except (KeyError, ValueError, subprocess.TimeoutExpired):
-                pass
-            finally:
-                server.kill()
+        serve = link.command("decode", tied(["iperf3", "-s", "-1", "-p", "5201", "-B", link.listen_host("decode")]))
+        server = Child("iperf3 server", serve, channel=False, stderr="dropped")
+        try:
+            time.sleep(0.2)
+            host, port = link.dial(5201)
+            words = ["iperf3", "-c", host, "-p", str(port), "-J", "-t", f"{math.ceil(seconds)}", "-O", omit]
+            words += ["-P", str(connections), *([] if link.backend == "relay" else ["-C", control])]
+            done = processes.run(link.command("prefill", tied(words)), timeout_s=60 + seconds)
+            end = json.loads(done.stdout).get("end", {})
+            goodput = end["sum_received"]["bits_per_second"]
+            retransmits = end["sum_sent"]["retransmits"]
+        except (KeyError, ValueError, subprocess.TimeoutExpired):
+            pass
+        finally:
+            server.kill()
     return {
         "backend": link.backend,
         "asked_rate_bps": spec.rate_bps,
@@ -243,8 +243,8 @@ def _changes(context: Context, backend: str) -> tuple[dict[str, float], pd.DataF
     packets = backend != "relay"
     with open_link(replace(spec, schedule=(drop,)), run="link-fidelity-schedule") as link:
         plan = Plan(before_bps, 0.0, spec.rtt_s, spec.queue_s, spec.mtu_bytes, datagrams=packets, pings=10, rate_s=5.0)
-        action, words = ("ask", [json.dumps(asdict(plan))]) if packets else ("watch", ["6"])
-        found, started_s = _started_meanwhile(link, 2.0, lambda: across(link, "forward", action, words, 60))
+        action, asked = ("ask", {"plan": asdict(plan)}) if packets else ("watch", {"duration_s": 6.0})
+        found, started_s = _started_meanwhile(link, 2.0, lambda: across(link, "forward", action, 60, **asked))
         marks = np.array(found["marks"])
     share = 1.0 if not packets else spec.mtu_bytes / (spec.mtu_bytes - 28)
     if not packets:
@@ -258,7 +258,7 @@ def _changes(context: Context, backend: str) -> tuple[dict[str, float], pd.DataF
 
     changes = (LinkChange(1.0, for_s=2.0, rate_bps=after_bps), LinkChange(4.0, for_s=5.0, rate_bps=0.0))
     with open_link(replace(spec, schedule=changes, congestion_control="cubic"), run="link-fidelity-outage") as link:
-        found, started_s = _started_meanwhile(link, 1.5, lambda: across(link, "forward", "watch", ["12.5"], 60))
+        found, started_s = _started_meanwhile(link, 1.5, lambda: across(link, "forward", "watch", 60, duration_s=12.5))
     arrivals = np.array(found["marks"])[:, 0] - started_s
     gap = int(np.argmax(np.diff(arrivals)))
     lags["outage_stall_s"] = float(np.diff(arrivals)[gap])

@@ -20,11 +20,11 @@ import struct
 import time
 from collections import deque
 
-from repro.link import kernel
 from repro.link.capacity import Serialiser, capacity
 from repro.link.impairment import jitter_of, loss_of
 from repro.link.segments import LARGEST_BYTES, carve, kept_runs, shape
 from repro.link.spec import Condition, Direction, LinkSpec
+from repro.processes.kernel import run_first, wake_precisely
 
 # Not in Python's socket module.
 _SOL_PACKET, _PACKET_STATISTICS, _PACKET_VNET_HDR, _PACKET_IGNORE_OUTGOING = 263, 6, 15, 23
@@ -69,8 +69,8 @@ def forward(
     source: socket.socket, sink: socket.socket, spec: LinkSpec, direction: Direction, board: memoryview[float]
 ) -> None:
     """Forward until killed."""
-    kernel.wake_precisely()
-    board[Board.FIRST] = kernel.run_first()
+    wake_precisely()
+    board[Board.FIRST] = run_first()
     gc.disable()
     _Forwarder(source, sink, spec, direction, board).run()
 

@@ -1,29 +1,32 @@
 """The process that holds a link: its three namespaces, and what works in the middle one.
 
-Run as `python -m repro.link.keeper` by the Link, spoken to in JSON lines: the first is {"spec": …, "backend": …};
-then {"signals": …} answers the counters and {"start": t} begins the schedule. When its input ends, it ends, and
-everything it holds is gone.
+Run as `python -m repro.link.keeper` by the Link. The first question, `open`, brings the spec and the backend; then `signals` answers
+the counters and `start` begins the schedule. It exits on `stop` and on EOF, and everything it holds is gone then. It watches its
+forwarders: the death or the silence of one is the end of the link, told by the forwarder's name.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import select
-import signal
 import socket
-import sys
 import time
+from functools import partial
 from typing import Any, Protocol
 
 from repro.configuration import build
 from repro.errors import UserError
-from repro.link import kernel, namespaces
+from repro.link import namespaces
 from repro.link.forwarder import Board, forward, wire_end
 from repro.link.kernel_qdisc import KernelWire
 from repro.link.namespaces import ROUTER_END, Namespaces
 from repro.link.spec import Direction, LinkSpec, Side
+from repro.processes import Forked, Message, Parent, run_worker
+from repro.processes.child import DIED, SILENT
+from repro.processes.proc import usage
+
+_LOOK_S = 0.25
+_SILENT_AFTER_S = 4.0
 
 
 class Wire(Protocol):
@@ -41,6 +44,9 @@ class Wire(Protocol):
     def follow(self) -> None:
         """Do what the schedule asks for now."""
 
+    def lost(self) -> dict[str, Any] | None:
+        """The process that the wire stood on and that is dead or silent, as fields of a `failed` message; None while all is well."""
+
     def close(self) -> None:
         """End what works here; it is gone when this returns."""
 
@@ -52,7 +58,7 @@ class PacketWire:
         ends = {side: wire_end(interface) for side, interface in ROUTER_END.items()}
         self.buffer_bytes = min(end.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) for end in ends.values())
         self._boards: dict[Direction, memoryview[float]] = {}
-        self._forwarders: list[int] = []
+        self._forwarders: dict[Direction, Forked] = {}
         self.cores = _own_cores()
         ways: tuple[tuple[Direction, Side, Side], ...] = (
             ("forward", "prefill", "decode"),
@@ -61,19 +67,17 @@ class PacketWire:
         for direction, source, sink in ways:
             board = memoryview(mmap.mmap(-1, Board.CELLS * 8)).cast("d")
             self._boards[direction] = board
-            self._forwarders.append(os.fork())
-            if self._forwarders[-1] == 0:
-                kernel.die_with_parent()
-                if self.cores:
-                    os.sched_setaffinity(0, self.cores)
-                forward(ends[source], ends[sink], spec, direction, board)
+            work = partial(forward, ends[source], ends[sink], spec, direction, board)
+            self._forwarders[direction] = Forked(f"link forwarder ({source} to {sink})", work, self.cores)
         for end in ends.values():
             end.close()
 
     def facts(self) -> dict[str, Any]:
         """What the record says of the forwarders."""
-        for board in self._boards.values():
+        for direction, board in self._boards.items():
             while not board[Board.LATEST]:  # each reports as soon as it forwards
+                if (how := self._forwarders[direction].ended()) is not None:
+                    raise UserError(f"its forwarder {how}")
                 time.sleep(0.001)
         return {
             "forwarder_cores": sorted(self.cores) or "shared",
@@ -107,11 +111,22 @@ class PacketWire:
     def follow(self) -> None:
         """Nothing to do."""
 
+    def lost(self) -> dict[str, Any] | None:
+        """A forwarder that has ended, or has not reported for four seconds: it does so several times a second."""
+        for direction, forwarder in self._forwarders.items():
+            named = {"role": forwarder.role, "pid": forwarder.pid}
+            if (how := forwarder.ended()) is not None:
+                return {**named, "how": how, "rank": DIED}
+            quiet_s = time.monotonic() - self._boards[direction][Board.LATEST]
+            if quiet_s > _SILENT_AFTER_S:
+                stopped = "stopped" if usage(forwarder.pid)[0] in "Tt" else "silent"
+                return {**named, "how": f"is {stopped}: it has forwarded nothing for {quiet_s:.0f} s", "rank": SILENT}
+        return None
+
     def close(self) -> None:
         """Kill both forwarders and wait for their end."""
-        for forwarder in self._forwarders:
-            os.kill(forwarder, signal.SIGKILL)
-            os.waitpid(forwarder, 0)
+        for forwarder in self._forwarders.values():
+            forwarder.kill()
 
 
 def _own_cores() -> set[int]:
@@ -120,12 +135,11 @@ def _own_cores() -> set[int]:
     return set(allowed[-2:]) if len(allowed) >= 6 else set()
 
 
-def main() -> None:
-    """Make the link, say so, serve until standard input ends."""
-    request = json.loads(sys.stdin.readline())
+def work(parent: Parent, asked: Message) -> None:
+    """Make the link, say so, serve until told to stop."""
     try:
-        spec = build(LinkSpec, request["spec"], "link")
-        backend = request["backend"]
+        spec = build(LinkSpec, asked["spec"], "link")
+        backend = asked["backend"]
         held = namespaces.make()
         wire, facts = _wire(held, spec, backend)
         facts_of_tcp, lost = namespaces.tune_tcp(held, spec)
@@ -139,11 +153,12 @@ def main() -> None:
                 f"rootless: the forwarder's buffer is {kib} KiB, bursts beyond it are lost and counted as overrun"
             )
     except (UserError, OSError) as error:
-        _say({"unavailable": str(error)})
+        parent.reply(asked, unavailable=str(error))
         return
-    _say({"rootless": held.rootless, "facts": facts | facts_of_tcp, "lost": lost})
+    parent.reply(asked, rootless=held.rootless, facts=facts | facts_of_tcp, lost=lost)
+    parent.beat()
     try:
-        _serve(wire)
+        _serve(parent, wire)
     finally:
         wire.close()
 
@@ -159,31 +174,28 @@ def _wire(held: Namespaces, spec: LinkSpec, backend: str) -> tuple[Wire, dict[st
     return KernelWire(spec, backend), {"segmented_by": "host" if segment else "receiver"}
 
 
-def _serve(wire: Wire) -> None:
-    """Answer questions and follow the schedule. Reads raw bytes: a buffered line would hide from select."""
-    pending = b""
+def _serve(parent: Parent, wire: Wire) -> None:
+    """Answer questions, follow the schedule, and watch what the link stands on."""
     while True:
         due_s = wire.next_due_s()
-        ready, _, _ = select.select([0], [], [], None if due_s is None else max(0.0, due_s - time.monotonic()))
-        if not ready:
-            wire.follow()
-            continue
-        chunk = os.read(0, 65536)
-        if not chunk:
+        wait_s = _LOOK_S if due_s is None else min(_LOOK_S, max(0.0, due_s - time.monotonic()))
+        asked = parent.read_within(wait_s)
+        if (lost := wire.lost()) is not None:
+            parent.send("failed", **lost)
             return
-        *lines, pending = (pending + chunk).split(b"\n")
-        for line in lines:
-            question = json.loads(line)
-            if "start" in question:
-                wire.start(question["start"])
-                _say({})
-            else:
-                _say({"at_s": time.monotonic()} | wire.signals())
-
-
-def _say(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
+        wire.follow()
+        match asked:
+            case None:
+                pass
+            case {"kind": "stop"}:
+                return
+            case {"kind": "start"}:
+                wire.start(asked["at_s"])
+                parent.reply(asked)
+            case _:
+                parent.reply(asked, at_s=time.monotonic(), **wire.signals())
 
 
 if __name__ == "__main__":
-    main()
+    # Namespaces are left by a process of one thread only, so the heartbeat begins later.
+    run_worker(work, beat=False)

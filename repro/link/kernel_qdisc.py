@@ -63,6 +63,9 @@ class KernelWire:
         """Backlog and drops of the queueing disciplines."""
         return {direction: self._counters(interface) for direction, interface in _EGRESS.items()}
 
+    def lost(self) -> None:
+        """Nothing: the kernel does the work."""
+
     def close(self) -> None:
         """Nothing to do: disciplines and rules end with their namespace."""
 

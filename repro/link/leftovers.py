@@ -14,6 +14,8 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from repro.processes.proc import started_at
+
 _VARIABLE = "REPRO_LINK_OWNER"
 
 
@@ -30,17 +32,13 @@ class Member:
 
 def mark(run: str) -> str:
     """The assignment `NAME=value` that marks a process as belonging to this process's link `run`."""
-    pid = os.getpid()
-    return f"{_VARIABLE}={pid}:{_started(pid)}:{run}"
+    return "=".join(*marked(run).items())
 
 
 def marked(run: str) -> dict[str, str]:
-    """This process's environment with the mark, for a helper in Python."""
-    name, _, value = mark(run).partition("=")
-    # A helper runs the same package as its owner, wherever the owner found it.
-    here = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH", "")) if part)
-    return {**os.environ, name: value, "PYTHONPATH": path}
+    """As `mark`, as an addition to a helper's environment."""
+    pid = os.getpid()
+    return {_VARIABLE: f"{pid}:{started_at(pid)}:{run}"}
 
 
 def members() -> list[Member]:
@@ -59,7 +57,7 @@ def members() -> list[Member]:
         if value is None:
             continue
         owner, started, run = value.split(":", 2)
-        found.append(Member(int(entry.name), run, int(owner), _started(int(owner)) == int(started), command))
+        found.append(Member(int(entry.name), run, int(owner), started_at(int(owner)) == int(started), command))
     return found
 
 
@@ -73,12 +71,3 @@ def clean() -> list[Member]:
             os.kill(member.pid, signal.SIGKILL)
             killed.append(member)
     return killed
-
-
-def _started(pid: int) -> int:
-    """When a process began, in clock ticks since boot: with its number, its identity. 0 if gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] == "Z" else int(fields[19])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,13 +20,15 @@ from typing import Any
 
 from repro.configuration import plain
 from repro.errors import UserError
-from repro.link.child import Child
-from repro.link.leftovers import mark
+from repro.link.leftovers import mark, marked
 from repro.link.measurement import LinkMeasurement, measure
 from repro.link.namespaces import ADDRESSES, inside, other
 from repro.link.spec import Direction, LinkSpec, Side
+from repro.processes import Child
 
 log = logging.getLogger("repro.link")
+
+_START_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Link(ABC):
         self.given_up = tuple(given_up)
         self.facts: dict[str, Any] = {}
         self.measured: dict[Direction, LinkMeasurement] = {}
+        #: The process that the link stands on, for whoever must know of its end; it speaks for the forwarders too.
+        self.helper: Child | None = None
 
     def command(self, side: Side, argv: Sequence[str]) -> list[str]:
         """`argv`, prefixed so that it runs on that side of the link."""
@@ -157,32 +162,32 @@ class RelayLink(DirectLink):
 
     def __init__(self, spec: LinkSpec, run: str, given_up: Sequence[str]) -> None:
         super().__init__(spec, run, "relay", given_up)
-        self._relay = Child("repro.link.relay", run, plain(spec))
         self._ports: dict[tuple[int, Side], int] = {}
-        self.facts = dict(self._relay.hello["facts"])
+        self._relay = self.helper = _helper("relay", run)
+        self.facts = dict(_asked(self._relay, spec=plain(spec))["facts"])
 
     def dial(self, port: int, side: Side = "prefill") -> tuple[str, int]:
         """The relay's port that leads there."""
         _known(side)
         if (port, side) not in self._ports:
             direction: Direction = "forward" if side == "prefill" else "reverse"
-            answer = self._relay.ask({"dial": ["127.0.0.1", port, direction]})
+            answer = self._relay.ask("dial", host="127.0.0.1", port=port, direction=direction)
             self._ports[port, side] = int(answer["port"])
         return "127.0.0.1", self._ports[port, side]
 
     def start(self) -> float:
         """Begin the schedule."""
         at_s = time.monotonic()
-        self._relay.ask({"start": at_s})
+        self._relay.ask("start", at_s=at_s)
         return at_s
 
     def signals(self) -> LinkSignals:
         """Bytes that wait for capacity; nothing is ever dropped."""
-        return signals_of(self._relay.ask({"signals": True}))
+        return signals_of(self._relay.ask("signals"))
 
     def close(self) -> None:
         """End the relay and every connection through it."""
-        self._relay.close()
+        self._relay.end()
 
 
 class NamespacedLink(Link):
@@ -191,12 +196,13 @@ class NamespacedLink(Link):
     def __init__(self, spec: LinkSpec, run: str, backend: str, given_up: Sequence[str]) -> None:
         if shutil.which("nsenter") is None:
             raise Unavailable(backend, "`nsenter` of util-linux is not installed")
-        self._keeper = Child("repro.link.keeper", run, {"spec": plain(spec), "backend": backend})
-        hello = self._keeper.hello
+        keeper = _helper("keeper", run)
+        hello = _asked(keeper, spec=plain(spec), backend=backend)
         if "unavailable" in hello:
-            self._keeper.close()
+            keeper.end()
             raise Unavailable(backend, hello["unavailable"])
         super().__init__(spec, run, backend, [*given_up, *hello["lost"]])
+        self._keeper = self.helper = keeper
         self.facts = {"rootless": hello["rootless"], **hello["facts"]}
 
     def command(self, side: Side, argv: Sequence[str]) -> list[str]:
@@ -217,16 +223,29 @@ class NamespacedLink(Link):
     def start(self) -> float:
         """Begin the schedule and the trace."""
         at_s = time.monotonic()
-        self._keeper.ask({"start": at_s})
+        self._keeper.ask("start", at_s=at_s)
         return at_s
 
     def signals(self) -> LinkSignals:
         """Counters of the router."""
-        return signals_of(self._keeper.ask({"signals": True}))
+        return signals_of(self._keeper.ask("signals"))
 
     def close(self) -> None:
         """End the keeper; with it and the programs that ran inside, the namespaces are gone."""
-        self._keeper.close()
+        self._keeper.end()
+
+
+def _helper(name: str, run: str) -> Child:
+    return Child(f"link {name}", [sys.executable, "-m", f"repro.link.{name}"], environment=marked(run))
+
+
+def _asked(helper: Child, **values: Any) -> dict[str, Any]:
+    """What a helper answers to the order to make the link. It is gone where it refuses."""
+    try:
+        return helper.ask("open", _START_TIMEOUT_S, **values)
+    except BaseException:
+        helper.kill()
+        raise
 
 
 def signals_of(answer: dict[str, Any]) -> LinkSignals:

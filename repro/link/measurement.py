@@ -6,18 +6,18 @@ by much does not run, because every figure behind it would be about another netw
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median, stdev
-from typing import IO, Any, Protocol, cast
+from typing import Any, Protocol
 
 from repro.errors import UserError
 from repro.link.spec import Direction, LinkSpec, Side
+from repro.processes import Child, ChildEndedError
 
+_START_TIMEOUT_S = 20.0
 RATE_WARNING, RATE_REFUSAL = 0.01, 0.10
 RTT_WARNING_S, RTT_WARNING, RTT_REFUSAL = 0.6e-3, 0.015, 0.10
 
@@ -143,42 +143,30 @@ def measure(link: Crossing, direction: Direction = "forward", rate_s: float = 1.
         pings=pings,
         rate_s=max(rate_s, 400 * spec.jitter_s),  # arrivals at both ends of the window are off by the jitter
     )
-    found = across(link, direction, "ask", [json.dumps(asdict(plan))], 10 + 4 * plan.duration_s)
+    found = across(link, direction, "ask", 10 + 4 * plan.duration_s, plan=asdict(plan))
     return _evaluate(link, direction, plan, found)
 
 
-def across(
-    link: Crossing, direction: Direction, action: str, arguments: Sequence[str], timeout_s: float
-) -> dict[str, Any]:
-    """Run a probe's `action` against an answering probe on the far side; returns what it found.
+def across(link: Crossing, direction: Direction, action: str, timeout_s: float, **asked: Any) -> dict[str, Any]:
+    """Run a probe's `action` (`ask` or `watch`) against an answering probe on the far side; returns what it found.
 
     Raises:
         UserError: if a probe fails or takes longer than `timeout_s`.
     """
     near: Side = "prefill" if direction == "forward" else "decode"
     far: Side = "decode" if direction == "forward" else "prefill"
-    program = [sys.executable, "-m", "repro.link.probe"]
-    with _started(link, far, [*program, "answer", link.listen_host(far)]) as answering:
-        port = cast(IO[str], answering.stdout).readline().strip()
-        try:
-            if not port:
-                raise UserError("link: the answering probe did not start")
-            host, dialled = link.dial(int(port), near)
-            with _started(link, near, [*program, action, host, str(dialled), *arguments]) as asking:
-                try:
-                    out, _ = asking.communicate(timeout=timeout_s)
-                except subprocess.TimeoutExpired:
-                    asking.kill()
-                    raise UserError(f"link: the probe did not finish in {timeout_s:.0f} s") from None
-        finally:
-            answering.kill()
-    if asking.returncode != 0:
-        raise UserError("link: the asking probe failed; the link carries nothing")
-    return dict(json.loads(out))
+    with _probe(link, far, "answering") as answering:
+        port = int(answering.ask("answer", _START_TIMEOUT_S, host=link.listen_host(far))["port"])
+        host, dialled = link.dial(port, near)
+        with _probe(link, near, "asking") as asking:
+            try:
+                return dict(asking.ask(action, timeout_s, host=host, port=dialled, **asked)["found"])
+            except ChildEndedError as error:
+                raise UserError(f"the link carries nothing: {error}") from None
 
 
-def _started(link: Crossing, side: Side, argv: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(link.command(side, argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _probe(link: Crossing, side: Side, name: str) -> Child:
+    return Child(f"{name} link probe", link.command(side, [sys.executable, "-m", "repro.link.probe"]))
 
 
 def _evaluate(link: Crossing, direction: Direction, plan: Plan, found: dict[str, Any]) -> LinkMeasurement:

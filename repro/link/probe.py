@@ -5,9 +5,9 @@ Where real packets cross, datagrams measure: they are paced by us and not by con
 delay are the link's own, in a bounded time and at any loss. Through a relay there are no packets to count, so TCP
 streams measure.
 
-    python -m repro.link.probe answer HOST          prints its port, ends with its standard input
-    python -m repro.link.probe ask HOST PORT PLAN   prints what it found, in JSON; PLAN is the JSON form of Plan
-    python -m repro.link.probe watch HOST PORT S    sends for S seconds; prints what came when, and TCP_INFO, in JSON
+`python -m repro.link.probe` answers questions of the process that started it: `answer` with the port on which it serves until it is
+told to stop; `ask`, given where that is and a Plan, with what it found; `watch` sends for some seconds, and answers what came when
+and TCP_INFO.
 
 Both ends read one clock, the machine's, so one-way delays are exact.
 """
@@ -22,16 +22,16 @@ import math
 import select
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from repro.link import kernel, tcp_info
+from repro.link import tcp_info
 from repro.link.measurement import Plan
 from repro.link.tcp_info import Sampler
+from repro.processes import Message, Parent, run_first, run_worker, wake_precisely
 
 # Not in Python's socket module.
 _UDP_SEGMENT, _UDP_GRO, _SO_RCVBUFFORCE = 103, 104, 33
@@ -65,14 +65,13 @@ class Tally:
             self.marks.append((now_s, self.bytes))
 
 
-def answer(host: str) -> None:
-    """Serve until standard input ends."""
-    kernel.wake_precisely()
-    kernel.run_first()
+def answer(host: str) -> int:
+    """Serve in the background; returns the port."""
+    wake_precisely()
+    run_first()
     listener = socket.create_server((host, 0), backlog=64)
-    print(listener.getsockname()[1], flush=True)
     threading.Thread(target=_accept, args=(listener, host), daemon=True).start()
-    sys.stdin.read()
+    return int(listener.getsockname()[1])
 
 
 def _accept(listener: socket.socket, host: str) -> None:
@@ -154,8 +153,8 @@ def _datagram_socket(host: str) -> socket.socket:
 
 def ask(host: str, port: int, plan: Plan) -> dict[str, Any]:
     """Measure the link to an answering probe."""
-    kernel.wake_precisely()
-    kernel.run_first()
+    wake_precisely()
+    run_first()
     started_s = time.monotonic()
     found = _by_datagrams(host, port, plan) if plan.datagrams else _by_streams(host, port, plan)
     return found | {"duration_s": time.monotonic() - started_s}
@@ -346,15 +345,18 @@ def _rate(marks: list[list[float]]) -> float:
     return 8 * (marks[-1][1] - first[1]) / (marks[-1][0] - first[0])
 
 
-def main(argv: list[str]) -> None:
-    """Answer, ask or watch, as the module's docstring says."""
-    if argv[0] == "answer":
-        answer(argv[1])
-    elif argv[0] == "watch":
-        print(json.dumps(watch(argv[1], int(argv[2]), float(argv[3]))), flush=True)
-    else:
-        print(json.dumps(ask(argv[1], int(argv[2]), Plan(**json.loads(argv[3])))), flush=True)
+def work(parent: Parent, asked: Message) -> None:
+    """Answer, ask or watch, as the module's docstring says, until told to stop."""
+    while asked["kind"] != "stop":
+        match asked["kind"]:
+            case "answer":
+                parent.reply(asked, port=answer(asked["host"]))
+            case "watch":
+                parent.reply(asked, found=watch(asked["host"], asked["port"], asked["duration_s"]))
+            case _:
+                parent.reply(asked, found=ask(asked["host"], asked["port"], Plan(**asked["plan"])))
+        asked = parent.read()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_worker(work)

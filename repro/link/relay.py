@@ -4,19 +4,16 @@ Each connection is ended here and begun anew, so the byte stream sees the right 
 delay, schedule and queue, but TCP never meets loss, slow start or congestion; what the backend gives up says so.
 Headers that real packets would have had are charged to the rate, so its ideal goodput is that of the other backends.
 
-Run as `python -m repro.link.relay` by the Link. Talks JSON lines: the first line in is the spec; then {"dial": [host,
-port, direction]} answers {"port": …}, {"signals": …} the counters, {"start": t} begins the schedule. It ends with its
-standard input.
+Run as `python -m repro.link.relay` by the Link. The first question, `open`, brings the spec; then `dial` answers a port, `signals`
+the counters, and `start` begins the schedule. It exits on `stop` and on EOF.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import socket
 import struct
-import sys
 import threading
 import time
 from collections import deque
@@ -24,10 +21,10 @@ from collections.abc import Callable
 from typing import Any
 
 from repro.configuration import build
-from repro.link import kernel
 from repro.link.capacity import Serialiser, capacity
 from repro.link.impairment import jitter_of
 from repro.link.spec import Condition, Direction, LinkSpec
+from repro.processes import Message, Parent, run_first, run_worker, wake_precisely
 
 _LARGEST_CHUNK_BYTES = 256 << 10
 _SMALLEST_CHUNK_BYTES = 1448
@@ -228,27 +225,22 @@ class Relay:
             Pump(far, near, pair, self._ways[back])
 
 
-def main() -> None:
-    """Serve until standard input ends."""
-    kernel.wake_precisely()
-    first = kernel.run_first()
-    relay = Relay(build(LinkSpec, json.loads(sys.stdin.readline()), "link"))
-    _say({"facts": {"realtime": first}})
-    for line in sys.stdin:
-        message = json.loads(line)
-        if "dial" in message:
-            host, port, direction = message["dial"]
-            _say({"port": relay.dial(host, port, direction)})
-        elif "start" in message:
-            relay.start(message["start"])
-            _say({})
-        else:
-            _say(relay.signals())
-
-
-def _say(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
+def work(parent: Parent, asked: Message) -> None:
+    """Serve until told to stop."""
+    wake_precisely()
+    first = run_first()
+    relay = Relay(build(LinkSpec, asked["spec"], "link"))
+    parent.reply(asked, facts={"realtime": first})
+    while (asked := parent.read())["kind"] != "stop":
+        match asked["kind"]:
+            case "dial":
+                parent.reply(asked, port=relay.dial(asked["host"], asked["port"], asked["direction"]))
+            case "start":
+                relay.start(asked["at_s"])
+                parent.reply(asked)
+            case _:
+                parent.reply(asked, **relay.signals())
 
 
 if __name__ == "__main__":
-    main()
+    run_worker(work)

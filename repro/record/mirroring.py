@@ -1,14 +1,14 @@
-"""The process behind `tracking.Mirror`: loads W&B, waits for one job on its input, logs it and ends."""
+"""The process behind `tracking.Mirror`: loads W&B, waits for one job, logs it and ends."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import wandb
 
+from repro.processes import Message, Parent, run_worker
 from repro.record.directory import Record
 from repro.record.tracking import TrackingSpec
 
@@ -56,18 +56,19 @@ def _log(
         run.finish()
 
 
-def main() -> None:
-    """One job from the input; an empty one means that the run ended without a result."""
-    if not (line := sys.stdin.readline()):
+def work(parent: Parent, job: Message) -> None:
+    """One job; `stop` instead means that the run ended without a result."""
+    if job["kind"] == "stop":
         return
-    job = json.loads(line)
     mirror(
         Record(Path(job["record"])),
         job["configuration"],
         [Path(path) for path in job["figures"]],
         TrackingSpec(**job["spec"]),
     )
+    wandb.teardown()  # this process ends without the usual exit, at which W&B would do it
+    parent.reply(job)
 
 
 if __name__ == "__main__":
-    main()
+    run_worker(work)

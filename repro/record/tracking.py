@@ -7,9 +7,6 @@ because the record is complete without it.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +15,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from repro.errors import UserError
+from repro.processes import Child, ChildEndedError
 from repro.record.directory import Record
 
 
@@ -43,55 +41,50 @@ class TrackingSpec:
 class Mirror:
     """The tracker's process, from the start of a run to its end; use it as a context, and `log` once.
 
-    It ends with the pipe to it, so nothing is left of it when the run is killed.
+    Nothing is left of it when the run is killed.
     """
 
     def __init__(self, spec: TrackingSpec, folder: Path) -> None:
         self._spec = spec
         self._folder = folder
-        self._process: subprocess.Popen[str] | None = None
+        self._tracker: Child | None = None
 
     def load(self) -> None:
         """Start loading W&B beside the run. Not where times are measured: there it waits until `log`."""
-        if self._process is not None or self._spec.mode == "disabled":
+        if self._tracker is not None or self._spec.mode == "disabled":
             return
         data = (self._folder / "wandb").resolve()
         # W&B takes its folders from the environment only; without these, artifacts are staged in the user's home.
         places = {"WANDB_DATA_DIR": data, "WANDB_CACHE_DIR": data / "cache", "WANDB_CONFIG_DIR": data / "config"}
-        environment = {
-            **os.environ,
-            **{name: str(path) for name, path in places.items()},
+        environment = {name: str(path) for name, path in places.items()} | {
             "WANDB_SILENT": "true",
             "WANDB_CONSOLE": "off",
         }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "repro.record.mirroring"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
+        self._tracker = Child(
+            "tracker",
+            [sys.executable, "-m", "repro.record.mirroring"],
+            environment=environment,
+            stderr="inherited",
+        )
 
     def log(self, record: Record, configuration: dict[str, Any], figures: Sequence[Path]) -> None:
         """Hand over a finished run and wait until it is mirrored, or until that takes too long."""
         self.load()
-        if self._process is None:
+        if self._tracker is None:
             return
-        job = {
-            "record": str(record.path),
-            "configuration": configuration,
-            "figures": [str(path) for path in figures],
-            "spec": asdict(self._spec),
-        }
         try:
-            self._process.communicate(json.dumps(job), timeout=self._spec.timeout_s)
-        except (subprocess.TimeoutExpired, OSError) as error:
-            _complain(
-                self._spec.mode,
-                f"gave up after {self._spec.timeout_s:g} s"
-                if isinstance(error, subprocess.TimeoutExpired)
-                else str(error),
+            self._tracker.ask(
+                "log",
+                self._spec.timeout_s,
+                record=str(record.path),
+                configuration=configuration,
+                figures=[str(path) for path in figures],
+                spec=asdict(self._spec),
             )
-        else:
-            if self._process.returncode != 0:
-                _complain(self._spec.mode, f"the tracker ended with code {self._process.returncode}")
+        except ChildEndedError as error:
+            _complain(self._spec.mode, str(error))
+        except UserError:
+            _complain(self._spec.mode, f"gave up after {self._spec.timeout_s:g} s")
 
     def __enter__(self) -> Mirror:
         return self
@@ -99,11 +92,8 @@ class Mirror:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
+        if self._tracker is not None:
+            self._tracker.kill()
 
 
 def _complain(mode: str, reason: str) -> None:

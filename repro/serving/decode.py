@@ -26,7 +26,7 @@ from repro.errors import UserError
 from repro.kvcache import codecs
 from repro.kvcache.frames import CodecId, Manifest, Piece
 from repro.kvcache.state import State
-from repro.serving.channel import Channel, Message, run_worker
+from repro.processes import Message, Parent, run_worker
 from repro.serving.running_batch import RunningBatch
 from repro.transport import Received, TransportSpec, open_receiver
 
@@ -41,7 +41,7 @@ class DecodeConfig:
     host: str
 
 
-def work(channel: Channel, config: Message) -> None:
+def work(parent: Parent, config: Message) -> None:
     """Listen, build the model, then serve until told to stop."""
     spec = configuration.build(DecodeConfig, {key: value for key, value in config.items() if key != "kind"})
     receiver = open_receiver(spec.transport, spec.host, own_process=spec.transport_process)
@@ -59,8 +59,8 @@ def work(channel: Channel, config: Message) -> None:
             inbox.put(error)
 
     threading.Thread(target=receive, name="receive", daemon=True).start()
-    channel.deliver(inbox.put)
-    channel.send("ready", port=receiver.port)
+    parent.deliver(inbox.put)
+    parent.send("ready", port=receiver.port)
     while True:
         while not batch or not inbox.empty():
             item = inbox.get()
@@ -68,20 +68,20 @@ def work(channel: Channel, config: Message) -> None:
                 raise item
             if isinstance(item, _Arrived):
                 try:
-                    _join(item, engine, batch, channel, log)
+                    _join(item, engine, batch, parent, log)
                 except Exception as error:  # whatever is wrong with one request must not end the others
                     traceback.print_exception(error)
-                    channel.send("refused", request_id=item.request_id, error=f"the decode side refused it: {error}")
+                    parent.send("refused", request_id=item.request_id, error=f"the decode side refused it: {error}")
             elif item["kind"] == "stop":
                 receiver.close()
                 return
             elif item["kind"] == "reserve":
                 request = Request.from_json(item["request"])
-                channel.send("reserved", request_id=request.request_id, held_tokens=engine.reserve(request))
+                parent.send("reserved", request_id=request.request_id, held_tokens=engine.reserve(request))
             else:
-                _prefill_here(Request.from_json(item["request"]), engine, batch, channel, log)
+                _prefill_here(Request.from_json(item["request"]), engine, batch, parent, log)
         for generation in batch.step():
-            channel.send(
+            parent.send(
                 "finished",
                 request_id=generation.handover.request_id,
                 tokens=generation.tokens,
@@ -90,13 +90,13 @@ def work(channel: Channel, config: Message) -> None:
             )
 
 
-def _prefill_here(request: Request, engine: TorchEngine, batch: RunningBatch, channel: Channel, log: SpanLog) -> None:
+def _prefill_here(request: Request, engine: TorchEngine, batch: RunningBatch, parent: Parent, log: SpanLog) -> None:
     start_s = now_s()
     engine.prefill_and_join(request, log)
     end_s = now_s()
     log.add(Span("prefill", request.request_id, start_s, end_s))
     batch.admit(Handover.of(request))
-    channel.send("prefilled", request_id=request.request_id, start_s=start_s, end_s=end_s)
+    parent.send("prefilled", request_id=request.request_id, start_s=start_s, end_s=end_s)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _arrived(received: Received, engine: TorchEngine, log: SpanLog) -> _Arrived:
     return _Arrived(request_id, received.completed_s, received.manifest, states)
 
 
-def _join(arrived: _Arrived, engine: TorchEngine, batch: RunningBatch, channel: Channel, log: SpanLog) -> None:
+def _join(arrived: _Arrived, engine: TorchEngine, batch: RunningBatch, parent: Parent, log: SpanLog) -> None:
     request_id, complete_s = arrived.request_id, arrived.complete_s
     if isinstance(arrived.states, Exception):
         raise arrived.states
@@ -146,7 +146,7 @@ def _join(arrived: _Arrived, engine: TorchEngine, batch: RunningBatch, channel: 
     with log.span("restore", request_id, kv_bytes=sum(state.nbytes for state in arrived.states)):
         engine.join(handover, arrived.states)
     batch.admit(handover)
-    channel.send("joined", request_id=request_id, complete_s=complete_s, joined_s=now_s())
+    parent.send("joined", request_id=request_id, complete_s=complete_s, joined_s=now_s())
 
 
 def _expanded(received: Received, log: SpanLog) -> Sequence[Piece]:

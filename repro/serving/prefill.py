@@ -21,7 +21,7 @@ from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
 from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.kvcache.codecs import CodecSpec, encode
 from repro.kvcache.frames import CodecId, FrameHeader, Manifest, Piece
-from repro.serving.channel import Channel, Message, run_worker
+from repro.processes import Message, Parent, run_worker
 from repro.transport import Sender, SenderProcess, TransferFailed, TransportSpec, open_sender
 
 
@@ -70,24 +70,24 @@ class _Outbox:
         self._held.clear()
 
 
-def work(channel: Channel, config: Message) -> None:
+def work(parent: Parent, config: Message) -> None:
     """Build the model, connect when told where to, then serve until told to stop."""
     spec = configuration.build(PrefillConfig, {key: value for key, value in config.items() if key != "kind"})
     engine = TorchEngine(spec.engine)
     log = SpanLog()
-    address = channel.read()
+    address = parent.read()
     if address["kind"] == "stop":
         return
     sender = open_sender(spec.transport, (address["host"], address["port"]), own_process=spec.transport_process)
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    channel.deliver(inbox.put)
-    channel.send("ready")
+    parent.deliver(inbox.put)
+    parent.send("ready")
     while (message := inbox.get())["kind"] != "stop":
         request = Request.from_json(message["request"])
         try:
-            _serve(request, message, engine, sender, spec, channel, log)
+            _serve(request, message, engine, sender, spec, parent, log)
         except TransferFailed as error:  # in the middle of prefill: the rest of it would be computed for nobody
-            channel.send("undelivered", request_id=error.request_id, error=str(error))
+            parent.send("undelivered", request_id=error.request_id, error=str(error))
     sender.close()
 
 
@@ -97,7 +97,7 @@ def _serve(
     engine: TorchEngine,
     sender: Sender | SenderProcess,
     spec: PrefillConfig,
-    channel: Channel,
+    parent: Parent,
     log: SpanLog,
 ) -> None:
     request_id = request.request_id
@@ -116,14 +116,14 @@ def _serve(
     # The next request's prefill does not wait for this one's last acknowledgement.
     threading.Thread(
         target=_confirm,
-        args=(request_id, prefilled.release, sender, channel, log),
+        args=(request_id, prefilled.release, sender, parent, log),
         name=f"confirm {request_id}",
         daemon=True,
     ).start()
     kv_bytes: Counter[str] = Counter()
     for header in outbox.headers:
         kv_bytes[header.kind.name.lower()] += header.raw_bytes
-    channel.send(
+    parent.send(
         "prefilled",
         request_id=request_id,
         start_s=start_s,
@@ -140,13 +140,13 @@ def _serve(
 
 
 def _confirm(
-    request_id: int, release: Callable[[], None], sender: Sender | SenderProcess, channel: Channel, log: SpanLog
+    request_id: int, release: Callable[[], None], sender: Sender | SenderProcess, parent: Parent, log: SpanLog
 ) -> None:
     """Report the delivery once the decode side has acknowledged it, or that there will be none."""
     try:
         delivery = sender.wait(request_id)
     except TransferFailed as error:
-        channel.send("undelivered", request_id=request_id, error=str(error))
+        parent.send("undelivered", request_id=request_id, error=str(error))
         return
     finally:
         release()
@@ -161,7 +161,7 @@ def _confirm(
                 kv_bytes=piece.payload_bytes,
             )
         )
-    channel.send(
+    parent.send(
         "sent",
         request_id=request_id,
         resent_bytes=delivery.resent_bytes,

@@ -20,10 +20,9 @@ from repro.engine.torch_engine import EngineSpec
 from repro.errors import UserError
 from repro.kvcache.codecs import CodecSpec
 from repro.link import Link, Side
-from repro.serving.channel import Message
+from repro.processes import Child, Message, Supervisor
 from repro.serving.decode import DecodeConfig
 from repro.serving.prefill import PrefillConfig
-from repro.serving.supervision import Supervisor, Worker
 from repro.serving.timeline import Timeline
 from repro.transport import TransportSpec, remote_memory
 
@@ -146,9 +145,9 @@ class System:
     `transport_process` each worker's sockets live in a process of their own, so that Python's lock never makes a forward
     pass wait for them, nor the other way round; it costs memory and a start-up.
 
-    Any method may raise WorkerDiedError, within milliseconds of a worker's end, and WorkerSilentError where nothing
-    happens for `request_timeout_s`; `serve` RequestFailedError, after
-    which the other requests of the call may still be under way: the next ones need numbers of their own.
+    Any method may raise ChildEndedError, within milliseconds of the end of a worker or of a process that the link stands on and within
+    10 s of its silence, and SilenceError where nothing happens for `request_timeout_s`; `serve` RequestFailedError, after which the
+    other requests of the call may still be under way: the next ones need numbers of their own.
     """
 
     def __init__(
@@ -200,7 +199,9 @@ class System:
                 )
             ),
         }
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, Child] = {}
+        if self._link.helper is not None:
+            self._supervisor.watch(self._link.helper)
         for side in SIDES:
             worker = [sys.executable, "-m", f"repro.serving.{side}"]
             started = remote_memory.started(self._transport.backend, worker, namespaced=self._link.backend != "none")
@@ -247,7 +248,7 @@ class System:
                 log.warning("ignored the %s of a request that was not asked for", event.message["kind"])
                 continue
             if event.message["kind"] in ("undelivered", "refused"):
-                raise RequestFailedError(event.message["request_id"], event.message["error"])
+                raise self._supervisor.cause(RequestFailedError(event.message["request_id"], event.message["error"]))
             if event.message["kind"] == "reserved":
                 asked, held_tokens = by_id[event.message["request_id"]], event.message["held_tokens"]
                 prefill.send("request", request=asked.as_json(), mode=mode, held_tokens=held_tokens)

@@ -1,24 +1,17 @@
 """The transport in a process of its own, so that Python's lock never makes a forward pass wait for a socket.
 
 The worker and its transport are on the same side of the link and share an arena of memory: the worker copies a piece's
-bytes into it and goes on computing; the transport sends them from there, or has received them there. Over a socket pair
-between the two go only JSON commands and events with headers and manifests beside them. The pair's end is the end of the
-process: neither outlives the other.
+bytes into it and goes on computing; the transport sends them from there, or has received them there. Over the channel
+between the two go only JSON commands and events with headers and manifests beside them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import os
 import queue
-import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +19,9 @@ import numpy as np
 from repro.errors import UserError
 from repro.kvcache.frames import HEADER_BYTES, FrameHeader, Manifest, Piece
 from repro.link.tcp_info import TcpInfo
+from repro.processes import Child, Message
 from repro.transport.arena import Arena, Block
 from repro.transport.outgoing import Delivery, PieceDelivery, SenderStats, TransferFailed
-from repro.transport.pipe import Message, Pipe
 from repro.transport.receiver import Received, once, receive_arena
 from repro.transport.session import Failure, PieceArrival
 from repro.transport.signals import ConnectionSignal
@@ -36,75 +29,33 @@ from repro.transport.spec import TransportSpec
 
 _REPLY_PATIENCE_S = 10.0
 _START_PATIENCE_S = 60.0
+_CLOSE_PATIENCE_S = 8.0
 
 
-class _Child:
-    """The other process: started, asked, and gone when this one wants or is gone itself."""
-
-    def __init__(self, role: str, spec: TransportSpec, arena: Arena, **values: Any) -> None:
-        near, far = socket.socketpair()
-        package = str(Path(__file__).resolve().parents[2])
-        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "repro.transport.process_main", role, str(far.fileno()), str(arena.fd)],
-            pass_fds=(far.fileno(), arena.fd),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        )
-        far.close()
-        self._near = near
-        self.pipe = Pipe(near)
-        self.pipe.send({"spec": asdict(spec), "capacity_bytes": arena.capacity_bytes, **values})
-        near.settimeout(_START_PATIENCE_S)
-        try:
-            self.started, _ = self.pipe.receive()
-        except EOFError:
-            self.close()
-            raise UserError(f"transport: its process ended at the start with status {self.process.wait()}") from None
-        near.settimeout(None)
-        if "error" in self.started:
-            self.close()
-            raise UserError(self.started["error"])
-        self._replies: dict[int, queue.SimpleQueue[Message]] = {}
-        self._numbers = itertools.count()
-
-    def listen(self, hear: Callable[[Message, bytes], None], gone: Callable[[], None]) -> None:
-        """Hand on each event in a thread of its own."""
-
-        def run() -> None:
-            try:
-                while True:
-                    message, beside = self.pipe.receive()
-                    if "reply" in message:
-                        self._replies.pop(message["reply"]).put(message)
-                    else:
-                        hear(message, beside)
-            except EOFError:
-                gone()
-
-        threading.Thread(target=run, name="transport-process", daemon=True).start()
-
-    def ask(self, what: str) -> Any:
-        """A question that the other process answers at once. Raises OSError when it has gone."""
-        number = next(self._numbers)
-        self._replies[number] = queue.SimpleQueue()
-        answers = self._replies[number]
-        self.pipe.send({"do": what, "number": number})
-        try:
-            return answers.get(timeout=_REPLY_PATIENCE_S)["value"]
-        except queue.Empty:
-            raise OSError("the transport's process does not answer") from None
-
-    def close(self) -> None:
-        """End the process, with SIGKILL where it will not."""
-        self.pipe.close()
-        try:
-            self.process.wait(timeout=8)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._near.close()
+def _started(
+    role: str,
+    spec: TransportSpec,
+    arena: Arena,
+    hear: Callable[[Message, bytes], None],
+    gone: Callable[[str], None],
+    **values: Any,
+) -> tuple[Child, Message]:
+    """The other process and what it said first; `gone` hears how it ended. Raises UserError where it cannot start."""
+    child = Child(
+        f"transport process ({role})",
+        [sys.executable, "-m", "repro.transport.process_main", role, str(arena.fd)],
+        hear=hear,
+        stderr="inherited",
+        pass_fds=(arena.fd,),
+        own_group=False,  # whoever ends this process by its group ends both
+    )
+    child.on_end(lambda ended: gone(str(ended)))
+    try:
+        values = {"spec": asdict(spec), "capacity_bytes": arena.capacity_bytes, **values}
+        return child, child.ask("open", _START_PATIENCE_S, **values)
+    except BaseException:
+        child.kill()
+        raise
 
 
 class _Pending:
@@ -122,13 +73,13 @@ class SenderProcess:
         self._spec = spec
         room = spec.max_in_flight_bytes
         self._arena = Arena(4 * room, retain_bytes=room, prefault_bytes=min(room, spec.limits.prefault_bytes))
-        # The other process must never wait for room, or a cancellation would wait behind it: the waiting is done here.
-        self._child = _Child("send", replace(spec, max_in_flight_bytes=1 << 62), self._arena, address=address)
         self._change = threading.Condition()
         self._pending: dict[int, _Pending] = {}
         self._outstanding_bytes = 0
-        self._gone = False
-        self._child.listen(self._hear, self._ended)
+        self._gone: str | None = None
+        # The other process must never wait for room, or a cancellation would wait behind it: the waiting is done here.
+        there = replace(spec, max_in_flight_bytes=1 << 62)
+        self._child, _ = _started("send", there, self._arena, self._hear, self._ended, address=address)
 
     def begin(self, request_id: int, *, deadline_s: float | None = None, priority: int = 0) -> None:
         """As `Sender.begin`."""
@@ -137,7 +88,7 @@ class SenderProcess:
             if request_id in self._pending and self._pending[request_id].outcome is None:
                 raise ValueError(f"request {request_id} is under way already")
             self._pending[request_id] = _Pending()
-        self._tell({"do": "begin", "request": request_id, "deadline_s": deadline_s, "priority": priority})
+        self._child.send("begin", request=request_id, deadline_s=deadline_s, priority=priority)
 
     def send(self, piece: Piece) -> None:
         """As `Sender.send`, but the payload is copied before this returns."""
@@ -151,13 +102,13 @@ class SenderProcess:
             self._outstanding_bytes += size
         # By numpy, which lets Python's lock go meanwhile: the forward pass goes on.
         np.copyto(np.frombuffer(self._arena.view(block, size), np.uint8), np.frombuffer(piece.payload, np.uint8))
-        self._tell({"do": "send", "offset": block.offset, "size": size}, header.pack())
+        self._child.send("send", beside=header.pack(), offset=block.offset, size=size)
 
     def finish(self, manifest: Manifest) -> None:
         """As `Sender.finish`."""
         with self._change:
             self._find(manifest.request_id)
-        self._tell({"do": "finish"}, manifest.pack())
+        self._child.send("finish", beside=manifest.pack())
 
     def wait(self, request_id: int, timeout_s: float | None = None) -> Delivery:
         """As `Sender.wait`."""
@@ -176,33 +127,33 @@ class SenderProcess:
 
     def cancel(self, request_id: int) -> None:
         """As `Sender.cancel`."""
-        self._tell({"do": "cancel", "request": request_id})
+        self._child.send("cancel", request=request_id)
 
     def set_priority(self, request_id: int, priority: int) -> None:
         """As `Sender.set_priority`."""
-        self._tell({"do": "set_priority", "request": request_id, "priority": priority})
+        self._child.send("set_priority", request=request_id, priority=priority)
 
     def set_rate_cap(self, bps: float | None) -> None:
         """As `Sender.set_rate_cap`."""
-        self._tell({"do": "set_rate_cap", "bps": bps})
+        self._child.send("set_rate_cap", bps=bps)
 
     def signals(self) -> list[ConnectionSignal]:
         """As `Sender.signals`."""
         return [
             ConnectionSignal(values["slot"], values["at_s"], TcpInfo(**values["tcp"]))
-            for values in self._child.ask("signals")
+            for values in _answer(self._child, "signals")
         ]
 
     def stats(self) -> SenderStats:
         """As `Sender.stats`."""
-        stats: SenderStats = self._child.ask("stats")
+        stats: SenderStats = _answer(self._child, "stats")
         stats["arena_used_bytes"] = self._arena.used_bytes
         return stats
 
     def close(self) -> None:
         """As `Sender.close`: the other process is gone when this returns."""
-        self._child.close()
-        self._ended()
+        self._ended("the sender is closed")
+        self._child.end(_CLOSE_PATIENCE_S)
         self._arena.close()
 
     def __enter__(self) -> SenderProcess:
@@ -211,15 +162,9 @@ class SenderProcess:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _tell(self, message: Message, beside: bytes = b"") -> None:
-        try:
-            self._child.pipe.send(message, beside)
-        except OSError:
-            self._ended()
-
     def _check(self, request_id: int) -> None:
-        if self._gone:
-            raise TransferFailed(request_id, "closed", "the transport's process has ended")
+        if self._gone is not None:
+            raise TransferFailed(request_id, "closed", self._gone)
 
     def _find(self, request_id: int) -> _Pending:
         self._check(request_id)
@@ -252,7 +197,7 @@ class SenderProcess:
             pending = self._pending.get(message["request"])
             if pending is None or pending.outcome is not None:
                 return
-            if message["event"] == "acked":
+            if message["kind"] == "acked":
                 self._free(pending, message["piece"])
             else:
                 pending.outcome = _outcome(message)
@@ -265,12 +210,12 @@ class SenderProcess:
         self._outstanding_bytes -= size
         self._arena.free(block)
 
-    def _ended(self) -> None:
+    def _ended(self, how: str) -> None:
         with self._change:
-            self._gone = True
+            self._gone = self._gone or how
             for request_id, pending in self._pending.items():
                 if pending.outcome is None:
-                    pending.outcome = TransferFailed(request_id, "closed", "the transport's process has ended")
+                    pending.outcome = TransferFailed(request_id, "closed", how)
             self._change.notify_all()
 
 
@@ -279,9 +224,10 @@ class ReceiverProcess:
 
     def __init__(self, spec: TransportSpec, host: str, port: int = 0) -> None:
         self._arena = receive_arena(spec)
-        self._child = _Child("receive", spec, self._arena, host=host, port=port)
-        self._ready: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
-        self._child.listen(self._hear, lambda: self._ready.put(None))
+        self._ready: queue.SimpleQueue[Received | str] = queue.SimpleQueue()
+        self._child, self._hello = _started(
+            "receive", spec, self._arena, self._hear, self._ready.put, host=host, port=port
+        )
 
     @property
     def memory(self) -> memoryview:
@@ -291,7 +237,7 @@ class ReceiverProcess:
     @property
     def port(self) -> int:
         """The TCP port that senders dial."""
-        return int(self._child.started["port"])
+        return int(self._hello["port"])
 
     def receive(self, timeout_s: float | None = None) -> Received:
         """As `Receiver.receive`."""
@@ -299,23 +245,23 @@ class ReceiverProcess:
             received = self._ready.get(timeout=timeout_s)
         except queue.Empty:
             raise TimeoutError(f"no request arrived within {timeout_s} s") from None
-        if received is None:
-            self._ready.put(None)
-            raise OSError("the receiver is closed")
+        if isinstance(received, str):
+            self._ready.put(received)
+            raise OSError(f"the receiver is closed: {received}")
         return received
 
     def failures(self) -> list[Failure]:
         """As `Receiver.failures`."""
-        return [Failure(**values) for values in self._child.ask("failures")]
+        return [Failure(**values) for values in _answer(self._child, "failures")]
 
     def stats(self) -> dict[str, int]:
         """As `Receiver.stats`."""
-        stats: dict[str, int] = self._child.ask("stats")
+        stats: dict[str, int] = _answer(self._child, "stats")
         return stats
 
     def close(self) -> None:
         """As `Receiver.close`: the other process is gone when this returns."""
-        self._child.close()
+        self._child.end(_CLOSE_PATIENCE_S)
         self._arena.close()
 
     def __enter__(self) -> ReceiverProcess:
@@ -332,7 +278,7 @@ class ReceiverProcess:
             pieces.append(Piece(header, self._arena.whole[offset : offset + header.payload_bytes]))
         manifest = Manifest.unpack(view[len(pieces) * HEADER_BYTES :])
         arrivals = tuple(PieceArrival(*values) for values in message["arrivals"])
-        number = message["number"]
+        number = message["request"]
         release = once(lambda: self._release(number))
         self._ready.put(
             Received(
@@ -346,12 +292,19 @@ class ReceiverProcess:
         )
 
     def _release(self, number: int) -> None:
-        with contextlib.suppress(OSError):
-            self._child.pipe.send({"do": "release", "number": number})
+        self._child.send("release", request=number)
+
+
+def _answer(child: Child, what: str) -> Any:
+    """What the other process answers at once. Raises OSError when it has gone."""
+    try:
+        return child.ask(what, _REPLY_PATIENCE_S)["value"]
+    except UserError as error:
+        raise OSError(str(error)) from None
 
 
 def _outcome(message: Message) -> Delivery | TransferFailed:
-    if message["event"] == "failed":
+    if message["kind"] == "undelivered":
         return TransferFailed(message["request"], message["reason"], message["detail"])
     values = message["delivery"]
     return Delivery(**{**values, "pieces": tuple(PieceDelivery(**piece) for piece in values["pieces"])})

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 
@@ -29,6 +28,7 @@ from repro.link.backends import open_link
 from repro.link.link import Link
 from repro.link.namespaces import ADDRESSES, inside
 from repro.link.spec import LinkSpec, Side
+from repro.processes import ChildEndedError, foreground, tied
 
 
 def main(argv: list[str]) -> int:
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         if options.action == "exec":
             _describe(link)
             link.start()
-            return subprocess.call(link.command(options.side, command))
+            return foreground(link.command(options.side, tied(command)))
         warnings = link.check(tolerate=options.tolerate)
         if options.json:
             print(json.dumps(link.record(), indent=1))
@@ -116,13 +116,17 @@ def _hold(link: Link) -> None:
     over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: over.set())
+    if link.helper is not None:
+        link.helper.on_end(lambda _: over.set())
     over.wait()
+    if link.helper is not None and link.helper.ended is not None:
+        raise ChildEndedError(link.helper.ended)
 
 
 def _join(run: str, side: Side, command: list[str]) -> int:
     for member in leftovers.members():
         if member.run == run and member.owner_alive and member.command.endswith("repro.link.keeper"):
-            return subprocess.call(["env", leftovers.mark(run), *inside(member.pid, side, command)])
+            return foreground(["env", leftovers.mark(run), *inside(member.pid, side, tied(command))])
     raise UserError(f"link exec --join: no link {run!r} is up; accepted: the --run of a `link up` that still runs")
 
 

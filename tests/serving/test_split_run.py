@@ -20,9 +20,9 @@ from repro.errors import UserError
 from repro.link import Link, LinkSpec, open_link
 from repro.models import spec as models
 from repro.models.architectures import layout_of
+from repro.processes import ChildEndedError
 from repro.serving.bound import ttft_bound_s
 from repro.serving.records import requests_frame
-from repro.serving.supervision import WorkerDiedError
 from repro.serving.system import Run, System
 from repro.serving.timeline import Timeline, chrome_trace, merged, write_trace
 from repro.transport import TransportSpec
@@ -171,7 +171,7 @@ def test_sigkill_of_decode_in_the_middle_of_a_transfer_ends_the_run_and_leaves_n
                 finally:
                     killer.join()
 
-        with pytest.raises(WorkerDiedError, match="worker decode was killed by SIGKILL"):
+        with pytest.raises(ChildEndedError, match="worker decode was killed by SIGKILL"):
             serve()
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
 

@@ -79,8 +79,8 @@ def fork_workers(address: str) -> None:
 
     from repro.models import spec as models
     from repro.models.build import build
+    from repro.processes import die_with_parent
     from repro.serving import decode, prefill
-    from repro.serving.channel import die_with_parent
 
     die_with_parent()
     for name in models.names():
@@ -103,7 +103,7 @@ def fork_workers(address: str) -> None:
 
 
 def _become(work: Any, connection: socket.socket, descriptors: Sequence[int]) -> None:
-    from repro.serving.channel import run_worker
+    from repro.processes import run_worker
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number, descriptor in enumerate(descriptors[:3]):

@@ -12,31 +12,31 @@ from pathlib import Path
 import psutil
 import pytest
 
-from repro.serving.supervision import Supervisor, WorkerDiedError, WorkerSilentError
+from repro.processes import ChildEndedError, SilenceError, Supervisor
 
 ECHO = """
     import threading
-    from repro.serving.channel import run_worker
-    def work(channel, config):
-        channel.send("ready", greeting=config["greeting"])
+    from repro.processes import run_worker
+    def work(parent, config):
+        parent.send("ready", greeting=config["greeting"])
         print("a library's chatter on stdout")
-        while (message := channel.read())["kind"] != "stop":
+        while (message := parent.read())["kind"] != "stop":
             if message["kind"] == "raise":
                 raise ValueError("no such layer")
             if message["kind"] == "raise in a thread":
                 threading.Thread(target=int, args=("no number",)).start()
                 continue
-            channel.send("echo", text=message["text"])
+            parent.send("echo", text=message["text"])
     run_worker(work)
 """
 PARENT = """
     import os, subprocess, sys
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     subprocess.Popen([sys.executable, "-c", child], stdout=open(sys.argv[1], "w"))
-    from repro.serving.channel import run_worker
-    def work(channel, config):
-        channel.send("ready")
-        while channel.read()["kind"] != "stop":
+    from repro.processes import run_worker
+    def work(parent, config):
+        parent.send("ready")
+        while parent.read()["kind"] != "stop":
             pass
     run_worker(work)
 """
@@ -76,7 +76,7 @@ def test_a_worker_gets_its_configuration_and_answers_while_its_prints_stay_in_th
     worker.send("say", text="ü\n")
     assert supervisor.next_event(20).message == {"kind": "echo", "text": "ü\n"}
     supervisor.stop()
-    assert worker.process.returncode == 0
+    assert worker.returncode == 0
     assert "a library's chatter" in (tmp_path / "echo.log").read_text()
 
 
@@ -84,7 +84,7 @@ def test_sigkill_of_a_worker_ends_the_wait_and_names_the_worker(supervisor: Supe
     worker = supervisor.start("decode", python(ECHO), {"greeting": ""})
     supervisor.expect("ready", 1, 20)
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(WorkerDiedError, match="worker decode was killed by SIGKILL"):
+    with pytest.raises(ChildEndedError, match="worker decode was killed by SIGKILL"):
         supervisor.next_event(20)
 
 
@@ -97,20 +97,20 @@ def test_an_exception_in_a_worker_reaches_the_supervisor_in_words(
     worker = supervisor.start("prefill", python(ECHO), {"greeting": ""})
     supervisor.expect("ready", 1, 20)
     worker.send(where)
-    with pytest.raises(WorkerDiedError, match=f"worker prefill failed: ValueError: {words}"):
+    with pytest.raises(ChildEndedError, match=f"worker prefill failed: ValueError: {words}"):
         supervisor.next_event(20)
 
 
 def test_a_worker_that_cannot_start_leaves_the_end_of_its_log_in_the_message(supervisor: Supervisor) -> None:
     supervisor.start("prefill", python("raise SystemExit('no such device')"), {})
-    with pytest.raises(WorkerDiedError, match=r"exited with status 1 .* no such device"):
+    with pytest.raises(ChildEndedError, match=r"exited with status 1 .* no such device"):
         supervisor.next_event(20)
 
 
 def test_silence_is_an_error_that_says_who_is_alive(supervisor: Supervisor) -> None:
     supervisor.start("echo", python(ECHO), {"greeting": ""})
     supervisor.expect("ready", 1, 20)
-    with pytest.raises(WorkerSilentError, match="alive: echo"):
+    with pytest.raises(SilenceError, match="alive: echo"):
         supervisor.next_event(0.05)
 
 
@@ -136,7 +136,7 @@ def test_workers_die_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
     source = f"""
         import sys
         from pathlib import Path
-        from repro.serving.supervision import Supervisor
+        from repro.processes import Supervisor
         with Supervisor(Path({str(tmp_path)!r})) as supervisor:
             worker = supervisor.start("echo", [sys.executable, "-c", sys.argv[1]], {{"greeting": ""}})
             supervisor.expect("ready", 1, 20)

@@ -1,0 +1,55 @@
+"""A fork of this process that does one thing until it is killed: for what shares memory and sockets with its parent.
+
+The parent must have a single thread. It watches by asking, so that it needs no thread for it either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Collection
+
+from repro.processes.child import exit_in_words
+from repro.processes.kernel import die_with_parent
+
+
+class Forked:
+    """A forked child in its parent's process group."""
+
+    def __init__(self, role: str, work: Callable[[], None], cores: Collection[int] | None = None) -> None:
+        """Fork, and do `work` in the fork, on `cores` only where they are given."""
+        self.role = role
+        self._status: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                die_with_parent()
+                if cores:
+                    os.sched_setaffinity(0, cores)
+                work()
+                status = 0
+            except BaseException as error:
+                traceback.print_exception(error)
+            finally:
+                os._exit(status)
+
+    def ended(self) -> str | None:
+        """How it ended, in words; None while it runs."""
+        if self._status is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            if found:
+                self._status = os.waitstatus_to_exitcode(status)
+        return None if self._status is None else exit_in_words(self._status)
+
+    def kill(self) -> None:
+        """Kill it and wait for its end."""
+        if self._status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
