@@ -8,15 +8,13 @@ one process as with ten. A finished point is kept beside the run directory until
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import pickle
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +22,7 @@ import pandas as pd
 
 from repro.errors import UserError
 from repro.experiments.base import Context
-from repro.link.kernel import die_with_parent
+from repro.processes import each_in_parallel
 from repro.record import provenance
 from repro.simulate.records import Table
 from repro.simulate.simulation import Simulation, Summary
@@ -78,9 +76,10 @@ def run_points(context: Context, work: Callable[[P], R], points: Mapping[str, P]
     workers = min(_processes(context.settings.processes), len(left))
     if workers <= 1:
         for name in left:
-            finished(name, _named(name, work, points[name]))
+            finished(name, _named(work, name, points[name]))
     else:
-        _in_parallel(work, {name: points[name] for name in left}, workers, finished)
+        for name, result in each_in_parallel(partial(_named, work), {name: points[name] for name in left}, workers):
+            finished(name, result)
     return [results[name] for name in names]
 
 
@@ -89,34 +88,7 @@ def forget(folder: Path) -> None:
     shutil.rmtree(_folder(folder), ignore_errors=True)
 
 
-def _in_parallel(
-    work: Callable[[P], R], points: Mapping[str, P], workers: int, finished: Callable[[str, R], None]
-) -> None:
-    # A forked worker has everything imported, where a spawned one takes longer to start than many studies take; a fork is safe
-    # as long as no other thread could hold a lock at that moment.
-    context = multiprocessing.get_context("fork" if threading.active_count() == 1 else "spawn")
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(os.getpid(),))
-    try:
-        waiting = {pool.submit(_named, name, work, point): name for name, point in points.items()}
-        for future in as_completed(waiting):
-            finished(waiting[future], future.result())
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - before:
-            child.kill()
-        raise
-    pool.shutdown()
-
-
-def _begin(parent: int) -> None:
-    """A worker ends with the process that started it, also where that is killed before the worker can say so."""
-    die_with_parent()
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _named(name: str, work: Callable[[P], R], point: P) -> R:
+def _named(work: Callable[[P], R], name: str, point: P) -> R:
     try:
         return work(point)
     except UserError as error:

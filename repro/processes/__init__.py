@@ -13,11 +13,12 @@ from repro.processes.channel import Channel, Message, PeerGone
 from repro.processes.child import Child, ChildEndedError, Ended
 from repro.processes.forked import Forked
 from repro.processes.kernel import die_with_parent, run_first, tied, wake_precisely
+from repro.processes.pool import each_in_parallel
 from repro.processes.programs import foreground, run
 from repro.processes.supervision import Event, SilenceError, Supervisor
 from repro.processes.worker import Parent, run_worker
 
 __all__ = [
     "Channel", "Child", "ChildEndedError", "Ended", "Event", "Forked", "Message", "Parent", "PeerGone", "SilenceError",
-    "Supervisor", "die_with_parent", "foreground", "run", "run_first", "run_worker", "tied", "wake_precisely",
+    "Supervisor", "die_with_parent", "each_in_parallel", "foreground", "run", "run_first", "run_worker", "tied", "wake_precisely",
 ]  # fmt: skip

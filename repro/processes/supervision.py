@@ -18,8 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
-
 from repro.errors import UserError
 from repro.processes.channel import Message
 from repro.processes.child import DIED, Child, ChildEndedError, Ended
@@ -126,6 +124,8 @@ class Supervisor:
 
     def memory_bytes(self) -> int:
         """Resident memory of all workers and their children now."""
+        import psutil  # the link's helpers come by this module too, and need an interpreter without packages only
+
         total = 0
         for worker in self._workers.values():
             # A child may end between being listed and being asked.

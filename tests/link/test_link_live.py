@@ -273,7 +273,7 @@ def test_a_killed_keeper_ends_its_forwarders_and_is_reported(opened: Callable[..
         if member.command.endswith("repro.link.keeper"):
             os.kill(member.pid, signal.SIGKILL)
     assert wait_until(lambda: not of_run(link.run))
-    with pytest.raises(UserError, match="keeper process ended"):
+    with pytest.raises(UserError, match="link keeper was killed by SIGKILL"):
         link.signals()
 
 
@@ -342,7 +342,7 @@ def test_the_tool_runs_a_program_across_a_link() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["check", "nowhere"], "'nowhere' is no preset; accepted: 5g"),
+        (["check", "nowhere"], "link: 'nowhere' does not exist; accepted: 5g"),
         (["check", "ratebps=3"], "link.ratebps: no such key"),
         (["exec", "metro"], "no command"),
         (["exec", "--join", "nobody", "--", "true"], "no link 'nobody' is up"),

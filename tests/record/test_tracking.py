@@ -67,8 +67,8 @@ def test_a_run_that_fails_takes_its_tracker_with_it(record: Record) -> None:
     mirror.load()
     with pytest.raises(UserError), mirror:
         raise UserError("no result")
-    assert mirror._process is not None
-    assert mirror._process.poll() is not None
+    assert mirror._tracker is not None
+    assert mirror._tracker.returncode is not None
 
 
 def test_an_impossible_timeout_is_refused_by_its_key() -> None:
