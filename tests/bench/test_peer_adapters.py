@@ -15,7 +15,7 @@ import psutil
 import pytest
 from huggingface_hub import snapshot_download
 
-from repro.bench import _simulate_loop, simulate
+from repro.bench import simulate
 from repro.bench._simulate_ours import stream
 from repro.bench._simulate_peers import SplitwiseSim, Vidur, Workload, parse_peer
 from repro.errors import UserError
@@ -209,8 +209,9 @@ def test_a_peer_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     marker = tmp_path / "pid"
     run = f"import os, pathlib, time\npathlib.Path({str(marker)!r}).write_text(str(os.getpid()))\ntime.sleep(60)"
     checkout = splitwise(tmp_path / "checkout", run=run)
-    loop = [sys.executable, _simulate_loop.__file__, str(tmp_path / "out"), "simulator:Simulator.run", "run.py"]
-    code = f"import subprocess; subprocess.run({loop!r}, cwd={str(checkout)!r})"
+    where = f"Path({sys.executable!r}), Path({str(checkout)!r})"
+    timed = f"_timed('peer', {where}, 'simulator:Simulator.run', ['run.py'], Path({str(tmp_path)!r}))"
+    code = f"from pathlib import Path\nfrom repro.bench._simulate_peers import _timed\n{timed}"
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
         while not (marker.is_file() and marker.read_text()):
             time.sleep(0.02)
