@@ -14,6 +14,7 @@ from statistics import median, stdev
 from typing import Any, Protocol
 
 from repro.errors import UserError
+from repro.link.impairment import JITTER_STEP
 from repro.link.spec import Direction, LinkSpec, Side
 from repro.processes import Child, ChildEndedError
 
@@ -141,6 +142,7 @@ def measure(link: Crossing, direction: Direction = "forward", rate_s: float = 1.
         mtu_bytes=spec.mtu_bytes,
         datagrams=packets and rate is not None,
         pings=pings,
+        ping_gap_s=max(Plan.ping_gap_s, JITTER_STEP * spec.jitter_s),  # closer ones would see the same jitter
         rate_s=max(rate_s, 400 * spec.jitter_s),  # arrivals at both ends of the window are off by the jitter
     )
     found = across(link, direction, "ask", 10 + 4 * plan.duration_s, plan=asdict(plan))

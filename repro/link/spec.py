@@ -79,8 +79,10 @@ class LinkSpec:
     Attributes:
         rate_bps: capacity forward, IP bytes on the wire; None is unlimited. `reverse_rate_bps` None means the same.
         rtt_s: round trip of an idle link, half of it each way.
-        jitter_s: standard deviation added to each one-way delay, never reordering. `jitter_correlation_s` is the time
-            over which it forgets; 0 draws anew for every packet.
+        jitter_s: standard deviation of each one-way delay around its mean. Packets stay in order, so it changes
+            smoothly, over some 2π deviations (see `impairment.Jitter`); `jitter_correlation_s` is the time over which it
+            forgets, where that is longer. The mean RTT is the asked one; so is the median where the distribution is
+            symmetric, while an exponential one has it 0.61 deviations lower.
         loss: probability that a segment is lost, each way. With `loss_burst_segments` above 1 losses come in bursts
             of that mean length (Gilbert–Elliott: in a burst each segment is lost with `loss_in_burst`, outside none).
         queue_s: drop-tail buffer before the link, in time at the link's first rate; `queue_bytes` replaces it.

@@ -1,6 +1,6 @@
 import itertools
 import math
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 import pytest
 
@@ -57,14 +57,37 @@ def test_a_new_loss_rate_does_not_begin_inside_an_old_burst() -> None:
 @pytest.mark.parametrize("distribution", ["normal", "uniform", "exponential"])
 def test_jitter_has_the_asked_deviation_and_no_mean(distribution: str) -> None:
     jitter = Jitter(0.002, distribution, 0.0, seed=1)
-    samples = [jitter.sample(i * 0.001) for i in range(40_000)]
+    samples = [jitter.sample(i * 0.005) for i in range(40_000)]
     assert stdev(samples) == pytest.approx(0.002, rel=0.05)
     assert abs(fmean(samples)) < 0.002 * 0.03
 
 
+@pytest.mark.parametrize("distribution", ["normal", "uniform", "exponential"])
+@pytest.mark.parametrize("gap_s", [0.01, 0.002])
+def test_jitter_leaves_the_rtt_what_was_asked_however_dense_the_packets(distribution: str, gap_s: float) -> None:
+    """Packets that would overtake wait, on both ways: that must not add to the delay."""
+    there, back = Jitter(0.004, distribution, 0.0, seed=1), Jitter(0.004, distribution, 0.0, seed=2)
+    trips, turned_s, came_s = [], 0.0, 0.0
+    for index in range(int(60 / gap_s)):
+        sent_s = index * gap_s
+        turned_s = max(turned_s, sent_s + 0.015 + there.sample(sent_s))
+        came_s = max(came_s, turned_s + 0.015 + back.sample(turned_s))
+        trips.append(came_s - sent_s)
+    assert fmean(trips) == pytest.approx(0.030, abs=0.0005)
+    assert stdev(trips) == pytest.approx(0.004 * math.sqrt(2), rel=0.05)
+    if distribution != "exponential":
+        assert median(trips) == pytest.approx(0.030, abs=0.0005)
+
+
+def test_the_same_moments_have_the_same_jitter_whoever_asks_between_them() -> None:
+    often, seldom = Jitter(0.004, "normal", 0.0, seed=3), Jitter(0.004, "normal", 0.0, seed=3)
+    samples = {i: often.sample(i * 0.001) for i in range(5000)}
+    assert [seldom.sample(i * 0.001) for i in range(0, 5000, 10)] == [samples[i] for i in range(0, 5000, 10)]
+
+
 def test_correlated_jitter_forgets_over_its_correlation_time() -> None:
-    jitter = Jitter(1.0, "normal", 0.1, seed=1)
-    samples = [jitter.sample(i * 0.05) for i in range(40_000)]
+    jitter = Jitter(0.001, "normal", 0.1, seed=1)
+    samples = [jitter.sample(i * 0.05) / 0.001 for i in range(40_000)]
     correlation = fmean(a * b for a, b in itertools.pairwise(samples))
     assert correlation == pytest.approx(math.exp(-0.5), abs=0.05)
     assert stdev(samples) == pytest.approx(1.0, rel=0.05)
