@@ -19,6 +19,10 @@ SWEEPS = sorted((CONF / "sweep").glob("*.yaml"))
 CHOICES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("experiment", "sweep", "hydra"))
 
 
+#: Choices that cannot stand alone, with what else they need.
+COMPANIONS = {"workload/trace": ["workload.trace.path=somewhere.jsonl"]}
+
+
 def settings(*overrides: str) -> Settings:
     return compose(overrides).settings
 
@@ -111,7 +115,7 @@ def _corners(parameters: dict[str, str]) -> list[list[str]]:
 @pytest.mark.parametrize("path", CHOICES, ids=name_of)
 def test_a_choice_of_a_group_composes_and_says_what_it_is(path: Path) -> None:
     group, choice = path.parent.name, path.stem
-    composed = settings(f"{group}={choice}")
+    composed = settings(f"{group}={choice}", *COMPANIONS.get(f"{group}/{choice}", []))
     assert plain(composed)
     line = description(path)
     assert line.startswith("# ")

@@ -1,10 +1,13 @@
 """One lock for every way to install, complete and without surplus; scripts that set up once."""
 
+import ast
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -82,6 +85,96 @@ def test_no_registry_and_no_machine_is_named(name: str) -> None:
     assert not re.search(r"--(extra-)?index-url|--find-links|file:|git\+|@ http", text)
     assert "+cpu" not in text
     assert "+cu" not in text
+
+
+#: Distributions that the package needs without importing them, and who does.
+IMPORTED_BY_OTHERS = {
+    "accelerate": "transformers, to spread a checkpoint over devices",
+    "pyarrow": "pandas, to read and write requests.parquet",
+}
+
+
+def imported(*folders: str) -> set[str]:
+    """Distributions that the modules below these folders import."""
+    names = set()
+    for path in (path for folder in folders for path in (PROJECT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.partition(".")[0])
+    known = metadata.packages_distributions()
+    return {canonicalize_name(found) for name in names - {"repro"} for found in known.get(name, [])}
+
+
+def test_what_the_package_imports_is_what_pyproject_declares() -> None:
+    declared = {canonicalize_name(Requirement(text).name) for text in PYPROJECT["dependencies"]}
+    optional = {
+        canonicalize_name(Requirement(text).name)
+        for extra, lines in PYPROJECT["optional-dependencies"].items()
+        if extra != "dev"
+        for text in lines
+    }
+    found = imported("repro")
+    assert found - optional <= declared
+    assert declared - found == set(IMPORTED_BY_OTHERS)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the built wheel's contents: what an installation elsewhere would hold."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(PROJECT / name, source)
+    for name in ("repro", "conf"):
+        shutil.copytree(PROJECT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        folder,
+        source,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        archive.extractall(folder / "installed")
+    return folder / "installed"
+
+
+def from_wheel(wheel: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(wheel)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_runs_an_experiment_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
+    done = from_wheel(wheel, tmp_path, "-m", "repro", "experiment=table5", "tracking=disabled")
+    assert (tmp_path / done.stdout.splitlines()[-1] / "DONE").is_file()
+    where = from_wheel(wheel, tmp_path, "-c", "from repro.presets import CONF; print(CONF)").stdout.strip()
+    assert Path(where) == wheel / "repro" / "conf"
+
+
+@pytest.mark.slow
+def test_every_module_of_an_installed_wheel_can_be_imported(wheel: Path, tmp_path: Path) -> None:
+    code = """
+import importlib, pkgutil, repro
+for module in pkgutil.walk_packages(repro.__path__, "repro."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+        print(module.name)
+"""
+    names = from_wheel(wheel, tmp_path, "-c", code).stdout.split()
+    sources = {path for path in (PROJECT / "repro").rglob("*.py") if path.name not in ("__init__.py", "__main__.py")}
+    assert len(names) >= len(sources) > 150
 
 
 def test_conda_installs_the_same_lock_and_the_same_python() -> None:

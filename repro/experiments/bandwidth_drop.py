@@ -122,6 +122,8 @@ def _row(context: Context, case: str, metric: str, unit: str, found: Estimate) -
 
 def draw(record: Record) -> Figure:
     """Gain in goodput of both timescales over static t by load and rate, during the drop and over the whole run."""
+    import seaborn  # a second of imports that only drawing needs
+
     cells = record.table("cells")
     cells = cells[cells["case"] == "two_timescale"]
     loads, rates = sorted(cells["load"].unique()), sorted(cells["dropped_bps"].unique(), reverse=True)
@@ -130,15 +132,18 @@ def draw(record: Record) -> Figure:
     titles = {"drop": "From the drop to its recovery", "run": "Whole run"}
     for axis, (window, title) in zip(axes, titles.items(), strict=True):
         own = cells[cells["window"] == window].set_index(["load", "dropped_bps"])
-        values = np.array([[own.loc[(load, rate), "gain"] for rate in rates] for load in loads], dtype=float)
-        axis.imshow(values, cmap="RdBu", vmin=-1.6 * most, vmax=1.6 * most, aspect="auto", origin="lower")
-        for row, load in enumerate(loads):
-            for column, rate in enumerate(rates):
+        table = pd.DataFrame({rate: [own.loc[(load, rate), "gain"] for load in loads] for rate in rates}, index=loads)
+        words = table.copy().astype(object)
+        for load in loads:
+            for rate in rates:
                 low, high = (float(own.loc[(load, rate), key]) for key in ("low", "high"))
                 verdict = "no difference" if low <= 0 <= high else f"{low:+.1f} to {high:+.1f}"
-                axis.text(column, row, f"{values[row, column]:+.1f} %\n{verdict}", ha="center", va="center", fontsize=7)
-        axis.set_xticks(range(len(rates)), [f"{rate / 1e9:g}" for rate in rates])
-        axis.set_yticks(range(len(loads)), [f"{load:g}" for load in loads])
+                words.loc[load, rate] = f"{float(table.loc[load, rate]):+.1f} %\n{verdict}"
+        seaborn.heatmap(
+            table[::-1], annot=words[::-1], fmt="", ax=axis, cmap="RdBu", vmin=-1.6 * most, vmax=1.6 * most, cbar=False,
+            annot_kws={"fontsize": 7, "color": "black"}, xticklabels=[f"{rate / 1e9:g}" for rate in rates],
+            yticklabels=[f"{load:g}" for load in reversed(loads)],
+        )  # fmt: skip
         axis.set(xlabel="link during the drop (Gbps)", ylabel="load (λ / Λ_max)", title=title)
         axis.grid(visible=False)
     return figure

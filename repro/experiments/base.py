@@ -32,10 +32,14 @@ if TYPE_CHECKING:
 
 #: Keys of the models that a run builds or counts.
 MODEL = ("model", "size", "pretrained")
+#: Of a trace, what decides which lengths it has.
+TRACE_LENGTHS = tuple(
+    f"workload.trace.{key}" for key in ("path", "format", "time_unit", "columns", "start_s", "duration_s", "requests")
+)
 #: What the equations 3–8 take: the clusters' profiles, the link's rate, lengths, and how threshold and split are found.
 EQUATIONS = (
-    "profile", "cluster.prfaas", "cluster.pd", "link.rate_bps", "workload.lengths", "workload.output_tokens",
-    "policy.threshold_tokens", "policy.n_p", "policy.threshold_step_tokens", "policy.lengths",
+    "profile", "cluster.prfaas", "cluster.pd", "link.rate_bps", "workload.lengths", "workload.mixture", *TRACE_LENGTHS,
+    "workload.output_tokens", "policy.threshold_tokens", "policy.n_p", "policy.threshold_step_tokens", "policy.lengths",
 )  # fmt: skip
 #: The cluster that both are compared with.
 HOMOGENEOUS = "cluster.homogeneous_instances"

@@ -98,7 +98,7 @@ def run(context: Context) -> Outcome:
         gpu_usd[case] = prfaas_usd + settings.cost.gpu_hour_usd(base.pd.accelerator) * gpus[case].pd_gpus
         egress_gb[case] = point.egress_bps / 8e9 * SECONDS_PER_HOUR
         hourly = gpu_usd[case] + settings.cost.usd_per_egress_gb * egress_gb[case]
-        tokens = point.lambda_max * SECONDS_PER_HOUR * settings.workload.output_tokens
+        tokens = point.lambda_max * SECONDS_PER_HOUR * base.output_tokens
         rows.append(
             context.metric(case, "cost_per_mtok_usd", 1e6 * hourly / tokens, "USD per 10^6 output tokens", "computed")
         )

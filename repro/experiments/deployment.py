@@ -15,10 +15,12 @@ from repro.settings import Settings
 
 
 def profile_files(settings: Settings) -> list[Path]:
-    """Files behind the profiles that a run uses; presets have none."""
+    """Files behind a run: the profiles that it uses (presets have none) and its workload's trace."""
     names = [settings.profile] if settings.profile else [settings.cluster.prfaas.profile, settings.cluster.pd.profile]
     folder = Path(settings.results) / "profiles"
-    return [path for name in names if (path := profile_path(name, folder)) is not None]
+    found = [path for name in names if (path := profile_path(name, folder)) is not None]
+    trace = settings.workload.trace
+    return [*found, Path(trace.path)] if trace is not None and Path(trace.path).is_file() else found
 
 
 def check_deployment(settings: Settings, _: object = None) -> None:
@@ -60,8 +62,8 @@ def deployment(settings: Settings) -> Deployment:
         pd=profile(cluster.pd.profile, "cluster.pd.profile"),
         n_pd=cluster.pd.instances,
         egress_bps=settings.link.rate_bps or float("inf"),
-        lengths=settings.workload.lengths,
-        output_tokens=settings.workload.output_tokens,
+        lengths=settings.workload.length_law(),
+        output_tokens=settings.workload.mean_output_tokens(),
     )
 
 

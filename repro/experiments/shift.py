@@ -56,9 +56,13 @@ def _shifted(
     return replace(requests(base, arrivals, count, seed), shifted=after, shift_at_s=at_s)
 
 
+#: The shift moves μ of the log-normal lengths: a mixture or a trace has none.
+_READS = tuple(
+    key for key in (*SIMULATED, *SCHEDULER) if key != "workload.mixture" and not key.startswith("workload.trace")
+)
 EXPERIMENT = Experiment(
     "shift",
-    {"simulate": (*SIMULATED, *SCHEDULER, "options")},
+    {"simulate": (*_READS, "options")},
     run,
     simulated.FIGURES,
     Options,

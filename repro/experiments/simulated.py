@@ -344,11 +344,15 @@ def draw_goodput(record: Record, without: str = "\0") -> Figure:
 
 def bars(axis: Axes, rows: pd.DataFrame) -> None:
     """Values of the cases from top to bottom, with their intervals."""
+    import seaborn  # a second of imports that only drawing needs
+
     names = [POLICY_NAMES.get(case, case) for case in rows["case"]]
+    at = list(range(len(rows)))
+    seaborn.barplot(x=rows["value"].to_numpy(), y=at, orient="h", color=style.BLUE, saturation=1, ax=axis)
     error = [np.nan_to_num(rows["value"] - rows["ci_low"]), np.nan_to_num(rows["ci_high"] - rows["value"])]
-    axis.barh(range(len(rows)), rows["value"], xerr=error, color=style.BLUE, error_kw={"capsize": 3, "lw": 1})
-    axis.set_yticks(range(len(rows)), names)
-    axis.invert_yaxis()
+    axis.errorbar(rows["value"], at, xerr=error, fmt="none", ecolor="black", capsize=3, lw=1)
+    axis.set_yticks(at, names)
+    axis.set(ylabel="")
     axis.grid(axis="y", visible=False)
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from repro.errors import UserError
 from repro.experiments import simulated
@@ -18,18 +19,25 @@ from repro.kvcache.pool import CacheSpec, HybridPool
 from repro.record.metrics import Metric
 from repro.settings import Settings
 from repro.workload.stream import RequestBatch
-from repro.workload.traces import read_trace
+from repro.workload.traces import Trace, TraceSpec, read_trace
 
 
 @dataclass(frozen=True)
 class Options:
-    """`trace` is a file; `speed` 2 replays it at twice the rate. Requests count from `warmup_s` on.
+    """`trace` is a file, and the keys after it say how to read it (`repro.workload.traces.TraceSpec`). Requests count from `warmup_s` on.
 
     A trace is the same for every seed, so `seeds` only repeats the policies' own choices.
     """
 
     trace: str | None = None
+    format: Literal["auto", "mooncake", "bailian", "burstgpt", "azure", "csv"] = "auto"
     speed: float = 1.0
+    time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
+    block_tokens: int | None = None
+    start_s: float = 0.0
+    duration_s: float | None = None
+    requests: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)
     seeds: int = 2
     warmup_s: float = 0.0
 
@@ -38,6 +46,16 @@ class Options:
             raise UserError(f"options.seeds: {self.seeds} is below 2, which an interval needs")
         if not self.warmup_s >= 0:
             raise UserError(f"options.warmup_s: {self.warmup_s} is negative")
+
+    def read(self) -> Trace:
+        """The trace. Raises UserError naming the key, or the line of the file."""
+        assert self.trace is not None
+        spec = TraceSpec(
+            self.trace, self.format, self.speed, self.time_unit, self.block_tokens, self.start_s, self.duration_s, self.requests,
+            self.columns,
+        )  # fmt: skip
+        spec.check("options")
+        return read_trace(spec, "options.trace")
 
 
 def hit_rates(batch: RequestBatch, cache: CacheSpec) -> dict[str, float]:
@@ -64,10 +82,11 @@ def run(context: Context) -> Outcome:
     """All policies on the whole trace, with hybrid caches where it names prefixes."""
     options: Options = context.options
     setting = simulated.Setting.of(context)
-    assert options.trace is not None
-    recorded = read_trace(Path(options.trace), options.speed)
+    recorded = options.read()
     batch = recorded.batch
     cache = context.settings.policy.cache.spec(setting.base.prfaas)
+    if recorded.block_tokens is not None:
+        cache = replace(cache, block_tokens=recorded.block_tokens)
     rows: list[Metric] = [
         context.metric(name, "block_hit_rate", rate, "", "simulated", n=len(batch.arrival_s))
         for name, rate in hit_rates(batch, cache).items()
@@ -85,7 +104,13 @@ def run(context: Context) -> Outcome:
     )
     metrics = [*rows, *map(_without_repeats, outcome.metrics)]
     return replace(
-        outcome, metrics=metrics, provenance={"trace": Path(options.trace).name, "requests": len(batch.arrival_s)}
+        outcome,
+        metrics=metrics,
+        provenance={
+            "trace": Path(str(options.trace)).name,
+            "format": recorded.format,
+            "requests": len(batch.arrival_s),
+        },
     )
 
 
@@ -99,6 +124,7 @@ def check(settings: Settings, options: Options) -> None:
     simulated.check(settings, options)
     if options.trace is None:
         raise UserError("options.trace: no file given; accepted: the path of a request trace")
+    options.read()  # every line is looked at before anything runs
 
 
 def files(settings: Settings) -> Sequence[Path]:
@@ -107,9 +133,11 @@ def files(settings: Settings) -> Sequence[Path]:
     return [*profile_files(settings), *([Path(trace)] if trace and Path(trace).is_file() else [])]
 
 
+#: The trace has its own lengths, arrivals and block size; the workload's are those that threshold and split were chosen for.
+_READS = (*SIMULATED, *SCHEDULER, *(key for key in CACHES if key != "policy.cache.block_tokens"))
 EXPERIMENT = Experiment(
     "trace",
-    {"simulate": (*SIMULATED, *SCHEDULER, *CACHES, "options")},
+    {"simulate": (*_READS, "options")},
     run,
     simulated.FIGURES,
     Options,

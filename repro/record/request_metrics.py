@@ -88,7 +88,9 @@ class Totals:
 
     @staticmethod
     def of(sums: Sums, ttft: Distribution, tpot: Distribution, span_s: float, slo: ServiceLevel) -> Totals:
-        """From sums and distributions over a window of `span_s` seconds."""
+        """From sums and distributions over a window of `span_s` seconds. One request makes no rate: nan."""
+        if sums.requests < 2:
+            span_s = math.nan
 
         def share(part: float, whole: float) -> float:
             return part / whole if whole else math.nan

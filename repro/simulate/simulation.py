@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from repro.errors import UserError
 from repro.kvcache.pool import HybridPool
 from repro.scheduling.scheduler import CacheIndices, Scheduler
 from repro.simulate.control import Control, Sample
@@ -109,6 +108,7 @@ class Simulation:
         limit, overloaded = self.spec.limit_requests, False
         live = ledger.live
         for batch in batches:
+            batch.check(after_s=now)
             self.scheduler.cover(batch.longest_tokens())
             chains, turns = batch.chains, batch.turns
             for i, (arrival_s, tokens, output) in enumerate(
@@ -117,10 +117,6 @@ class Simulation:
                 while heap and heap[0][0] <= arrival_s:
                     now, _, handler, argument = pop(heap)
                     handler(now, argument)
-                if arrival_s < now:
-                    raise UserError(
-                        f"workload: request {ledger.arrived} arrives at {arrival_s} s, before the one before it"
-                    )
                 now = arrival_s
                 arrive(now, tokens, output, chains[i] if chains else None, turns[i] if turns else None)
             if len(live) > limit:

@@ -99,6 +99,14 @@ class Mixture(Value):
             low, high = np.where(below, middle, low), np.where(below, high, middle)
         return np.asarray(((low + high) / 2).reshape(np.shape(fraction)))
 
+    def atoms(self) -> tuple[FloatArray, FloatArray]:
+        """The parts' bins, weighted, in increasing order of length."""
+        tokens, mass = zip(*(part.atoms() for part in self.parts), strict=True)
+        weighted = np.concatenate([share * each for share, each in zip(self._shares, mass, strict=True)])
+        together = np.concatenate(tokens)
+        order = together.argsort(kind="stable")
+        return together[order], weighted[order]
+
     def sample(self, rng: np.random.Generator, n: int) -> NDArray[np.int64]:
         """A part for each request, then its length."""
         which = rng.choice(len(self.parts), size=n, p=self._shares)
@@ -116,8 +124,8 @@ class Empirical:
 
     @property
     def minimum_tokens(self) -> float:
-        """The shortest of the sample."""
-        return float(self._tokens[0])
+        """One token below the shortest of the sample: as with a continuous law, no request is that short."""
+        return float(self._tokens[0]) - 1
 
     @property
     def maximum_tokens(self) -> float:
@@ -162,6 +170,11 @@ class Empirical:
         """Inverse of the sample's distribution function."""
         rank = np.ceil(np.asarray(fraction, dtype=np.float64) * len(self._tokens)) - 1
         return np.asarray(self._tokens[np.clip(rank, 0, len(self._tokens) - 1).astype(np.intp)])
+
+    def atoms(self) -> tuple[FloatArray, FloatArray]:
+        """Each length that occurs, and its share of the sample."""
+        tokens, counts = np.unique(self._tokens, return_counts=True)
+        return tokens, counts / len(self._tokens)
 
     def sample(self, rng: np.random.Generator, n: int) -> NDArray[np.int64]:
         """Draws with replacement."""

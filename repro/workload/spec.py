@@ -1,11 +1,25 @@
-"""What is asked of the deployment: input lengths, output lengths, and the service level that counts a request as good (§4.1)."""
+"""The configuration's `workload` node: all that is asked of a deployment, from arrivals and lengths to the service level (§4.1)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from repro.errors import UserError
-from repro.workload.lengths import TruncatedLogNormal
+from repro.workload.arrivals import (
+    ArrivalProcess,
+    Deterministic,
+    Diurnal,
+    Gamma,
+    MarkovModulated,
+    Piecewise,
+    Poisson,
+)
+from repro.workload.lengths import LengthDistribution, TruncatedLogNormal
+from repro.workload.mixtures import Empirical, Mixture
+from repro.workload.outputs import FixedOutput, LogNormalOutput, OutputLengths
+from repro.workload.sessions import SessionSpec
+from repro.workload.traces import Trace, TraceSpec, read_trace
 
 
 @dataclass(frozen=True)
@@ -21,15 +35,147 @@ class ServiceLevel:
                 raise UserError(f"workload.slo.{key}: {getattr(self, key)} is not positive")
 
 
+#: Kind of arrivals → the fields that it takes.
+_ARRIVAL_FIELDS = {
+    "poisson": (),
+    "deterministic": (),
+    "gamma": ("cv",),
+    "diurnal": ("amplitude", "period_s"),
+    "bursts": ("factor", "burst_s", "every_s"),
+    "markov": ("factor", "burst_s", "every_s"),
+}
+
+
+@dataclass(frozen=True)
+class ArrivalSpec:
+    """When requests come, around a mean rate that the experiment sets.
+
+    `poisson` and `deterministic` need nothing more. `gamma` gaps have the coefficient of variation `cv`. `diurnal` is a sine of relative
+    `amplitude` and period `period_s`. `bursts` come at `factor` times the rate of the calm for `burst_s` out of every `every_s`; `markov`
+    is the same with exponential durations.
+    """
+
+    kind: Literal["poisson", "deterministic", "gamma", "diurnal", "bursts", "markov"] = "poisson"
+    cv: float | None = None
+    amplitude: float | None = None
+    period_s: float | None = None
+    factor: float | None = None
+    burst_s: float | None = None
+    every_s: float | None = None
+
+    def __post_init__(self) -> None:
+        wanted = _ARRIVAL_FIELDS[self.kind]
+        for name in ("cv", "amplitude", "period_s", "factor", "burst_s", "every_s"):
+            given = getattr(self, name) is not None
+            if given and name not in wanted:
+                takes = ", ".join(wanted) or "nothing else"
+                raise UserError(f"workload.arrivals.{name}: has no meaning for kind={self.kind}, which takes {takes}")
+            if not given and name in wanted:
+                raise UserError(f"workload.arrivals.{name}: missing; kind={self.kind} needs {', '.join(wanted)}")
+        if self.burst_s is not None and self.every_s is not None and not 0 < self.burst_s < self.every_s:
+            raise UserError(
+                f"workload.arrivals.burst_s: {self.burst_s} must lie between 0 and every_s ({self.every_s})"
+            )
+        if self.factor is not None and not self.factor > 0:
+            raise UserError(f"workload.arrivals.factor: {self.factor} is not positive")
+        self.process(1.0)
+
+    def process(self, rate_per_s: float) -> ArrivalProcess:
+        """The process with that mean rate in requests per second."""
+        if self.kind == "gamma":
+            return Gamma(rate_per_s, _given(self.cv))
+        if self.kind == "deterministic":
+            return Deterministic(rate_per_s)
+        if self.kind == "diurnal":
+            return Diurnal(rate_per_s, _given(self.amplitude), _given(self.period_s))
+        if self.kind == "poisson":
+            return Poisson(rate_per_s)
+        factor, burst_s, every_s = _given(self.factor), _given(self.burst_s), _given(self.every_s)
+        calm_s = every_s - burst_s
+        calm = rate_per_s * every_s / (calm_s + factor * burst_s)
+        if self.kind == "bursts":
+            return Piecewise((calm, factor * calm), (calm_s, burst_s))
+        return MarkovModulated((calm, factor * calm), (calm_s, burst_s))
+
+
+def _given(value: float | None) -> float:
+    assert value is not None
+    return value
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a mixture of input lengths, with its `share` of the requests."""
+
+    share: float
+    mu: float
+    sigma: float
+    minimum_tokens: float
+    maximum_tokens: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise UserError(f"workload.mixture.share: {self.share}; accepted: between 0 and 1")
+
+
 @dataclass(frozen=True)
 class WorkloadSpec:
-    """A named workload; `lengths` are uncached input lengths in tokens."""
+    """Who asks for what, when, and what counts as answered in time.
+
+    `lengths` are uncached input lengths in tokens; `mixture` takes shares of the requests away from them. `output_tokens` is the mean of
+    the outputs, all equal with `output_cv` 0, else log-normal with that coefficient of variation. `sessions` are conversations whose
+    prompts grow, `trace` a recorded stream: each brings its own arrivals, lengths and outputs.
+    """
 
     name: str
     lengths: TruncatedLogNormal
     output_tokens: float
+    output_cv: float = 0.0
+    mixture: tuple[Component, ...] = ()
+    arrivals: ArrivalSpec = field(default_factory=ArrivalSpec)
+    sessions: SessionSpec | None = None
+    trace: TraceSpec | None = None
     slo: ServiceLevel = ServiceLevel()
 
     def __post_init__(self) -> None:
         if not self.output_tokens >= 1:
             raise UserError(f"workload.output_tokens: {self.output_tokens} is below 1")
+        if not self.output_cv >= 0:
+            raise UserError(f"workload.output_cv: {self.output_cv} is negative")
+        if self.sessions is not None and self.trace is not None:
+            raise UserError("workload.sessions, workload.trace: both are given; accepted: one of the two")
+        if sum(part.share for part in self.mixture) >= 1:
+            raise UserError(
+                "workload.mixture: the shares leave nothing for workload.lengths; accepted: less than 1 in sum"
+            )
+        if self.trace is not None:
+            self.trace.check("workload.trace")
+
+    def length_law(self) -> LengthDistribution:
+        """The distribution of input lengths, for equations 1–8: a trace's own where there is one."""
+        if self.trace is not None:
+            return Empirical(self.recorded().batch.input_tokens)
+        if not self.mixture:
+            return self.lengths
+        parts = [TruncatedLogNormal(p.mu, p.sigma, p.minimum_tokens, p.maximum_tokens) for p in self.mixture]
+        shares = [part.share for part in self.mixture]
+        return Mixture((self.lengths, *parts), (1 - sum(shares), *shares))
+
+    def mean_output_tokens(self) -> float:
+        """The mean output length; a trace's own where there is one."""
+        return float(self.recorded().batch.output_tokens.mean()) if self.trace is not None else self.output_tokens
+
+    def outputs(self) -> OutputLengths:
+        """The distribution of output lengths."""
+        if self.output_cv:
+            return LogNormalOutput(self.output_tokens, self.output_cv)
+        return FixedOutput(round(self.output_tokens))
+
+    def recorded(self) -> Trace:
+        """The trace.
+
+        Raises:
+            UserError: where the file cannot be read.
+        """
+        assert self.trace is not None
+        return read_trace(self.trace)

@@ -46,6 +46,27 @@ class RequestBatch(NamedTuple):
     chains: list[Chains] | None = None
     turns: list[Turn | None] | None = None
 
+    def check(self, after_s: float) -> None:
+        """Refuse what is no request: a time that is none or goes back before `after_s`, and lengths below one token.
+
+        Raises:
+            UserError: naming the first such request.
+        """
+        times = np.asarray(self.arrival_s, np.float64)
+        late = ~(np.diff(times, prepend=after_s) >= 0) | ~np.isfinite(times)
+        for name, wrong in (
+            ("arrival_s", late), ("input_tokens", ~(self.input_tokens >= 1)), ("output_tokens", ~(self.output_tokens >= 1)),
+        ):  # fmt: skip
+            if wrong.any():
+                at = int(wrong.argmax())
+                value = getattr(self, name)[at]
+                what = (
+                    f"must be finite and not before {after_s if not at else times[at - 1]:g}"
+                    if name == "arrival_s"
+                    else "is below 1"
+                )
+                raise UserError(f"workload: {name} {value} of request {at} {what}")
+
     def longest_tokens(self) -> int:
         """The longest input, turns included."""
         longest = int(self.input_tokens.max(initial=0))

@@ -1,0 +1,91 @@
+"""One deployment under the configured policy and the configured workload: what its requests meet, with intervals over seeds.
+
+Policies and workloads are values of the configuration, so a sweep over both compares them:
+
+    python -m repro -m experiment=simulation policy=static,paper workload=paper,diurnal
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from repro.errors import UserError
+from repro.experiments import simulated
+from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
+from repro.experiments.deployment import profile_files
+from repro.settings import Settings
+from repro.simulate.deployments import simulated as deployed
+from repro.workload.sessions import draw_sessions
+from repro.workload.spec import WorkloadSpec
+from repro.workload.stream import Independent, RequestBatch
+
+_USUAL_LOAD = 0.8
+
+
+@dataclass(frozen=True)
+class Options(simulated.StudyOptions):
+    """`load` is the mean arrival rate as a share of Λ_max by the model with true means, 0.8 if null. Sessions and traces bring their own
+    rate; a trace also its own duration.
+    """
+
+    load: float | None = None
+    duration_s: float = 1200.0
+    seeds: int = 5
+    warmup_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.load is not None and not self.load > 0:
+            raise UserError(f"options.load: {self.load} is not positive")
+
+
+def check(settings: Settings, options: Options) -> None:
+    """A deployment that can serve, and no load beside a workload that has its own. Raises UserError naming the key."""
+    simulated.check(settings, options)
+    workload = settings.workload
+    if options.load is not None and (workload.sessions is not None or workload.trace is not None):
+        raise UserError(f"options.load: workload={workload.name} brings its own arrivals; accepted: null")
+    router = settings.policy.router
+    if router in ("naive", "homogeneous"):
+        raise UserError(
+            f"policy.router: {router} needs a deployment of its own (experiment=table6); accepted: threshold, prfaas, "
+            "length_aware, random_split"
+        )
+
+
+def _stream(workload: WorkloadSpec, rate_per_s: float, duration_s: float, seed: int) -> Iterable[RequestBatch]:
+    if workload.trace is not None:
+        return workload.recorded()
+    if workload.sessions is not None:
+        return draw_sessions(workload.sessions, duration_s, seed)
+    arrivals, count = workload.arrivals.process(rate_per_s), max(round(rate_per_s * duration_s), 1)
+    return Independent(arrivals, workload.length_law(), workload.outputs(), count, seed)
+
+
+def run(context: Context) -> Outcome:
+    """The deployment, seed by seed."""
+    options, settings = context.options, context.settings
+    setting = simulated.Setting.of(context)
+    spec = simulated.scheduled(deployed(setting.base, setting.point, setting.link), settings.policy, setting.point)
+    rate = setting.rate(_USUAL_LOAD if options.load is None else options.load)
+    duration_s = options.duration_s if settings.workload.trace is None else settings.workload.recorded().span_s
+    comparison = simulated.Comparison(
+        {"deployment": simulated.cached(spec, settings.policy)},
+        partial(_stream, settings.workload, rate, duration_s),
+        baseline="deployment",
+    )
+    window_s = (min(options.warmup_s, duration_s / 2), duration_s)
+    return simulated.compare(context, [comparison], window_s, setting.slo, options.seeds)
+
+
+EXPERIMENT = Experiment(
+    "simulation",
+    {"simulate": (*SIMULATED, *SCHEDULER, "policy.cache", "policy.rebalance", "workload", "options")},
+    run,
+    {"over_time": simulated.draw_over_time},
+    Options,
+    check,
+    profile_files,
+)
