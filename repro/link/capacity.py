@@ -58,7 +58,11 @@ class Capacity:
         # The first piece that reaches the count: an outage before it adds nothing to it.
         i = max(bisect_left(self._counts, count - _ROUNDING_BYTES) - 1, 0)
         rate = self._rates[i]
-        return start + self._times[i] + (count - self._counts[i]) / rate if rate else math.inf
+        if not rate:
+            return math.inf
+        # Within the slack beyond the piece's end, its own rate would lead into the next piece, which may be far faster.
+        reached = min(count, self._counts[i + 1] if i + 1 < len(self._counts) else self._period_bytes)
+        return start + self._times[i] + (reached - self._counts[i]) / rate
 
 
 def capacity(conditions: Sequence[Condition], trace: Sequence[tuple[float, float]], origin_s: float) -> Capacity | None:

@@ -2,7 +2,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from repro.link.capacity import Capacity, Serialiser, capacity
@@ -14,6 +14,7 @@ pieces = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
+@example([(1.2453684263594473, 1000.0), (1.0, 33556865.0)], False, 1.2453684263594473)
 @given(pieces, st.booleans(), st.floats(0, 60))
 def test_a_count_leaves_at_the_first_moment_at_which_it_could_have(
     found: list[tuple[float, float]], repeat: bool, t: float
