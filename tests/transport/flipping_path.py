@@ -54,6 +54,27 @@ class FlippingPath(Path):
         return data
 
 
+class StretchingPath(Path):
+    """Once armed, adds 12 KiB to the length that the next TLS record in one direction announces."""
+
+    def __init__(self, port: int, *, forward: bool) -> None:
+        self.armed = threading.Event()
+        self._forward = forward
+        super().__init__(port)
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        ours = (source.getsockname()[1] == self.port) == self._forward
+        with contextlib.suppress(OSError):
+            while data := bytearray(source.recv(1 << 16)):
+                if ours and self.armed.is_set() and data[:3] == bytes((23, 3, 3)) and data[3] < 0x10:
+                    data[3] += 0x30
+                    self.armed.clear()
+                sink.sendall(data)
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
 @dataclass
 class Tally:
     """What became of the requests. `most_*` are the largest values that were ever seen."""

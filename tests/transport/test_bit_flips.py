@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from flipping_path import Tally, survive
+from flipping_path import StretchingPath, Tally, survive
+from transport_rig import assert_same, eventually, make_request, send_all
 
-from repro.transport import TransportSpec
+from repro.transport import TransportSpec, open_receiver, open_sender
 from repro.transport.certificates import make_certificates
 from repro.transport.wire import ENVELOPE_BYTES, HEAD_BYTES, Envelope, Kind, PeerError, read_sealed, sealed
 
@@ -77,6 +78,24 @@ def test_a_plain_session_survives_flipped_bits(patient: TransportSpec) -> None:
 
 def test_an_encrypted_session_survives_flipped_bits(tls: TransportSpec) -> None:
     within_bounds(survive(tls, 60, *TLS, seed=2), tls)
+
+
+@pytest.mark.parametrize("forward", [True, False], ids=["towards the receiver", "back"])
+def test_a_tls_record_that_announces_too_much_is_not_waited_for(tls: TransportSpec, forward: bool) -> None:
+    """Heartbeats would fill it in the end: 12 KiB of them take more than five seconds here, and a minute as configured."""
+    with open_receiver(tls, "127.0.0.1") as receiver:
+        path = StretchingPath(receiver.port, forward=forward)
+        with open_sender(replace(tls, connections=1), ("127.0.0.1", path.port)) as sender:
+            path.armed.set()
+            assert eventually(lambda: not path.armed.is_set())
+            began_s = time.monotonic()
+            pieces, manifest = make_request(1, [1000])
+            send_all(sender, pieces, manifest)
+            sender.wait(1, 10)
+            assert time.monotonic() - began_s < 4
+            with receiver.receive(1) as received:
+                assert_same(received, pieces)
+        path.close()
 
 
 @pytest.mark.slow
