@@ -39,7 +39,8 @@ def observe(
         pd.arrived, pd.measured_s = 0, now_s
     capacity = used = backlog = rtt_s = waiting = 0.0
     instances = 0
-    for cluster, link in zip(prfaas, links, strict=True):
+    for cluster in prfaas:
+        link = links[cluster.index]
         capacity += link.capacity_bps
         used += link.utilisation * link.capacity_bps
         backlog += link.backlog_bytes

@@ -88,7 +88,7 @@ class Control:
 
     def _links(self, now_s: float) -> list[LinkReport]:
         """The simulated links' own counters: the simulator knows what a live sender has to estimate."""
-        return [LinkReport(*prfaas.link.measure(now_s), prfaas.spec.link.rtt_s) for prfaas in self._prfaas_clusters]
+        return [prfaas.link.measure(now_s) for prfaas in self._prfaas_clusters]
 
     def _slow_tick(self, now_s: float, pd: PdResources) -> None:
         """The slow loop's beat."""

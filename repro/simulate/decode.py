@@ -49,6 +49,7 @@ class DecodeStage:
         self._smallest = batch_max
         self._closing: dict[int, Callable[[float, int], None]] = {}
         self._order = 0
+        self._on_wake = self._wake
 
     def open(self, now_s: float, instance: int) -> None:
         """Let an instance serve."""
@@ -132,7 +133,10 @@ class DecodeStage:
             count = math.ceil(2 * elapsed / (a + math.sqrt(a * a + 4 * b * elapsed)) - 1e-9)
         else:
             count = math.ceil(elapsed / steps.step_s[size] - 1e-9)
-        self._advance(batch, min(max(count, 1), batch.heap[0][0] - batch.step))
+        most = batch.heap[0][0] - batch.step
+        if count < 1:
+            count = 1
+        self._advance(batch, count if count < most else most)
 
     def _advance(self, batch: Batch, count: int) -> None:
         size = len(batch.heap)
@@ -153,7 +157,7 @@ class DecodeStage:
         wake_s = batch.at_s + (self._duration(batch, count) if steps.grows else steps.step_s[len(batch.heap)] * count)
         if not -1e-9 < wake_s - batch.wake_s < 1e-9:
             batch.wake_s = wake_s
-            self._events.at(wake_s, self._wake, batch)
+            self._events.at(wake_s, self._on_wake, batch)
 
     def _wake(self, now_s: float, batch: Batch) -> None:
         if now_s != batch.wake_s:

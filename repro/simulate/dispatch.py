@@ -62,9 +62,10 @@ class Dispatch:
 
     def carry_out(self, now_s: float, job: Job, decision: Decision) -> None:
         """Do with a job what the scheduler has decided."""
-        action, offload, prfaas, instance, cached, job.work_s, job.kv_bytes, fetch_bytes, fell_back = decision
+        action, offload, prfaas, instance, job.cached_tokens, job.work_s, job.kv_bytes, fetch_bytes, fell_back = (
+            decision
+        )
         job.offloaded = offload
-        job.cached_tokens = cached
         job.prfaas = self._prfaas_clusters[prfaas] if prfaas >= 0 else None
         if fell_back:
             job.fell_back = True

@@ -22,5 +22,5 @@ class EventQueue:
 
     def at(self, time_s: float, handler: Handler, argument: Any = None) -> None:
         """Call `handler(time_s, argument)` when the clock reaches `time_s`."""
-        self._asked += 1
-        heappush(self.heap, (time_s, self._asked, handler, argument))
+        self._asked = order = self._asked + 1
+        heappush(self.heap, (time_s, order, handler, argument))

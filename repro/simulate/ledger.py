@@ -11,6 +11,7 @@ _BATCH = 1 << 15
 
 #: Indices into `records.OUTCOMES`.
 OK, FAILED, TIMED_OUT, FELL_BACK = range(4)
+_DONE = (OK, FELL_BACK)
 
 
 class RequestLedger:
@@ -49,9 +50,8 @@ class RequestLedger:
         if len(live) > self.peak:
             self.peak = len(live)
         del live[job.id]
-        nan = math.nan
         arrival, output = job.arrival_s, job.output_tokens
-        if outcome in (OK, FELL_BACK):
+        if outcome in _DONE:
             delivered, ended, first = job.delivered_s, job.prefill_end_s, job.first_token_s
             finish = job.finish_s
             row: Row = (
@@ -61,6 +61,7 @@ class RequestLedger:
                 job.prefill_worker, job.decode_worker,
             )  # fmt: skip
         else:
+            nan = math.nan
             row = (
                 job.id, arrival, job.input_tokens, job.cached_tokens, output, job.offloaded, nan, nan, nan, nan, job.kv_bytes,
                 nan, nan, nan, nan, outcome, job.prefill_worker, job.decode_worker,

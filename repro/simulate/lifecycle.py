@@ -25,12 +25,14 @@ class RequestLifecycle:
         self._events = events
         self._ledger = ledger
         self._whole = whole
+        self._on_sent = self._sent
+        self._on_delivered = self._delivered
 
     def remote_began(self, now_s: float, job: Job) -> None:
         """The first piece of an offloaded prefill exists."""
         prfaas: PrfaasResources = job.prfaas
         job.flow = prfaas.link.produce(
-            now_s, job.prefill_worker, job.kv_bytes, job.kv_bytes / job.work_s, self._sent, job
+            now_s, job.prefill_worker, job.kv_bytes, job.kv_bytes / job.work_s, self._on_sent, job
         )
 
     def remote_ended(self, now_s: float, job: Job) -> None:
@@ -60,7 +62,7 @@ class RequestLifecycle:
     def _sent(self, now_s: float, job: Job) -> None:
         prfaas: PrfaasResources = job.prfaas
         job.flow = None
-        self._events.at(now_s + prfaas.half_rtt_s, self._delivered, job)
+        self._events.at(now_s + prfaas.half_rtt_s, self._on_delivered, job)
 
     def _delivered(self, now_s: float, job: Job) -> None:
         pd: PdResources = job.pd

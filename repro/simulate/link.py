@@ -14,20 +14,13 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+from repro.scheduling.observations import LinkReport
 from repro.simulate.events import EventQueue
 from repro.simulate.link_spec import SharedLinkSpec
 
 Done = Callable[[float, Any], None]
-
-
-class Measurement(NamedTuple):
-    """A link over the time since it was last measured; `backlog_bytes` now."""
-
-    capacity_bps: float
-    utilisation: float
-    backlog_bytes: float
 
 
 class Flow:
@@ -99,6 +92,7 @@ class SharedLink:
         self._at_s = 0.0
         self._wake_s = math.inf
         self._order = 0
+        self._on_wake = self._wake
         for change in spec.changes:
             events.at(change.at_s, self._change, change.rate_bps / 8)
 
@@ -162,7 +156,7 @@ class SharedLink:
             waiting += sum(max(self._available(flow) - flow.sent, 0.0) for flow in self._producing)
         return waiting
 
-    def measure(self, now_s: float) -> Measurement:
+    def measure(self, now_s: float) -> LinkReport:
         """What a sender's kernel would report: capacity averaged over the period, and the part of it that was used."""
         backlog = self.backlog_bytes(now_s)
         since_s, could, sent = self._measured
@@ -171,7 +165,7 @@ class SharedLink:
             capacity, used = self._could_send - could, self.bytes_sent - sent
             self._measured = (now_s, self._could_send, self.bytes_sent)
             self._last = (8 * capacity / elapsed, used / capacity if capacity > 0 else 1.0)
-        return Measurement(self._last[0], self._last[1], backlog)
+        return LinkReport(self._last[0], self._last[1], backlog, self.spec.rtt_s)
 
     def settle(self, now_s: float) -> float:
         """Bytes sent until now."""
@@ -260,7 +254,7 @@ class SharedLink:
         if wake_s != self._wake_s:
             self._wake_s = wake_s
             if wake_s < math.inf:
-                self._events.at(wake_s, self._wake)
+                self._events.at(wake_s, self._on_wake)
 
     def _wake(self, now_s: float, _: None) -> None:
         if now_s != self._wake_s:

@@ -52,6 +52,8 @@ class WholePrefill(_Stage):
         super().__init__(events, ended)
         self._began = began
         self._first_piece = first_piece
+        self._on_begin = self._begin
+        self._on_end = self._end
 
     def assign(self, now_s: float, job: Job, instance: int) -> None:
         """Queue a job at an instance: write down when it starts and ends."""
@@ -62,8 +64,8 @@ class WholePrefill(_Stage):
         job.prefill_end_s = end_s
         queue.append(job)
         if self._began is not None:
-            self._events.at(start_s + work_s * self._first_piece, self._begin, job)
-        self._events.at(end_s, self._end, job)
+            self._events.at(start_s + work_s * self._first_piece, self._on_begin, job)
+        self._events.at(end_s, self._on_end, job)
 
     def _begin(self, now_s: float, job: Job) -> None:
         if now_s == job.prefill_start_s + job.work_s * self._first_piece and job.prefill_end_s >= now_s:
