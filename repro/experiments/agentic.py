@@ -22,6 +22,7 @@ from repro.record.directory import Record
 from repro.report import style
 from repro.scheduling.policies import LengthAware
 from repro.scheduling.rebalance import RebalanceSpec
+from repro.settings import Settings
 from repro.simulate.deployments import with_scheduler
 from repro.simulate.spec import SimulationSpec
 from repro.workload.sessions import SessionSpec, draw_sessions
@@ -43,6 +44,14 @@ class Options(simulated.StudyOptions):
             1.2, mean_turns=2.0, families=16, system_tokens=32_768, first_tokens=4_000.0, primed=True
         )
     )
+
+
+def check(settings: Settings, options: Options) -> None:
+    """A deployment that can serve, and caches with the sessions' blocks. Raises UserError naming the key."""
+    simulated.check(settings, options)
+    enabled = replace(settings, policy=replace(settings.policy, cache=replace(settings.policy.cache, enabled=True)))
+    names = {"options.sessions": options.sessions, "options.shared_context": options.shared_context}
+    simulated.check_blocks(enabled, {name: sessions.block_tokens for name, sessions in names.items()})
 
 
 def run(context: Context) -> Outcome:
@@ -118,6 +127,6 @@ EXPERIMENT = Experiment(
     run,
     FIGURES,
     Options,
-    simulated.check,
+    check,
     profile_files,
 )

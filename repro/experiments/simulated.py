@@ -94,6 +94,20 @@ def check(settings: Settings, options: object) -> None:
         )
 
 
+def check_blocks(settings: Settings, blocks: Mapping[str, int | None]) -> None:
+    """Refuse caches whose blocks are of another size than those that requests name, by whoever names them.
+
+    Raises:
+        UserError: naming the cache's key; a prefix would be found under the keys of another.
+    """
+    cache = settings.policy.cache
+    for who, tokens in blocks.items():
+        if cache.enabled and tokens not in (None, cache.block_tokens):
+            raise UserError(
+                f"policy.cache.block_tokens: {cache.block_tokens}, but {who} names blocks of {tokens} tokens; accepted: {tokens}"
+            )
+
+
 @dataclass(frozen=True)
 class Setting:
     """The deployment under study at its best operating point, which is taken with true means."""

@@ -7,7 +7,6 @@ Policies and workloads are values of the configuration, so a sweep over both com
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,9 +16,6 @@ from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Ou
 from repro.experiments.deployment import profile_files
 from repro.settings import Settings
 from repro.simulate.deployments import simulated as deployed
-from repro.workload.sessions import draw_sessions
-from repro.workload.spec import WorkloadSpec
-from repro.workload.stream import Independent, RequestBatch
 
 _USUAL_LOAD = 0.8
 
@@ -47,6 +43,7 @@ def check(settings: Settings, options: Options) -> None:
     workload = settings.workload
     if options.load is not None and (workload.sessions is not None or workload.trace is not None):
         raise UserError(f"options.load: workload={workload.name} brings its own arrivals; accepted: null")
+    simulated.check_blocks(settings, {f"workload={workload.name}": workload.block_tokens()})
     router = settings.policy.router
     if router in ("naive", "homogeneous"):
         raise UserError(
@@ -55,25 +52,16 @@ def check(settings: Settings, options: Options) -> None:
         )
 
 
-def _stream(workload: WorkloadSpec, rate_per_s: float, duration_s: float, seed: int) -> Iterable[RequestBatch]:
-    if workload.trace is not None:
-        return workload.recorded()
-    if workload.sessions is not None:
-        return draw_sessions(workload.sessions, duration_s, seed)
-    arrivals, count = workload.arrivals.process(rate_per_s), max(round(rate_per_s * duration_s), 1)
-    return Independent(arrivals, workload.length_law(), workload.outputs(), count, seed)
-
-
 def run(context: Context) -> Outcome:
     """The deployment, seed by seed."""
     options, settings = context.options, context.settings
     setting = simulated.Setting.of(context)
     spec = simulated.scheduled(deployed(setting.base, setting.point, setting.link), settings.policy, setting.point)
     rate = setting.rate(_USUAL_LOAD if options.load is None else options.load)
-    duration_s = options.duration_s if settings.workload.trace is None else settings.workload.recorded().span_s
+    duration_s = options.duration_s if settings.workload.trace is None else settings.workload.recorded.end_s
     comparison = simulated.Comparison(
         {"deployment": simulated.cached(spec, settings.policy)},
-        partial(_stream, settings.workload, rate, duration_s),
+        partial(settings.workload.stream, rate, duration_s),
         baseline="deployment",
     )
     window_s = (min(options.warmup_s, duration_s / 2), duration_s)

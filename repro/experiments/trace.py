@@ -54,8 +54,7 @@ class Options:
             self.trace, self.format, self.speed, self.time_unit, self.block_tokens, self.start_s, self.duration_s, self.requests,
             self.columns,
         )  # fmt: skip
-        spec.check("options")
-        return read_trace(spec, "options.trace")
+        return read_trace(spec, "options.trace", "options")
 
 
 def hit_rates(batch: RequestBatch, cache: CacheSpec) -> dict[str, float]:
@@ -93,7 +92,7 @@ def run(context: Context) -> Outcome:
     ]
     policies = setting.policies()
     cases = {name: replace(spec, cache=cache if batch.chains else None) for name, spec in policies.items()}
-    end = float(batch.arrival_s[-1]) + 1e-6
+    end = recorded.end_s
     outcome = simulated.compare(
         context,
         [simulated.Comparison(cases, lambda _: recorded)],

@@ -88,8 +88,8 @@ class Totals:
 
     @staticmethod
     def of(sums: Sums, ttft: Distribution, tpot: Distribution, span_s: float, slo: ServiceLevel) -> Totals:
-        """From sums and distributions over a window of `span_s` seconds. One request makes no rate: nan."""
-        if sums.requests < 2:
+        """From sums and distributions over a window of `span_s` seconds; rates are nan from one request, or within a microsecond."""
+        if sums.requests < 2 or span_s < 1e-6:
             span_s = math.nan
 
         def share(part: float, whole: float) -> float:

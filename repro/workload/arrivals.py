@@ -100,12 +100,19 @@ class Piecewise:
     def __post_init__(self) -> None:
         if len(self.rates_per_s) != len(self.durations_s) or not self.rates_per_s:
             raise UserError(
-                "workload.arrivals.rates_per_s, durations_s: need as many rates as durations, and one at least"
+                "workload.arrivals.rates, workload.arrivals.durations_s: need as many rates as durations, and one at least"
             )
         for duration in self.durations_s:
             _positive("durations_s", duration)
-        if min(self.rates_per_s) < 0 or not max(self.rates_per_s) > 0:
-            raise UserError(f"workload.arrivals.rates_per_s: {self.rates_per_s} must not be negative, nor all zero")
+        if not all(0 <= rate < math.inf for rate in self.rates_per_s) or not any(self.rates_per_s):
+            raise UserError(
+                f"workload.arrivals.rates: {list(self.rates_per_s)}; accepted: finite, not negative, and not all zero"
+            )
+
+    @property
+    def mean_per_s(self) -> float:
+        """Arrivals per second over the whole schedule."""
+        return float(np.dot(self.rates_per_s, self.durations_s) / sum(self.durations_s))
 
     def times(self, rng: np.random.Generator, size: int) -> Iterator[FloatArray]:
         """The schedule's clock, inverted period by period."""
@@ -176,14 +183,3 @@ def _invert(unit: FloatArray, ends: FloatArray, mass: FloatArray) -> FloatArray:
     step = mass[piece + 1] - mass[piece]
     part = np.divide(unit - mass[piece], step, out=np.zeros_like(unit), where=step > 0)
     return np.asarray(ends[piece] + part * (ends[piece + 1] - ends[piece]))
-
-
-#: Arrival processes by the name that a configuration gives.
-ARRIVALS: dict[str, type] = {
-    "poisson": Poisson,
-    "gamma": Gamma,
-    "deterministic": Deterministic,
-    "piecewise": Piecewise,
-    "diurnal": Diurnal,
-    "markov_modulated": MarkovModulated,
-}

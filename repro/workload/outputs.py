@@ -44,9 +44,10 @@ class LogNormalOutput:
     maximum_tokens: int = 32_768
 
     def __post_init__(self) -> None:
-        if not (self.mean_tokens >= 1 and self.cv > 0 and self.maximum_tokens >= self.mean_tokens):
+        if not (1 <= self.mean_tokens <= self.maximum_tokens and 0 < self.cv < math.inf):
             raise UserError(
-                "workload.outputs: mean_tokens must be 1 or more, cv positive, maximum_tokens not below the mean"
+                f"workload.output_tokens, workload.output_cv: {self.mean_tokens:g} and {self.cv:g}; accepted with a variation: 1 to "
+                f"{self.maximum_tokens:,} tokens, and a positive coefficient"
             )
 
     def sample(self, rng: np.random.Generator, n: int) -> NDArray[np.int64]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Literal, TypeVar
 
 from repro.errors import UserError
 from repro.workload.arrivals import (
@@ -18,8 +21,11 @@ from repro.workload.arrivals import (
 from repro.workload.lengths import LengthDistribution, TruncatedLogNormal
 from repro.workload.mixtures import Empirical, Mixture
 from repro.workload.outputs import FixedOutput, LogNormalOutput, OutputLengths
-from repro.workload.sessions import SessionSpec
+from repro.workload.sessions import SessionSpec, draw_sessions
+from repro.workload.stream import Independent, RequestBatch
 from repro.workload.traces import Trace, TraceSpec, read_trace
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ _ARRIVAL_FIELDS = {
     "diurnal": ("amplitude", "period_s"),
     "bursts": ("factor", "burst_s", "every_s"),
     "markov": ("factor", "burst_s", "every_s"),
+    "piecewise": ("rates", "durations_s"),
 }
 
 
@@ -52,20 +59,22 @@ class ArrivalSpec:
 
     `poisson` and `deterministic` need nothing more. `gamma` gaps have the coefficient of variation `cv`. `diurnal` is a sine of relative
     `amplitude` and period `period_s`. `bursts` come at `factor` times the rate of the calm for `burst_s` out of every `every_s`; `markov`
-    is the same with exponential durations.
+    is the same with exponential durations. `piecewise` repeats a schedule: `rates[i]`, relative to each other, for `durations_s[i]`.
     """
 
-    kind: Literal["poisson", "deterministic", "gamma", "diurnal", "bursts", "markov"] = "poisson"
+    kind: Literal["poisson", "deterministic", "gamma", "diurnal", "bursts", "markov", "piecewise"] = "poisson"
     cv: float | None = None
     amplitude: float | None = None
     period_s: float | None = None
     factor: float | None = None
     burst_s: float | None = None
     every_s: float | None = None
+    rates: tuple[float, ...] | None = None
+    durations_s: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         wanted = _ARRIVAL_FIELDS[self.kind]
-        for name in ("cv", "amplitude", "period_s", "factor", "burst_s", "every_s"):
+        for name in dict.fromkeys(itertools.chain.from_iterable(_ARRIVAL_FIELDS.values())):
             given = getattr(self, name) is not None
             if given and name not in wanted:
                 takes = ", ".join(wanted) or "nothing else"
@@ -90,6 +99,11 @@ class ArrivalSpec:
             return Diurnal(rate_per_s, _given(self.amplitude), _given(self.period_s))
         if self.kind == "poisson":
             return Poisson(rate_per_s)
+        if self.kind == "piecewise":
+            shape = Piecewise(_given(self.rates), _given(self.durations_s))
+            return Piecewise(
+                tuple(rate_per_s / shape.mean_per_s * rate for rate in shape.rates_per_s), shape.durations_s
+            )
         factor, burst_s, every_s = _given(self.factor), _given(self.burst_s), _given(self.every_s)
         calm_s = every_s - burst_s
         calm = rate_per_s * every_s / (calm_s + factor * burst_s)
@@ -98,7 +112,7 @@ class ArrivalSpec:
         return MarkovModulated((calm, factor * calm), (calm_s, burst_s))
 
 
-def _given(value: float | None) -> float:
+def _given(value: T | None) -> T:
     assert value is not None
     return value
 
@@ -148,13 +162,22 @@ class WorkloadSpec:
             raise UserError(
                 "workload.mixture: the shares leave nothing for workload.lengths; accepted: less than 1 in sum"
             )
+        if self.output_cv:
+            self.outputs()
+        node = "sessions" if self.sessions is not None else "trace" if self.trace is not None else None
+        if node is not None:
+            for key, value, usual in (
+                ("arrivals.kind", self.arrivals.kind, "poisson"), ("mixture", len(self.mixture), 0), ("output_cv", self.output_cv, 0.0),
+            ):  # fmt: skip
+                if value != usual:
+                    raise UserError(f"workload.{key}: has no effect beside workload.{node}, which brings its own")
         if self.trace is not None:
             self.trace.check("workload.trace")
 
     def length_law(self) -> LengthDistribution:
         """The distribution of input lengths, for equations 1–8: a trace's own where there is one."""
         if self.trace is not None:
-            return Empirical(self.recorded().batch.input_tokens)
+            return Empirical(self.recorded.batch.input_tokens)
         if not self.mixture:
             return self.lengths
         parts = [TruncatedLogNormal(p.mu, p.sigma, p.minimum_tokens, p.maximum_tokens) for p in self.mixture]
@@ -163,7 +186,7 @@ class WorkloadSpec:
 
     def mean_output_tokens(self) -> float:
         """The mean output length; a trace's own where there is one."""
-        return float(self.recorded().batch.output_tokens.mean()) if self.trace is not None else self.output_tokens
+        return float(self.recorded.batch.output_tokens.mean()) if self.trace is not None else self.output_tokens
 
     def outputs(self) -> OutputLengths:
         """The distribution of output lengths."""
@@ -171,11 +194,31 @@ class WorkloadSpec:
             return LogNormalOutput(self.output_tokens, self.output_cv)
         return FixedOutput(round(self.output_tokens))
 
+    def block_tokens(self) -> int | None:
+        """Tokens that one prefix key stands for, where requests name their prefixes."""
+        if self.trace is not None:
+            return self.recorded.block_tokens
+        return self.sessions.block_tokens if self.sessions is not None else None
+
+    @cached_property
     def recorded(self) -> Trace:
-        """The trace.
+        """The trace, read once.
 
         Raises:
             UserError: where the file cannot be read.
         """
         assert self.trace is not None
         return read_trace(self.trace)
+
+    def stream(self, rate_per_s: float, duration_s: float, seed: int) -> Iterable[RequestBatch]:
+        """The requests that arrive in `duration_s` at that mean rate. Sessions keep their own rate, a trace also its own duration.
+
+        Raises:
+            UserError: for a trace that cannot be read, and sessions of which none begins in time.
+        """
+        if self.trace is not None:
+            return self.recorded
+        if self.sessions is not None:
+            return draw_sessions(self.sessions, duration_s, seed)
+        count = max(round(rate_per_s * duration_s), 1)
+        return Independent(self.arrivals.process(rate_per_s), self.length_law(), self.outputs(), count, seed)
