@@ -4,12 +4,16 @@ Requests of a batch keep caches of their own and are stepped one after another. 
 would be faster on a GPU, but padding changes the shapes of the sums, and with them the last bits and in the end the
 tokens. Here the tokens of a split run must equal those of an unsplit one exactly, so the simple form is the right
 one.
+
+A model goes through `repro.engine.gate` before it serves: one that is exact in one chunk only is prefilled in one, whatever
+`chunk_tokens` says.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -17,9 +21,11 @@ from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from repro.engine.base import Emit, Handover, Prefilled, Request
+from repro.engine.gate import Admission, admit
+from repro.engine.reference import Agreement, Reference, compare, generate, tolerance_of
 from repro.engine.spans import Span, SpanLog, now_s
 from repro.engine.staging import Staging, copies_of
 from repro.errors import UserError
@@ -29,7 +35,7 @@ from repro.kvcache.prefix import Prefix, PrefixCache, PrefixCacheSpec, grows
 from repro.kvcache.state import Cache, Outline, State, layout, restore, seal
 from repro.kvcache.tensors import tensor_of
 from repro.models.build import build
-from repro.models.prefill import chunked_prefill
+from repro.models.prefill import chunked_prefill, forward, new_cache
 from repro.models.spec import ModelSpec
 
 
@@ -68,6 +74,22 @@ class _Decoding:
     token: int
     seen_tokens: int
     prefix: Prefix
+    is_split: bool = True
+    tokens: list[int] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+
+#: Seeded weights are the same in every engine of a process, and so is what the gate finds.
+_ADMITTED: dict[str, Admission] = {}
+
+
+def _admission(spec: EngineSpec, model: torch.nn.Module) -> Admission:
+    if spec.model.pretrained is not None:  # a folder may hold something else the next time
+        return admit(model)
+    identity = json.dumps([asdict(spec.model), spec.device], sort_keys=True)
+    if identity not in _ADMITTED:
+        _ADMITTED[identity] = admit(model)
+    return _ADMITTED[identity]
 
 
 class TorchEngine:
@@ -79,6 +101,16 @@ class TorchEngine:
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._model = build(spec.model, spec.device)
+        self.admission = _admission(spec, self._model)
+        if spec.prefix_cache.capacity_bytes and not self.admission.chunked:
+            raise UserError(
+                f"prefix_cache.capacity_bytes: {spec.prefix_cache.capacity_bytes}; model {spec.model.name} cannot go on from a "
+                f"prefix's state: {self.admission.reason}; accepted: 0"
+            )
+        self._chunk_tokens = spec.chunk_tokens if self.admission.chunked else sys.maxsize
+        self._references: dict[int, Reference] = {}
+        self._unsplit: dict[int, Reference] = {}
+        self._agreements: dict[int, Agreement] = {}
         self._config = cast(PreTrainedConfig, self._model.config)
         self._copies = copies_of(spec.device)
         self._batch: dict[int, _Decoding] = {}
@@ -160,7 +192,7 @@ class TorchEngine:
                 cache = restore(prefix.states, self._config, cached, self._spec.device)
                 # The clock's hooks come first, so that a layer's time is over before its state is put.
                 with (
-                    _LayerClock(self._model, request, self._spec.chunk_tokens, log) as clock,
+                    _LayerClock(self._model, request, self._chunk_tokens, log) as clock,
                     LayerwiseCapture(self._model, cache, take, prefix.checkpoints) as capture,
                 ):
 
@@ -170,19 +202,43 @@ class TorchEngine:
                             yield
 
                     ids = self._ids(request)
-                    chunked_prefill(self._model, ids, self._spec.chunk_tokens, cache, cached, on_chunk=chunk)
+                    chunked_prefill(self._model, ids, self._chunk_tokens, cache, cached, on_chunk=chunk)
             self._copies.computed()
             end_s = now_s()
         return cache, end_s
 
     def prefill_and_join(self, request: Request, log: SpanLog) -> None:
         """Prefill a request into this process's own batch: the unsplit run."""
-        cache = DynamicCache(config=self._config)
-        with _LayerClock(self._model, request, self._spec.chunk_tokens, log) as clock:
-            ids, chunk_tokens = self._ids(request), self._spec.chunk_tokens
+        cache = new_cache(self._model)
+        with _LayerClock(self._model, request, self._chunk_tokens, log) as clock:
+            ids, chunk_tokens = self._ids(request), self._chunk_tokens
             chunked_prefill(self._model, ids, chunk_tokens, cache, on_chunk=lambda start, *_: clock.chunk(start))
         self._copies.computed()
-        self._batch[request.request_id] = _Decoding(cache, request.prompt[-1], request.state_tokens, Prefix())
+        self._batch[request.request_id] = _Decoding(
+            cache, request.prompt[-1], request.state_tokens, Prefix(), is_split=False
+        )
+
+    def reference(self, request: Request) -> None:
+        """Let the model's own `generate` answer, for later answers to a request of that id to be held against."""
+        ids = torch.tensor([request.prompt], device=self._spec.device)
+        self._references[request.request_id] = generate(self._model, ids, request.output_tokens)
+
+    def agreement(self, request_id: int) -> Agreement | None:
+        """How the answer to a request that has left compares with its reference; None where it has none."""
+        return self._agreements.pop(request_id, None)
+
+    def _compared(self, request_id: int, decoding: _Decoding) -> Agreement:
+        tolerance = tolerance_of(self._model)
+        found = compare(self._references[request_id], decoding.tokens, decoding.logits, tolerance)
+        if not decoding.is_split:
+            logits = torch.stack(decoding.logits).float().cpu()
+            self._unsplit[request_id] = Reference(tuple(decoding.tokens), logits)
+        elif (unsplit := self._unsplit.get(request_id)) is not None:
+            # The kernels of an accelerator may choose another order of sums in another process.
+            exact = next(self._model.parameters()).device.type == "cpu"
+            split = compare(unsplit, decoding.tokens, decoding.logits, 0.0 if exact else tolerance)
+            found = replace(found, unsplit_error=split.logits_error, unsplit_tolerance=split.tolerance)
+        return found
 
     def reserve(self, request: Request) -> int:
         """Tokens whose growing state is here, and stays until the request has left; 0 where nothing is kept."""
@@ -253,15 +309,20 @@ class TorchEngine:
         stepped = []
         for request_id, decoding in self._batch.items():
             ids = torch.tensor([[decoding.token]], device=self._spec.device)
-            logits = self._model(input_ids=ids, past_key_values=decoding.cache, use_cache=True).logits
-            decoding.token = int(logits[0, -1].argmax())
+            logits = forward(self._model, ids, decoding.cache, decoding.seen_tokens)[0]
+            decoding.token = int(logits.argmax())
             decoding.seen_tokens += 1
+            if request_id in self._references:
+                decoding.tokens.append(decoding.token)
+                decoding.logits.append(logits)
             stepped.append((request_id, decoding.token))
         return stepped
 
     def leave(self, request_id: int) -> None:
         """Drop a request and its cache, of which the prefix cache may keep its prompt's blocks."""
         decoding = self._batch.pop(request_id)
+        if request_id in self._references:
+            self._agreements[request_id] = self._compared(request_id, decoding)
         decoding.prefix.keep(decoding.cache, decoding.seen_tokens)
         decoding.prefix.close()
 

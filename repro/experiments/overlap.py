@@ -29,6 +29,7 @@ from repro.experiments.split_model import (
     check_one,
     codec_metrics,
     engine_of,
+    match_metrics,
     prompts,
     row,
     serve,
@@ -88,20 +89,21 @@ def run(context: Context) -> Outcome:
         row(context, model_spec.name, "phi_kv_bps", [phi_bps], "bit/s"),
         row(context, model_spec.name, "kv_bytes", [size], "bytes", "computed"),
     ]
-    rows, frames, facts, timelines = [], [], {}, dict[str, Timeline]()
+    rows, frames, links, timelines = [], [], {}, dict[str, Timeline]()
     for multiple in options.link_to_phi:
         spec = context.settings.link
         spec = replace(spec, name=f"phi-x{multiple:g}", rate_bps=multiple * phi_bps / spec.tcp_goodput_share)
         with open_link(spec, run="overlap") as link:
             link.check(tolerate=True)
             model = serve(context, engine, repeats, MODES, link, options.codec)
-            facts[spec.name] = link.record()
+            links[spec.name] = link.record()
         metrics += link_metrics(context, model, spec.name, options.input_tokens)
         rows += overlap_rows(model, multiple, options.input_tokens)
         frames += [requests_frame(found, model.origin_s, link=spec.name) for found in model.runs.values()]
         timelines |= {f"{spec.name} {mode}": found.timeline for mode, found in model.runs.items()}
     write_trace(context.folder / "trace.json", merged(timelines))
-    return Outcome(metrics, {"overlap": pd.DataFrame(rows)}, pd.concat(frames), {"link": facts, "clock": CLOCK_NOTE})
+    facts = {"link": links, "gate": {model_spec.name: dict(alone.admission)}, "clock": CLOCK_NOTE}
+    return Outcome(metrics, {"overlap": pd.DataFrame(rows)}, pd.concat(frames), facts)
 
 
 def link_metrics(context: Context, model: ModelRun, link: str, length: int) -> list[Metric]:
@@ -112,7 +114,7 @@ def link_metrics(context: Context, model: ModelRun, link: str, length: int) -> l
         found, case = model.served(mode, length), f"{link}/{mode}"
         slowdown = [mine.prefill_s / plain.prefill_s for mine, plain in zip(found, unsplit, strict=True)]
         rows += [
-            row(context, case, "tokens_match", [model.tokens_match(mode)], ""),
+            *match_metrics(context, model, case, mode),
             row(context, case, "wire_overhead", [model.wire_overhead(mode)], ""),
             *codec_metrics(context, model, case, mode),
             row(context, case, "ttft_mean_s", [served.ttft_s for served in found], "s"),

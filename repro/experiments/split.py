@@ -2,7 +2,8 @@
 
 Everything between the two processes is what the kit would use between clusters: state captured layer by layer, framed,
 sent over TCP connections through an emulated link, checked, restored. Three modes run on the same workers and the same
-prompts: unsplit (the reference for tokens and T_prefill), bulk and layer-wise. The models are small and their weights
+prompts: unsplit (the reference for T_prefill), bulk and layer-wise. The reference for tokens is the
+model's own `generate`. The models are small and their weights
 random, so what is real here is the mechanism, the bytes and the ratio between the two models; absolute times are this
 machine's.
 
@@ -34,6 +35,7 @@ from repro.experiments.split_model import (
     check_models,
     codec_metrics,
     engine_of,
+    match_metrics,
     prompts,
     row,
     serve,
@@ -86,7 +88,7 @@ def run(context: Context) -> Outcome:
     options: SplitOptions = context.options
     metrics: list[Metric] = []
     frames, throughputs, timelines = [], [], dict[str, Timeline]()
-    facts = {}
+    facts, gate = {}, {}
     for name, model_spec in context.settings.model.items():
         engine = engine_of(
             model_spec,
@@ -107,14 +109,14 @@ def run(context: Context) -> Outcome:
         with open_link(context.settings.link, run=f"split-{name}") as link:
             link.check(tolerate=True)
             model = serve(context, engine, repeats, MODES, link, options.codec)
-            facts[name] = link.record()
+            facts[name], gate[name] = link.record(), dict(model.admission)
         metrics += model_metrics(context, model, options.input_tokens)
         throughputs += throughput_rows(model, options.input_tokens)
         frames += [requests_frame(served, model.origin_s, model=name) for served in model.runs.values()]
         timelines |= {f"{name} {mode}": served.timeline for mode, served in model.runs.items()}
     write_trace(context.folder / "trace.json", merged(timelines))
     tables = {"throughput": pd.DataFrame(throughputs), "modes": _modes(pd.concat(frames))}
-    return Outcome(metrics, tables, pd.concat(frames), {"link": facts, "clock": CLOCK_NOTE})
+    return Outcome(metrics, tables, pd.concat(frames), {"link": facts, "gate": gate, "clock": CLOCK_NOTE})
 
 
 def model_metrics(context: Context, model: ModelRun, lengths: Sequence[int]) -> list[Metric]:
@@ -125,10 +127,11 @@ def model_metrics(context: Context, model: ModelRun, lengths: Sequence[int]) -> 
         row(context, model.name, "link_rtt_s", [model.measured.rtt_s], "s"),
         row(context, model.name, "memory_bytes", [memory], "bytes"),
     ]
+    rows += match_metrics(context, model, f"{model.name}/unsplit", "unsplit")
     for mode in ("bulk", "layerwise"):
         case = f"{model.name}/{mode}"
         rows += [
-            row(context, case, "tokens_match", [model.tokens_match(mode)], ""),
+            *match_metrics(context, model, case, mode),
             row(context, case, "kv_bytes_match", [model.bytes_match(mode)], ""),
             row(context, case, "wire_overhead", [model.wire_overhead(mode)], ""),
             *codec_metrics(context, model, case, mode),

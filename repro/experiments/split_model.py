@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from repro.engine.base import Request
+from repro.engine.reference import Agreement
 from repro.engine.spans import now_s
 from repro.engine.torch_engine import EngineSpec
 from repro.errors import UserError
@@ -30,7 +32,10 @@ from repro.settings import Settings
 
 @dataclass(frozen=True)
 class ModelRun:
-    """One model's runs by mode, the codec of its split modes, and what they are judged against."""
+    """One model's runs by mode, the codec of its split modes, and what they are judged against.
+
+    `admission` is what the engine's gate found of the model.
+    """
 
     name: str
     layout: StateLayout
@@ -38,6 +43,7 @@ class ModelRun:
     origin_s: float
     measured: LinkMeasurement
     codec: CodecSpec
+    admission: Mapping[str, Any]
 
     def served(self, mode: str, input_tokens: int) -> list[Served]:
         """The repeats of one length in one mode."""
@@ -64,10 +70,18 @@ class ModelRun:
             step_s=served.tpot_s if served.request.output_tokens > 1 else served.first_step_s,
         )
 
+    def agreements(self, mode: str) -> list[Agreement]:
+        """How each answer compares with the model's own `generate`."""
+        return [served.agreement for served in self.runs[mode].served if served.agreement is not None]
+
     def tokens_match(self, mode: str) -> bool:
-        """Whether every request got the tokens of the unsplit run."""
-        pairs = zip(self.runs[mode].served, self.runs["unsplit"].served, strict=True)
-        return all(split.tokens == unsplit.tokens for split, unsplit in pairs)
+        """Whether every request got the tokens of `generate`, ties apart, from its logits as far as the precision goes.
+
+        Of a lossy codec, which changes logits by design, only tokens are asked.
+        """
+        found, lossy = self.agreements(mode), mode != "unsplit" and not self.codec.lossless
+        is_complete = len(found) == len(self.runs[mode].served)
+        return is_complete and all(one.same_tokens if lossy else one.matches for one in found)
 
     def wire_overhead(self, mode: str) -> float:
         """TCP payload ÷ S_kv − 1: what frames, manifests and repetitions add, and below 0 where a codec saves more."""
@@ -183,11 +197,14 @@ def serve(
     runs: dict[str, list[Run]] = {mode: [] for mode in modes}
     context.progress(f"{name}: starting a prefill and a decode worker")
     if not codec.lossless:
-        context.progress(f"{name}: codec {', '.join(codec.names)} is lossy, tokens may differ from the unsplit run's")
+        context.progress(f"{name}: codec {', '.join(codec.names)} is lossy, tokens may differ from generate's")
     logs = context.folder / "logs" / f"{name}-{link.spec.name}"
     with System(engine, context.settings.transport, link, logs, codec=codec) as system:
         for mode in ("unsplit", "layerwise"):
             system.serve(warm_up, mode)
+        for requests in repeats:
+            system.reference(requests)
+        admission = system.admission
         origin_s = now_s()
         link.start()
         for number, requests in enumerate(repeats, start=1):
@@ -198,7 +215,23 @@ def serve(
             context.progress(f"{name}: {', '.join(modes)} served, {number} of {len(repeats)}")
     layout = model_layout(engine.model)
     whole = {mode: joined(parts) for mode, parts in runs.items()}
-    return ModelRun(name, layout, whole, origin_s, link.measured["forward"], codec)
+    return ModelRun(name, layout, whole, origin_s, link.measured["forward"], codec, admission)
+
+
+def match_metrics(context: Context, model: ModelRun, case: str, mode: str) -> list[Metric]:
+    """How a mode's answers compare with the model's own `generate`: tokens, logits in standard deviations, ties."""
+    found = model.agreements(mode)
+    return [
+        row(context, case, "tokens_match", [model.tokens_match(mode)], ""),
+        context.metric(case, "logits_max_error", max(one.logits_error for one in found), "", "measured", n=len(found)),
+        row(context, case, "logits_tolerance", [found[0].tolerance], "", "computed"),
+        context.metric(case, "ties", sum(one.ties for one in found), "tokens", "measured", n=len(found)),
+        *(
+            [context.metric(case, "logits_max_error_unsplit", max(errors), "", "measured", n=len(errors))]
+            if (errors := [one.unsplit_error for one in found if one.unsplit_error is not None])
+            else []
+        ),
+    ]
 
 
 def codec_metrics(context: Context, model: ModelRun, case: str, mode: str) -> list[Metric]:

@@ -67,11 +67,20 @@ class LayerwiseCapture:
 
 
 def decoder_layers(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
-    """The decoder layers in order. Raises UserError where the model has no list of them that fits its configuration."""
+    """The decoder layers in order. Raises UserError where the model has no list of them that fits its configuration.
+
+    Of the module lists of that length, the layers are the one with the most parameters: experts and adapters lie within
+    layers, and whatever else is kept per layer is small.
+    """
     config = model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
     count = config.num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-    for candidate in lists:
-        if any("layernorm" in name or "norm" in name for name, _ in candidate[0].named_children()):
-            return list(candidate)
-    raise UserError(f"model: no list of {count} decoder layers found in {type(model).__name__}")
+    lists: list[torch.nn.Module] = [
+        found for found in model.modules() if isinstance(found, torch.nn.ModuleList) and len(found) == count
+    ]
+    if not lists:
+        raise UserError(f"model: no list of {count} decoder layers found in {type(model).__name__}")
+    return list(max(lists, key=_parameters).children())
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
 
 from repro.kvcache.codecs import CodecSpec, decode, encode
 from repro.kvcache.state import State, extract, restore, seal
 from repro.kvcache.tensors import tensor_of
-from repro.models.prefill import chunked_prefill
+from repro.models.prefill import Cache, chunked_prefill, forward
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def codec_quality(
     received, on_link, encode_s, decode_s = through(states, spec, clock)
     restored = restore(received, model.config, prompt_tokens)  # type: ignore[arg-type]
     following = ids[:, prompt_tokens:]
-    reference, judged = (_log_probabilities(model, following, c) for c in (cache, restored))
+    reference, judged = (_log_probabilities(model, following, c, prompt_tokens) for c in (cache, restored))
     kl = (reference.exp() * (reference - judged)).sum(-1)
     raw = sum(state.nbytes for state in states)
     return CodecQuality(
@@ -86,10 +85,10 @@ def codec_quality(
     )
 
 
-def _log_probabilities(model: torch.nn.Module, following: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+def _log_probabilities(model: torch.nn.Module, following: torch.Tensor, cache: Cache, seen_tokens: int) -> torch.Tensor:
     """Distributions [n − 1, vocabulary] of the tokens after each but the last, one decode step at a time."""
     rows = [
-        model(input_ids=following[:, at : at + 1], past_key_values=cache, use_cache=True).logits[0, -1].double()
+        forward(model, following[:, at : at + 1], cache, seen_tokens + at)[0].double()
         for at in range(following.shape[1] - 1)
     ]
     return torch.log_softmax(torch.stack(rows), dim=-1)

@@ -22,6 +22,7 @@ from repro.kvcache.frames import CodecId, Piece, StateKind
 from repro.kvcache.parts import Compressor, Stored, parts_of
 from repro.kvcache.tensors import bytes_of, wire_dtype
 from repro.models.layout import Config, LayerState, StateLayout
+from repro.models.prefill import forward, new_cache
 
 Cache = Any  # transformers ships no types for its caches
 
@@ -185,11 +186,11 @@ def _configuration(model: torch.nn.Module) -> PreTrainedConfig:
 
 def _probed(model: torch.nn.Module, cache: Cache | None = None) -> Cache:
     """The cache of a forward pass over a few tokens. Raises UserError where the model does not run with it."""
-    cache = DynamicCache(config=_configuration(model)) if cache is None else cache
+    cache = new_cache(model) if cache is None else cache
     ids = torch.ones((1, _PROBE_TOKENS), dtype=torch.long, device=next(model.parameters()).device)
     try:
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            forward(model, ids, cache, 0)
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -8,6 +8,7 @@ same library: the best rate of a large matrix product, and of a large copy.
 
 from __future__ import annotations
 
+import itertools
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repro.errors import UserError
 from repro.models.layout import StateLayout
-from repro.models.prefill import chunked_prefill
+from repro.models.prefill import chunked_prefill, forward
 from repro.profiles.base import DecodeStep, KVSize, PhaseProfile, PrefillCurve
 from repro.record.statistics import Estimate
 
@@ -182,8 +183,10 @@ def _decode_timings(
             cache = _prefill(model, _prompt(model, batch, context), spec)
             token = _prompt(model, batch, 1)
 
-            def step(token: torch.Tensor = token, cache: Any = cache) -> None:
-                model(input_ids=token, past_key_values=cache, use_cache=True)
+            seen_tokens = itertools.count(context)
+
+            def step(token: torch.Tensor = token, cache: Any = cache, seen_tokens: Iterator[int] = seen_tokens) -> None:
+                forward(model, token, cache, next(seen_tokens))
 
             timing = _repeat(model, context, batch, spec.decode_steps, clock, step)
             progress(f"decode at batch {batch}, context {context}: {1e3 * timing.seconds:.1f} ms per step")

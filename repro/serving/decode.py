@@ -16,7 +16,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from repro import configuration
 from repro.engine.base import Handover, Request
@@ -60,7 +60,7 @@ def work(parent: Parent, config: Message) -> None:
 
     threading.Thread(target=receive, name="receive", daemon=True).start()
     parent.deliver(inbox.put)
-    parent.send("ready", port=receiver.port)
+    parent.send("ready", port=receiver.port, admission=engine.admission.record())
     while True:
         while not batch or not inbox.empty():
             item = inbox.get()
@@ -78,12 +78,18 @@ def work(parent: Parent, config: Message) -> None:
             elif item["kind"] == "reserve":
                 request = Request.from_json(item["request"])
                 parent.send("reserved", request_id=request.request_id, held_tokens=engine.reserve(request))
+            elif item["kind"] == "reference":
+                request = Request.from_json(item["request"])
+                engine.reference(request)
+                parent.send("referenced", request_id=request.request_id)
             else:
                 _prefill_here(Request.from_json(item["request"]), engine, batch, parent, log)
         for generation in batch.step():
+            agreement = engine.agreement(generation.handover.request_id)
             parent.send(
                 "finished",
                 request_id=generation.handover.request_id,
+                agreement=None if agreement is None else asdict(agreement),
                 tokens=generation.tokens,
                 times_s=generation.times_s,
                 spans=spans_to_json(log.take()),

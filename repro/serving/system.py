@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from repro.configuration import plain
 from repro.engine.base import Request
+from repro.engine.reference import Agreement
 from repro.engine.spans import Span, now_s, spans_from_json
 from repro.engine.torch_engine import EngineSpec
 from repro.errors import UserError
@@ -49,7 +51,8 @@ class Served:
     was complete at the decode side. In an unsplit run both are the end of prefill.
     `kv_bytes` holds the state that was shipped, by kind and before any codec, `encoded_bytes` what the codec left of it;
     `pieces` counts the frames. `cached_tokens` of the prompt were in the prefill side's prefix cache; of
-    the first `held_tokens` the decode side held all that grows with each token, which was not shipped.
+    the first `held_tokens` the decode side held all that grows with each token, which was not shipped. `agreement` compares
+    with the model's own `generate`, where `System.reference` was asked for it.
     """
 
     request: Request
@@ -68,6 +71,7 @@ class Served:
     pieces: int
     cached_tokens: int
     held_tokens: int
+    agreement: Agreement | None
 
     @property
     def total_kv_bytes(self) -> int:
@@ -208,6 +212,7 @@ class System:
             command = self._link.command(side, started)
             self._workers[side] = self._supervisor.start(side, command, configs[side], environment)
         (listening,) = self._supervisor.expect("ready", 1, _START_TIMEOUT_S)
+        self.admission: dict[str, Any] = listening.message["admission"]
         host, port = self._link.dial(listening.message["port"])
         self._workers["prefill"].send("connect", host=host, port=port)
         self._supervisor.expect("ready", 1, _START_TIMEOUT_S)
@@ -215,6 +220,12 @@ class System:
     def pid(self, side: Side) -> int:
         """The process of that side's worker."""
         return self._workers[side].pid
+
+    def reference(self, requests: Sequence[Request]) -> None:
+        """Let the decode worker's model answer with its own `generate`: what these ids are answered with later is held against it."""
+        for request in requests:
+            self._workers["decode"].send("reference", request=request.as_json())
+            self._supervisor.expect("referenced", 1, self._request_timeout_s)
 
     def serve(self, requests: Sequence[Request], mode: str, in_flight: int = 1) -> Run:
         """Serve `requests` in their order, `in_flight` of them at a time, and return when the last is finished.
@@ -288,4 +299,5 @@ def _served(request: Request, mode: str, arrival_s: float, heard: Mapping[str, M
         pieces=prefilled.get("pieces", 0),
         cached_tokens=prefilled.get("cached_tokens", 0),
         held_tokens=prefilled.get("held_tokens", 0),
+        agreement=Agreement(**finished["agreement"]) if finished["agreement"] else None,
     )

@@ -60,7 +60,7 @@ def test_a_family_works_by_configuration_alone(family):
     copies = [State(s.layer, s.kind, s.slot, s.start, s.end, s.tensor.clone()) for s in states]
     assert sum(s.nbytes for s in states) == 2 * layout(model).kv_bytes(40)
     restored = restore(copies, model.config, 40)
-    expected, got = (greedy_decode(model, c, logits.argmax(-1), 5) for c in (cache, restored))
+    expected, got = (greedy_decode(model, c, logits.argmax(-1), 5, 40) for c in (cache, restored))
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[1], expected[1])
 
@@ -69,8 +69,7 @@ def test_a_family_works_by_configuration_alone(family):
     ("family", "config", "reason"),
     [
         ("minimax", {**SMALL, "num_local_experts": 4, "head_dim": 16}, "uses cache of its own"),
-        ("mamba", {**BARE, "state_size": 8}, "empty after 3 tokens; the model keeps state elsewhere"),
-        ("rwkv", {**BARE, "attention_hidden_size": 64}, "empty after 3 tokens; the model keeps state elsewhere"),
+        ("rwkv", {**BARE, "attention_hidden_size": 64}, "its forward pass takes no cache"),
     ],
 )
 def test_a_family_whose_state_is_elsewhere_is_refused_with_the_reason(family, config, reason):

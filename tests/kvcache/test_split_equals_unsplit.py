@@ -69,8 +69,8 @@ def test_split_equals_unsplit_token_for_token(name, tokens, batch):
     pieces, here, first = prefill_in_pieces(model, prompt(tokens, batch))
     assert sum(p.header.payload_bytes for p in pieces) == batch * layout_of(name, "tiny").kv_bytes(tokens)
     there = restore(over_the_wire(pieces), model.config, tokens)
-    unsplit, unsplit_logits = greedy_decode(model, here, first, STEPS)
-    split, split_logits = greedy_decode(model, there, first, STEPS)
+    unsplit, unsplit_logits = greedy_decode(model, here, first, STEPS, tokens)
+    split, split_logits = greedy_decode(model, there, first, STEPS, tokens)
     assert torch.equal(split, unsplit)
     assert torch.equal(split_logits, unsplit_logits)
 
@@ -112,7 +112,9 @@ def test_a_cached_prefix_ships_only_the_increment_and_the_states_of_the_whole_pr
     # The decode side has the prefix's per-token states; those that stand for a whole prefix came anew.
     kept = [s for s in held if s.kind.token_axis is not None and not s.kind.is_windowed]
     there = restore([*over_the_wire(pieces), *kept], model.config, 48)
-    assert torch.equal(greedy_decode(model, there, first, STEPS)[0], greedy_decode(model, here, first, STEPS)[0])
+    assert torch.equal(
+        greedy_decode(model, there, first, STEPS, 48)[0], greedy_decode(model, here, first, STEPS, 48)[0]
+    )
 
 
 def test_layers_emit_in_order_and_closing_states_follow_with_the_last_chunk():
@@ -156,4 +158,6 @@ def test_split_equals_unsplit_on_cuda(name):
     model = build(spec.load(name, "tiny"), "cuda")
     pieces, here, first = prefill_in_pieces(model, prompt(512, 3).cuda())
     there = restore(over_the_wire(pieces), model.config, 512, "cuda")
-    assert torch.equal(greedy_decode(model, there, first, STEPS)[0], greedy_decode(model, here, first, STEPS)[0])
+    assert torch.equal(
+        greedy_decode(model, there, first, STEPS, 512)[0], greedy_decode(model, here, first, STEPS, 512)[0]
+    )
