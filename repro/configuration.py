@@ -86,6 +86,7 @@ def build(spec: type[T], values: Mapping[str, Any], key: str = "") -> T:
 
     Raises:
         UserError: naming the full key, for a key that does not exist, a missing value or a wrong type, or from the spec's own checks.
+            A spec that fills several nodes says with `NODE` which of them its own checks name, in place of which `key` is named.
     """
     assert dataclasses.is_dataclass(spec)
     hints = get_type_hints(spec)
@@ -100,7 +101,13 @@ def build(spec: type[T], values: Mapping[str, Any], key: str = "") -> T:
             arguments[name] = _convert(hints[name], values[name], where)
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
             raise UserError(f"{where}: no value given; accepted: {_describe(hints[name])}")
-    return typing.cast(T, spec(**arguments))
+    try:
+        return typing.cast(T, spec(**arguments))
+    except UserError as error:
+        usual = getattr(spec, "NODE", None)
+        if usual is None or not str(error).startswith(f"{usual}."):
+            raise
+        raise UserError(key + str(error).removeprefix(usual)) from error
 
 
 def plain(value: Any) -> Any:

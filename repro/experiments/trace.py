@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -47,8 +48,9 @@ class Options:
         if not self.warmup_s >= 0:
             raise UserError(f"options.warmup_s: {self.warmup_s} is negative")
 
-    def read(self) -> Trace:
-        """The trace. Raises UserError naming the key, or the line of the file."""
+    @cached_property
+    def recorded(self) -> Trace:
+        """The trace, read once. Raises UserError naming the key, or the line of the file."""
         assert self.trace is not None
         spec = TraceSpec(
             self.trace, self.format, self.speed, self.time_unit, self.block_tokens, self.start_s, self.duration_s, self.requests,
@@ -81,7 +83,7 @@ def run(context: Context) -> Outcome:
     """All policies on the whole trace, with hybrid caches where it names prefixes."""
     options: Options = context.options
     setting = simulated.Setting.of(context)
-    recorded = options.read()
+    recorded = options.recorded
     batch = recorded.batch
     cache = context.settings.policy.cache.spec(setting.base.prfaas)
     if recorded.block_tokens is not None:
@@ -123,7 +125,7 @@ def check(settings: Settings, options: Options) -> None:
     simulated.check(settings, options)
     if options.trace is None:
         raise UserError("options.trace: no file given; accepted: the path of a request trace")
-    options.read()  # every line is looked at before anything runs
+    _ = options.recorded  # every line is looked at before anything runs
 
 
 def files(settings: Settings) -> Sequence[Path]:

@@ -10,6 +10,7 @@ When sessions begin and what they say are two random streams of one seed, so tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class SessionSpec:
     It leaves a recurrent state at its very end, which a prompt that only begins with it does not.
     """
 
+    NODE: ClassVar = "workload.sessions"
     sessions_per_s: float
     mean_turns: float = 8.0
     families: int = 8

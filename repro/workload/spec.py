@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from repro.errors import UserError
 from repro.workload.arrivals import (
@@ -121,6 +121,7 @@ def _given(value: T | None) -> T:
 class Component:
     """A part of a mixture of input lengths, with its `share` of the requests."""
 
+    NODE: ClassVar = "workload.lengths"
     share: float
     mu: float
     sigma: float
@@ -129,7 +130,12 @@ class Component:
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise UserError(f"workload.mixture.share: {self.share}; accepted: between 0 and 1")
+            raise UserError(f"workload.lengths.share: {self.share}; accepted: between 0 and 1")
+        self.law()
+
+    def law(self) -> TruncatedLogNormal:
+        """The lengths of this part."""
+        return TruncatedLogNormal(self.mu, self.sigma, self.minimum_tokens, self.maximum_tokens)
 
 
 @dataclass(frozen=True)
@@ -180,9 +186,8 @@ class WorkloadSpec:
             return Empirical(self.recorded.batch.input_tokens)
         if not self.mixture:
             return self.lengths
-        parts = [TruncatedLogNormal(p.mu, p.sigma, p.minimum_tokens, p.maximum_tokens) for p in self.mixture]
         shares = [part.share for part in self.mixture]
-        return Mixture((self.lengths, *parts), (1 - sum(shares), *shares))
+        return Mixture((self.lengths, *(part.law() for part in self.mixture)), (1 - sum(shares), *shares))
 
     def mean_output_tokens(self) -> float:
         """The mean output length; a trace's own where there is one."""

@@ -357,6 +357,13 @@ def _number(value: Mapping[str, Any], name: str, line: int, file: _File) -> Deci
 
 def _tokens(value: Mapping[str, Any], name: str, line: int, file: _File, least: int = 0) -> int:
     """A count of tokens. An answer of none is one that broke off; its request is prefilled all the same, so it counts as 1 later."""
+    plain = value.get(name)
+    if isinstance(plain, str) and len(plain) < 9 and plain.isascii() and plain.isdecimal():
+        plain = int(plain)
+    if (
+        type(plain) is int and least <= plain <= _MOST_TOKENS
+    ):  # nearly all are plain digits, and traces have millions of lines
+        return plain
     number = _number(value, name, line, file)
     if number != number.to_integral_value():
         file.refuse(f"{name}: {_shown(value[name])} is no whole number of tokens", line)

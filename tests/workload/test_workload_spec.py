@@ -11,6 +11,7 @@ from repro.composition import compose
 from repro.configuration import build
 from repro.errors import UserError
 from repro.presets import choices
+from repro.runner import prepare
 from repro.workload.lengths import TruncatedLogNormal
 from repro.workload.sessions import SessionSpec
 from repro.workload.spec import ArrivalSpec, WorkloadSpec
@@ -94,6 +95,7 @@ def test_a_field_of_another_kind_is_refused_and_a_missing_one_named(kind: str) -
                 ArrivalSpec(kind, **{k: v for k, v in KINDS[kind].items() if k != name})  # type: ignore[arg-type]
 
 
+BOUNDS = "minimum_tokens: 1, maximum_tokens: 9}]"
 SESSIONS, TRACE = SessionSpec(0.3), TraceSpec("somewhere.jsonl")
 
 
@@ -128,6 +130,27 @@ def test_a_contradiction_is_refused_by_key(change: dict[str, object], key: str) 
 def test_impossible_arrivals_of_the_configuration_are_refused_by_key(arrivals: dict[str, object], key: str) -> None:
     with pytest.raises(UserError, match=key):
         build(ArrivalSpec, arrivals, "workload.arrivals")
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["experiment=agentic", "options.shared_context.mean_turns=0"], "options.shared_context.mean_turns: 0"),
+        (["experiment=simulation", "workload=agentic", "workload.sessions.families=0"], "workload.sessions.families: 0"),
+        (
+            ["experiment=simulation", "workload=mixture", "workload.mixture=[{share: 2, mu: 7, sigma: 1, " + BOUNDS],
+            "workload.mixture[0].share: 2",
+        ),
+        (
+            ["experiment=simulation", "workload=mixture", "workload.mixture=[{share: 0.5, mu: 7, sigma: 0, " + BOUNDS],
+            "workload.mixture[0].sigma: 0",
+        ),
+    ],
+)  # fmt: skip
+def test_a_message_names_the_key_that_was_typed(words: list[str], key: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        prepare(compose([*words, f"results={tmp_path}"]))
+    assert str(caught.value).startswith(key)
 
 
 @pytest.mark.parametrize(
