@@ -13,7 +13,6 @@ states, and a view would keep the whole cache of its chunk alive.
 from __future__ import annotations
 
 import queue
-import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from repro.engine.spans import now_s
 from repro.errors import UserError
 from repro.kvcache.prefix import grows
 from repro.kvcache.state import State
+from repro.processes import background
 from repro.transport.arena import Arena, Block
 
 
@@ -141,7 +141,7 @@ class Staging:
         # A finalizer may run in any thread, even one that holds a lock: all it does is to note the block here. None only wakes.
         self._freed: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
         self._queue: queue.Queue[_Staged] = queue.Queue()
-        threading.Thread(target=self._run, name="staging", daemon=True).start()
+        background(self._run, name="staging")
 
     @contextmanager
     def lane(self, deliver: Callable[[State, float, float], None]) -> Iterator[Lane]:

@@ -34,6 +34,7 @@ from repro.experiments.split_model import (
     ModelRun,
     check_models,
     codec_metrics,
+    cores_of,
     engine_of,
     match_metrics,
     prompts,
@@ -44,6 +45,7 @@ from repro.experiments.split_model import (
 from repro.kvcache.codecs import CodecSpec
 from repro.kvcache.prefix import PrefixCacheSpec
 from repro.link import open_link
+from repro.processes import placed
 from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.report import style
@@ -57,8 +59,9 @@ class SplitOptions:
     """What is served, and how.
 
     `repeats` prompts of each length go through every mode. `chunk_tokens` is the grain of prefill; `threads` per
-    worker. `codec` encodes what crosses the link. All prompts begin with the same `shared_prefix_tokens` tokens, whose
-    state a `prefix_cache` lets prefill compute once.
+    worker, and with `own_cores` each has its core to itself where there are enough. `codec` encodes what crosses the
+    link. All prompts begin with the same `shared_prefix_tokens` tokens, whose state a `prefix_cache` lets prefill
+    compute once.
     """
 
     input_tokens: tuple[int, ...] = (257, 513, 1025)
@@ -67,6 +70,7 @@ class SplitOptions:
     chunk_tokens: int = 256
     threads: int = 1
     device: str = "cpu"
+    own_cores: bool = True
     codec: CodecSpec = field(default_factory=CodecSpec)
     shared_prefix_tokens: int = 0
     prefix_cache: PrefixCacheSpec = field(default_factory=PrefixCacheSpec)
@@ -88,7 +92,7 @@ def run(context: Context) -> Outcome:
     options: SplitOptions = context.options
     metrics: list[Metric] = []
     frames, throughputs, timelines = [], [], dict[str, Timeline]()
-    facts, gate = {}, {}
+    facts, gate, cores = {}, {}, cores_of(options.threads, own=options.own_cores)
     for name, model_spec in context.settings.model.items():
         engine = engine_of(
             model_spec,
@@ -106,17 +110,18 @@ def run(context: Context) -> Outcome:
             context.settings.seed,
             options.shared_prefix_tokens,
         )
-        with open_link(context.settings.link, run=f"split-{name}") as link:
+        with placed(cores.others), open_link(context.settings.link, run=f"split-{name}") as link:
             link.check(tolerate=True)
-            model = serve(context, engine, repeats, MODES, link, options.codec)
+            model = serve(context, engine, repeats, MODES, link, options.codec, cores)
             facts[name], gate[name] = link.record(), dict(model.admission)
         metrics += model_metrics(context, model, options.input_tokens)
         throughputs += throughput_rows(model, options.input_tokens)
         frames += [requests_frame(served, model.origin_s, model=name) for served in model.runs.values()]
         timelines |= {f"{name} {mode}": served.timeline for mode, served in model.runs.items()}
     write_trace(context.folder / "trace.json", merged(timelines))
-    tables = {"throughput": pd.DataFrame(throughputs), "modes": _modes(pd.concat(frames))}
-    return Outcome(metrics, tables, pd.concat(frames), {"link": facts, "gate": gate, "clock": CLOCK_NOTE})
+    tables = {"throughput": pd.DataFrame(throughputs), "modes": _modes(pd.concat(frames), pd.DataFrame(throughputs))}
+    provenance = {"link": facts, "gate": gate, "cores": cores.record(), "clock": CLOCK_NOTE}
+    return Outcome(metrics, tables, pd.concat(frames), provenance)
 
 
 def model_metrics(context: Context, model: ModelRun, lengths: Sequence[int]) -> list[Metric]:
@@ -144,7 +149,7 @@ def model_metrics(context: Context, model: ModelRun, lengths: Sequence[int]) -> 
 
 def _size_metrics(context: Context, model: ModelRun, length: int) -> list[Metric]:
     size, case = model.layout.kv_bytes(length - 1), f"{model.name}/{length}"
-    prefill = [served.prefill_s for served in model.served("unsplit", length)]
+    prefill = [model.undisturbed_s(served) for served in model.served("unsplit", length)]
     served = model.served("layerwise", length)[0]
     shipped, expected_bytes = served.kv_bytes, model.expected_bytes(served)
     rows = [
@@ -171,6 +176,8 @@ def _time_metrics(context: Context, model: ModelRun, mode: str, length: int) -> 
             row(context, case, "transfer_exposed_s", [served.transfer_exposed_s for served in found], "s"),
             row(context, case, "ttft_bound_ratio", ratios, ""),
         ]
+        if not any(served.cached_tokens for served in found):
+            rows.append(row(context, case, "prefill_slowdown", [model.slowdown(served) for served in found], ""))
         if any(served.cached_tokens for served in model.runs[mode].served):
             rows += [
                 row(context, case, "held_tokens", [served.held_tokens for served in found], "tokens"),
@@ -195,12 +202,17 @@ def throughput_rows(model: ModelRun, lengths: Sequence[int]) -> list[dict[str, o
     ]
 
 
-def _modes(requests: pd.DataFrame) -> pd.DataFrame:
-    """Mean parts of TTFT by model, mode and length: prefill, what the transfer adds, what is left (joining, first step)."""
-    means = requests.groupby(["model", "mode", "input_tokens"], as_index=False, sort=False)[
-        ["prefill_s", "transfer_exposed_s", "ttft_s"]
-    ].mean()
-    return means.assign(rest_s=means["ttft_s"] - means["prefill_s"] - means["transfer_exposed_s"])
+def _modes(requests: pd.DataFrame, throughput: pd.DataFrame) -> pd.DataFrame:
+    """Mean parts of TTFT by model, mode and length: prefill, what the transfer adds, what is left (joining, first step).
+
+    `slowdown` is prefill ÷ the undisturbed T_prefill of that model and length.
+    """
+    keys = ["model", "mode", "input_tokens"]
+    means = requests.groupby(keys, as_index=False, sort=False)[["prefill_s", "transfer_exposed_s", "ttft_s"]].mean()
+    alone = throughput[["model", "input_tokens", "prefill_s"]].rename(columns={"prefill_s": "prefill_alone_s"})
+    means = means.merge(alone, on=["model", "input_tokens"], how="left")
+    rest_s = means["ttft_s"] - means["prefill_s"] - means["transfer_exposed_s"]
+    return means.assign(rest_s=rest_s, slowdown=means["prefill_s"] / means["prefill_alone_s"])
 
 
 def draw(record: Record) -> Figure:
@@ -234,11 +246,12 @@ def draw(record: Record) -> Figure:
     for column, label, colour in parts:
         right.barh(at, longest[column], left=left_edge, color=colour, label=label, height=0.7)
         left_edge = left_edge + longest[column].to_numpy()
+    right.plot(longest["prefill_alone_s"], at, "k|", markersize=12, label="prefill alone")
     right.set_yticks(at, [f"{model}, {mode}" for model, mode in zip(longest["model"], longest["mode"], strict=True)])
     right.set_xlabel("TTFT (s)")
     right.set_title(f"What TTFT is made of at {int(longest['input_tokens'].iloc[0])} tokens")
     right.grid(axis="y", visible=False)
-    right.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=3, handlelength=1.0, columnspacing=1.0)
+    right.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=4, handlelength=1.0, columnspacing=1.0)
     return figure
 
 

@@ -23,6 +23,7 @@ from repro.models.architectures import layout_of
 from repro.models.checkpoint import check_checkpoint
 from repro.models.layout import StateLayout
 from repro.models.spec import ModelSpec
+from repro.processes import Cores, hand_out
 from repro.record.metrics import Metric
 from repro.record.statistics import Estimate
 from repro.serving.bound import ttft_bound_s
@@ -35,6 +36,7 @@ class ModelRun:
     """One model's runs by mode, the codec of its split modes, and what they are judged against.
 
     `admission` is what the engine's gate found of the model.
+    `alone_s` is T_prefill by request, undisturbed: on the prefill worker, with nothing captured, sent or decoded meanwhile.
     """
 
     name: str
@@ -44,14 +46,23 @@ class ModelRun:
     measured: LinkMeasurement
     codec: CodecSpec
     admission: Mapping[str, Any]
+    alone_s: Mapping[int, float]
 
     def served(self, mode: str, input_tokens: int) -> list[Served]:
         """The repeats of one length in one mode."""
         return [served for served in self.runs[mode].served if len(served.request.prompt) == input_tokens]
 
     def prefill_s(self, input_tokens: int) -> float:
-        """T_prefill: the mean of the unsplit run, which nothing is captured from."""
-        return float(np.mean([served.prefill_s for served in self.served("unsplit", input_tokens)]))
+        """T_prefill, undisturbed: the mean of the repeats."""
+        return float(np.mean([self.undisturbed_s(served) for served in self.served("unsplit", input_tokens)]))
+
+    def undisturbed_s(self, served: Served) -> float:
+        """T_prefill of that request where nothing disturbs it. Of one that found a prefix in a cache there is its own only."""
+        return served.prefill_s if served.cached_tokens else self.alone_s[served.request.request_id]
+
+    def slowdown(self, served: Served) -> float:
+        """T_prefill in that mode ÷ undisturbed."""
+        return served.prefill_s / self.undisturbed_s(served)
 
     @property
     def goodput_bps(self) -> float:
@@ -59,15 +70,18 @@ class ModelRun:
         return min(self.measured.rate_bps, self.measured.ideal_rate_bps)
 
     def bound_s(self, served: Served) -> float:
-        """The lower bound of that request's TTFT."""
+        """The lower bound of that request's TTFT, of times that nothing disturbed: T_prefill alone, a decode step unsplit."""
+        unsplit = next(
+            one for one in self.runs["unsplit"].served if one.request.request_id == served.request.request_id
+        )
         return ttft_bound_s(
             queue_s=served.queue_s,
-            prefill_s=served.prefill_s,
+            prefill_s=self.undisturbed_s(served),
             first_piece_s=served.first_piece_s - served.prefill_start_s,
             kv_bytes=sum(self.expected_bytes(served).values()),
             goodput_bps=self.goodput_bps,
             rtt_s=self.measured.rtt_s,
-            step_s=served.tpot_s if served.request.output_tokens > 1 else served.first_step_s,
+            step_s=unsplit.tpot_s if served.request.output_tokens > 1 else unsplit.first_step_s,
         )
 
     def agreements(self, mode: str) -> list[Agreement]:
@@ -159,6 +173,13 @@ def engine_of(
     return spec if prefix_cache is None else replace(spec, prefix_cache=prefix_cache)
 
 
+def cores_of(threads: int, *, own: bool) -> Cores:
+    """Cores for both workers and for everything else; `own` false leaves all to the kernel's scheduler."""
+    if not own:
+        return Cores({}, (), "handed out to nobody, as asked")
+    return hand_out({"prefill": threads, "decode": threads})
+
+
 def vocabulary_of(model: ModelSpec) -> int:
     """How many tokens prompts may be drawn from."""
     if model.pretrained is None:
@@ -185,8 +206,11 @@ def serve(
     modes: Sequence[str],
     link: Link,
     codec: CodecSpec,
+    cores: Cores,
 ) -> ModelRun:
     """Serve the same requests in every mode on one pair of workers, after a warm-up that is not recorded.
+
+    Before each repeat its prefills are timed alone, on the worker that prefills.
 
     Each repeat goes through all modes before the next begins, so that what else the machine does hits all modes alike.
     The link has been checked.
@@ -195,19 +219,22 @@ def serve(
     # The longest prompt, so that both workers have touched all the memory that they will need.
     warm_up = [Request(0, max(repeats[0], key=lambda request: len(request.prompt)).prompt, 2, "warm-up")]
     runs: dict[str, list[Run]] = {mode: [] for mode in modes}
+    alone_s: dict[int, float] = {}
     context.progress(f"{name}: starting a prefill and a decode worker")
     if not codec.lossless:
         context.progress(f"{name}: codec {', '.join(codec.names)} is lossy, tokens may differ from generate's")
     logs = context.folder / "logs" / f"{name}-{link.spec.name}"
-    with System(engine, context.settings.transport, link, logs, codec=codec) as system:
+    with System(engine, context.settings.transport, link, logs, codec=codec, cores=cores) as system:
         for mode in ("unsplit", "layerwise"):
             system.serve(warm_up, mode)
+        system.prefill_alone(warm_up)
         for requests in repeats:
             system.reference(requests)
         admission = system.admission
         origin_s = now_s()
         link.start()
         for number, requests in enumerate(repeats, start=1):
+            alone_s |= system.prefill_alone(requests)
             for mode in modes:
                 # Each mode with a cache of its own: a prompt must not find what another mode left of it.
                 salted = [replace(request, cache_salt=mode) for request in requests]
@@ -215,7 +242,7 @@ def serve(
             context.progress(f"{name}: {', '.join(modes)} served, {number} of {len(repeats)}")
     layout = model_layout(engine.model)
     whole = {mode: joined(parts) for mode, parts in runs.items()}
-    return ModelRun(name, layout, whole, origin_s, link.measured["forward"], codec, admission)
+    return ModelRun(name, layout, whole, origin_s, link.measured["forward"], codec, admission, alone_s)
 
 
 def match_metrics(context: Context, model: ModelRun, case: str, mode: str) -> list[Metric]:

@@ -11,6 +11,7 @@ This room is at the bottom: it imports nothing of the kit but `repro.errors`.
 
 from repro.processes.channel import Channel, Message, PeerGone
 from repro.processes.child import Child, ChildEndedError, Ended
+from repro.processes.cores import Core, Cores, background, hand_out, place, placed
 from repro.processes.forked import Forked
 from repro.processes.kernel import die_with_parent, run_first, tied, wake_precisely
 from repro.processes.pool import each_in_parallel
@@ -19,6 +20,7 @@ from repro.processes.supervision import Event, SilenceError, Supervisor
 from repro.processes.worker import Parent, run_worker
 
 __all__ = [
-    "Channel", "Child", "ChildEndedError", "Ended", "Event", "Forked", "Message", "Parent", "PeerGone", "SilenceError",
-    "Supervisor", "die_with_parent", "each_in_parallel", "foreground", "run", "run_first", "run_worker", "tied", "wake_precisely",
+    "Channel", "Child", "ChildEndedError", "Core", "Cores", "Ended", "Event", "Forked", "Message", "Parent", "PeerGone", "SilenceError",
+    "Supervisor", "background", "die_with_parent", "each_in_parallel", "foreground", "hand_out", "place", "placed", "run", "run_first",
+    "run_worker", "tied", "wake_precisely",
 ]  # fmt: skip

@@ -17,15 +17,15 @@ from typing import Any, cast
 
 _PACKAGE = str(Path(__file__).resolve().parents[2])
 
-_Order = tuple[Future[subprocess.Popen[bytes]], Sequence[str], Collection[int] | None, dict[str, Any]]
+_Order = tuple[Future[subprocess.Popen[bytes]], Sequence[str], Collection[int], dict[str, Any]]
 _lock = threading.Lock()
 _orders: queue.SimpleQueue[_Order] | None = None
 
 
 def started(argv: Sequence[str], cores: Collection[int] | None = None, **options: Any) -> subprocess.Popen[bytes]:
-    """As subprocess.Popen, on `cores` only where they are given. Raises OSError where the program cannot be started."""
+    """As subprocess.Popen, on `cores`, by default those of the calling thread. Raises OSError where the program cannot be started."""
     order: Future[subprocess.Popen[bytes]] = Future()
-    _queue().put((order, argv, cores, options))
+    _queue().put((order, argv, cores or os.sched_getaffinity(0), options))
     return order.result()
 
 
@@ -45,18 +45,13 @@ def _queue() -> queue.SimpleQueue[_Order]:
 
 
 def _run(orders: queue.SimpleQueue[_Order]) -> None:
-    own = os.sched_getaffinity(0)
     while True:
         order, argv, cores, options = orders.get()
         try:
-            if cores is not None:
-                os.sched_setaffinity(0, cores)
+            os.sched_setaffinity(0, cores)
             order.set_result(cast("subprocess.Popen[bytes]", subprocess.Popen(list(argv), **options)))
         except BaseException as error:
             order.set_exception(error)
-        finally:
-            if cores is not None:
-                os.sched_setaffinity(0, own)
 
 
 def _forget_thread() -> None:

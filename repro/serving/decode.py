@@ -26,26 +26,31 @@ from repro.errors import UserError
 from repro.kvcache import codecs
 from repro.kvcache.frames import CodecId, Manifest, Piece
 from repro.kvcache.state import State
-from repro.processes import Message, Parent, run_worker
+from repro.processes import Message, Parent, place, placed, run_worker
 from repro.serving.running_batch import RunningBatch
 from repro.transport import Received, TransportSpec, open_receiver
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """What the worker is started with: how to compute, and where to listen."""
+    """What the worker is started with: how to compute, and where to listen.
+
+    The thread that computes runs on `cores`, all else where the process was started; empty means anywhere.
+    """
 
     engine: EngineSpec
     transport: TransportSpec
     transport_process: bool
     host: str
+    cores: tuple[int, ...] = ()
 
 
 def work(parent: Parent, config: Message) -> None:
     """Listen, build the model, then serve until told to stop."""
     spec = configuration.build(DecodeConfig, {key: value for key, value in config.items() if key != "kind"})
     receiver = open_receiver(spec.transport, spec.host, own_process=spec.transport_process)
-    engine = TorchEngine(spec.engine)
+    with placed(spec.cores):  # threads of PyTorch's pool stay where the first of them was started
+        engine = TorchEngine(spec.engine)
     engine.lock(receiver.memory)
     log = SpanLog()
     batch = RunningBatch(engine, log)
@@ -61,6 +66,7 @@ def work(parent: Parent, config: Message) -> None:
     threading.Thread(target=receive, name="receive", daemon=True).start()
     parent.deliver(inbox.put)
     parent.send("ready", port=receiver.port, admission=engine.admission.record())
+    place(spec.cores)
     while True:
         while not batch or not inbox.empty():
             item = inbox.get()

@@ -10,7 +10,6 @@ With a prefix cache (§3.2) only what no earlier prompt left is computed, and al
 from __future__ import annotations
 
 import queue
-import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,19 +20,23 @@ from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
 from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.kvcache.codecs import CodecSpec, encode
 from repro.kvcache.frames import CodecId, FrameHeader, Manifest, Piece
-from repro.processes import Message, Parent, run_worker
+from repro.processes import Message, Parent, background, place, placed, run_worker
 from repro.transport import Sender, SenderProcess, TransferFailed, TransportSpec, open_sender
 
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """What the worker is started with: how to compute, and how to send. Where to comes when the decode side listens."""
+    """What the worker is started with: how to compute, and how to send. Where to comes when the decode side listens.
+
+    The thread that computes runs on `cores`, all else where the process was started; empty means anywhere.
+    """
 
     engine: EngineSpec
     transport: TransportSpec
     transport_process: bool
     deadline_s: float
     codec: CodecSpec = field(default_factory=CodecSpec)
+    cores: tuple[int, ...] = ()
 
 
 class _Outbox:
@@ -73,7 +76,8 @@ class _Outbox:
 def work(parent: Parent, config: Message) -> None:
     """Build the model, connect when told where to, then serve until told to stop."""
     spec = configuration.build(PrefillConfig, {key: value for key, value in config.items() if key != "kind"})
-    engine = TorchEngine(spec.engine)
+    with placed(spec.cores):  # threads of PyTorch's pool stay where the first of them was started
+        engine = TorchEngine(spec.engine)
     log = SpanLog()
     address = parent.read()
     if address["kind"] == "stop":
@@ -82,13 +86,26 @@ def work(parent: Parent, config: Message) -> None:
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     parent.deliver(inbox.put)
     parent.send("ready")
+    place(spec.cores)
     while (message := inbox.get())["kind"] != "stop":
         request = Request.from_json(message["request"])
+        if message["kind"] == "alone":
+            _time_alone(request, engine, parent, log)
+            continue
         try:
             _serve(request, message, engine, sender, spec, parent, log)
         except TransferFailed as error:  # in the middle of prefill: the rest of it would be computed for nobody
             parent.send("undelivered", request_id=error.request_id, error=str(error))
     sender.close()
+
+
+def _time_alone(request: Request, engine: TorchEngine, parent: Parent, log: SpanLog) -> None:
+    """Prefill with nothing captured and nothing sent: the T_prefill that a split run is held against."""
+    start_s = now_s()
+    engine.prefill_and_join(request, log)
+    parent.send("alone", request_id=request.request_id, prefill_s=now_s() - start_s)
+    engine.leave(request.request_id)
+    log.take()
 
 
 def _serve(
@@ -114,12 +131,7 @@ def _serve(
         prefilled.release()
         raise
     # The next request's prefill does not wait for this one's last acknowledgement.
-    threading.Thread(
-        target=_confirm,
-        args=(request_id, prefilled.release, sender, parent, log),
-        name=f"confirm {request_id}",
-        daemon=True,
-    ).start()
+    background(_confirm, request_id, prefilled.release, sender, parent, log, name=f"confirm {request_id}")
     kv_bytes: Counter[str] = Counter()
     for header in outbox.headers:
         kv_bytes[header.kind.name.lower()] += header.raw_bytes

@@ -22,7 +22,7 @@ from repro.engine.torch_engine import EngineSpec
 from repro.errors import UserError
 from repro.kvcache.codecs import CodecSpec
 from repro.link import Link, Side
-from repro.processes import Child, Message, Supervisor
+from repro.processes import Child, Cores, Message, Supervisor
 from repro.serving.decode import DecodeConfig
 from repro.serving.prefill import PrefillConfig
 from repro.serving.timeline import Timeline
@@ -147,7 +147,8 @@ class System:
 
     Pieces of state cross the link encoded by `codec`, in prefill's process but beside its computation. With
     `transport_process` each worker's sockets live in a process of their own, so that Python's lock never makes a forward
-    pass wait for them, nor the other way round; it costs memory and a start-up.
+    pass wait for them, nor the other way round; it costs memory and a start-up. The threads that compute run
+    on their `cores`, all else of the workers on the others; the link is placed by whoever opens it.
 
     Any method may raise ChildEndedError, within milliseconds of the end of a worker or of a process that the link stands on and within
     10 s of its silence, and SilenceError where nothing happens for `request_timeout_s`; `serve` RequestFailedError, after which the
@@ -164,6 +165,7 @@ class System:
         *,
         codec: CodecSpec | None = None,
         transport_process: bool = False,
+        cores: Cores | None = None,
     ) -> None:
         if transport.backend != "tcp" and link.backend == "relay":
             raise UserError(
@@ -176,6 +178,7 @@ class System:
         self._request_timeout_s = request_timeout_s
         self._codec = codec or CodecSpec()
         self._transport_process = transport_process
+        self._cores = cores or Cores({}, (), "handed out to nobody")
         self._supervisor = Supervisor(log_directory)
         self._wire_bytes = 0
 
@@ -195,11 +198,22 @@ class System:
         environment = {"OMP_NUM_THREADS": str(self._engine.threads), "TOKENIZERS_PARALLELISM": "false"}
         configs = {
             "decode": plain(
-                DecodeConfig(self._engine, self._transport, self._transport_process, self._link.listen_host("decode"))
+                DecodeConfig(
+                    self._engine,
+                    self._transport,
+                    self._transport_process,
+                    self._link.listen_host("decode"),
+                    self._cores.computing.get("decode", ()),
+                )
             ),
             "prefill": plain(
                 PrefillConfig(
-                    self._engine, self._transport, self._transport_process, self._request_timeout_s, self._codec
+                    self._engine,
+                    self._transport,
+                    self._transport_process,
+                    self._request_timeout_s,
+                    self._codec,
+                    self._cores.computing.get("prefill", ()),
                 )
             ),
         }
@@ -210,7 +224,8 @@ class System:
             worker = [sys.executable, "-m", f"repro.serving.{side}"]
             started = remote_memory.started(self._transport.backend, worker, namespaced=self._link.backend != "none")
             command = self._link.command(side, started)
-            self._workers[side] = self._supervisor.start(side, command, configs[side], environment)
+            others = self._cores.others or None
+            self._workers[side] = self._supervisor.start(side, command, configs[side], environment, others)
         (listening,) = self._supervisor.expect("ready", 1, _START_TIMEOUT_S)
         self.admission: dict[str, Any] = listening.message["admission"]
         host, port = self._link.dial(listening.message["port"])
@@ -226,6 +241,15 @@ class System:
         for request in requests:
             self._workers["decode"].send("reference", request=request.as_json())
             self._supervisor.expect("referenced", 1, self._request_timeout_s)
+
+    def prefill_alone(self, requests: Sequence[Request]) -> dict[int, float]:
+        """T_prefill in seconds by request: measured where prefill runs, with nothing captured, sent or decoded meanwhile."""
+        found = {}
+        for request in requests:
+            self._workers["prefill"].send("alone", request=request.as_json())
+            (event,) = self._supervisor.expect("alone", 1, self._request_timeout_s)
+            found[request.request_id] = float(event.message["prefill_s"])
+        return found
 
     def serve(self, requests: Sequence[Request], mode: str, in_flight: int = 1) -> Run:
         """Serve `requests` in their order, `in_flight` of them at a time, and return when the last is finished.

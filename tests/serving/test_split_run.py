@@ -20,10 +20,10 @@ from repro.errors import UserError
 from repro.link import Link, LinkSpec, open_link
 from repro.models import spec as models
 from repro.models.architectures import layout_of
-from repro.processes import ChildEndedError
+from repro.processes import ChildEndedError, hand_out
 from repro.serving.bound import ttft_bound_s
 from repro.serving.records import requests_frame
-from repro.serving.system import Run, System
+from repro.serving.system import SIDES, Run, System
 from repro.serving.timeline import Timeline, chrome_trace, merged, write_trace
 from repro.transport import TransportSpec
 
@@ -204,3 +204,22 @@ def test_the_bound_waits_for_the_slower_of_prefill_and_link(goodput_bps: float, 
         queue_s=0.1, prefill_s=2.0, first_piece_s=0.5, kv_bytes=1e6, goodput_bps=goodput_bps, rtt_s=0.02, step_s=0.05
     )
     assert bound_s == pytest.approx(expected_s)
+
+
+@pytest.mark.slow
+def test_on_the_computing_cores_there_is_the_computing_thread_and_no_other(link: Link, tmp_path: Path) -> None:
+    cores = hand_out({"prefill": 1, "decode": 1})
+    if not cores.others:
+        pytest.skip("two cores are needed")
+    with System(engine_spec("kimi_linear"), TRANSPORT, link, tmp_path, cores=cores) as system:
+        alone_s = system.prefill_alone(requests())
+        run = system.serve(requests(), "layerwise")
+        placed_on = {
+            side: [os.sched_getaffinity(thread.id) for thread in psutil.Process(system.pid(side)).threads()]
+            for side in SIDES
+        }
+    assert set(alone_s) == {served.request.request_id for served in run.served}
+    assert min(alone_s.values()) > 0
+    for side, found in placed_on.items():
+        computing = set(cores.computing[side])
+        assert [cores_of for cores_of in found if cores_of & computing] == [computing], side
