@@ -1,6 +1,6 @@
-"""Replay of a public trace (Mooncake's or Azure's format): real bursts, real prefixes, and the hit rates of both kinds of cache.
+"""Replay of a public trace: real bursts, real prefixes, and the hit rates of both kinds of cache.
 
-The kit carries no trace: `options.trace` names a file.
+The kit carries no trace: `options.trace` names a file in any format of `repro.workload.traces`. Caches have the trace's own blocks.
 """
 
 from __future__ import annotations
