@@ -78,10 +78,10 @@ def admit(model: torch.nn.Module) -> Admission:
         tolerance, dtype = tolerance_of(checked), str(next(checked.parameters()).dtype).removeprefix("torch.")
         trial = _Trial(checked)
         whole = trial.in_one_chunk()
-        if not whole.within(tolerance):
-            raise UserError(trial.why_not(tolerance))
         if not trial.causality_error() <= tolerance:
             raise UserError("is not causal: the state of earlier tokens changes with those that come later")
+        if not whole.within(tolerance):
+            raise UserError(trial.why_not(tolerance))
         try:
             parts = trial.in_chunks()
         except (UserError, *_FAILURES) as error:

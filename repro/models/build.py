@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from repro.errors import UserError
@@ -37,7 +38,7 @@ def config_of(spec: ModelSpec) -> PreTrainedConfig:
         if spec.model_type == "auto":
             raise UserError(f"model.pretrained: missing for model {spec.name}; a hub id or a checkpoint's folder")
         config = AutoConfig.for_model(spec.model_type, **spec.values())
-    except (ValueError, OSError, TypeError, KeyError) as error:
+    except (ValueError, OSError, TypeError, KeyError, StrictDataclassError) as error:
         where = f"model.pretrained: {spec.pretrained}" if spec.pretrained else f"model {spec.name}"
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
     for key in spec.values():
