@@ -99,7 +99,7 @@ def test_an_option_that_the_experiments_file_leaves_at_its_default_is_set_like_a
     assert err.startswith("error: options.repeats"), err
     code, _, err = call("experiment=overlap", "options.bogus=1")
     assert code == 2
-    assert err.startswith("error: options.bogus: no such key; accepted: chunk_tokens, codec, device"), err
+    assert err.startswith("error: options.bogus: no such key; accepted: chunk_tokens, codec, decode"), err
     assert not list(tmp_path.iterdir())
 
 

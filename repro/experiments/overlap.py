@@ -45,6 +45,7 @@ from repro.processes import placed
 from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.report import style
+from repro.serving.devices import WorkerDevices, hand_out_devices
 from repro.serving.records import requests_frame
 from repro.serving.system import MODES
 from repro.serving.timeline import Timeline, merged, write_trace
@@ -65,7 +66,9 @@ class OverlapOptions:
     link_to_phi: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     chunk_tokens: int = 256
     threads: int = 1
-    device: str = "cpu"
+    prefill: WorkerDevices = field(default_factory=WorkerDevices)
+    decode: WorkerDevices = field(default_factory=WorkerDevices)
+    share_device: bool = False
     own_cores: bool = True
     codec: CodecSpec = field(default_factory=CodecSpec)
 
@@ -80,16 +83,18 @@ def run(context: Context) -> Outcome:
     """Of each model, measure Φ_kv without a link, then serve in all modes over a link of each multiple of it."""
     options: OverlapOptions = context.options
     cores = cores_of(options.threads, own=options.own_cores)
+    devices = hand_out_devices(options.prefill.devices, options.decode.devices, share=options.share_device)
+    ran_on = {}
     metrics, rows, frames, links, gate, timelines = list[Metric](), [], [], {}, {}, dict[str, Timeline]()
     for length, model_spec in zip(_lengths(context), context.settings.model.values(), strict=True):
-        engine = engine_of(model_spec, options.chunk_tokens, options.threads, options.device)
+        engine = engine_of(model_spec, options.chunk_tokens, options.threads)
         vocabulary = vocabulary_of(model_spec)
         repeats = prompts([length], options.repeats, options.output_tokens, vocabulary, context.settings.seed)
         with placed(cores.others), open_link(LinkSpec(name="none", backend="none"), run="overlap") as link:
             link.check(tolerate=True)
-            alone = serve(context, engine, repeats, ("unsplit",), link, options.codec, cores)
+            alone = serve(context, engine, repeats, ("unsplit",), link, options.codec, cores, devices)
         name, size = model_spec.name, alone.layout.kv_bytes(length - 1)
-        gate[name] = dict(alone.admission)
+        gate[name], ran_on[name] = dict(alone.admission), alone.devices
         phi_bps = 8 * size / alone.prefill_s(length)
         metrics += [
             row(context, name, "phi_kv_bps", [phi_bps], "bit/s"),
@@ -101,7 +106,7 @@ def run(context: Context) -> Outcome:
             spec = replace(spec, name=f"phi-x{multiple:g}", rate_bps=rate_bps)
             with placed(cores.others), open_link(spec, run="overlap") as link:
                 link.check(tolerate=True)
-                model = serve(context, engine, repeats, MODES, link, options.codec, cores)
+                model = serve(context, engine, repeats, MODES, link, options.codec, cores, devices)
                 links[case] = link.record()
             metrics += link_metrics(context, model, case, length)
             rows += overlap_rows(model, multiple, length)
@@ -109,7 +114,7 @@ def run(context: Context) -> Outcome:
             frames += [requests_frame(one, model.origin_s, model=name, link=spec.name) for one in found]
             timelines |= {f"{case} {mode}": one.timeline for mode, one in model.runs.items()}
     write_trace(context.folder / "trace.json", merged(timelines))
-    facts = {"link": links, "gate": gate, "cores": cores.record(), "clock": CLOCK_NOTE}
+    facts = {"link": links, "gate": gate, "cores": cores.record(), "devices": ran_on, "clock": CLOCK_NOTE}
     return Outcome(metrics, {"overlap": pd.DataFrame(rows)}, pd.concat(frames), facts)
 
 
@@ -119,8 +124,9 @@ def _lengths(context: Context) -> list[int]:
 
 
 def check(settings: Settings, options: OverlapOptions) -> None:
-    """Models that can be built, and a length for each. Raises UserError naming the key."""
+    """Models that can be built, a length for each, and devices for both workers. Raises UserError naming the key."""
     check_models(settings, options)
+    hand_out_devices(options.prefill.devices, options.decode.devices, share=options.share_device)
     if 1 < len(options.input_tokens) < len(settings.model):
         raise UserError(
             f"options.input_tokens: {list(options.input_tokens)}; accepted: one length, or one for each of {len(settings.model)} models"

@@ -49,9 +49,11 @@ from repro.processes import placed
 from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.report import style
+from repro.serving.devices import WorkerDevices, hand_out_devices
 from repro.serving.records import requests_frame
 from repro.serving.system import MODES
 from repro.serving.timeline import Timeline, merged, write_trace
+from repro.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class SplitOptions:
     `repeats` prompts of each length go through every mode. `chunk_tokens` is the grain of prefill; `threads` per
     worker, and with `own_cores` each has its core to itself where there are enough. `codec` encodes what crosses the
     link. All prompts begin with the same `shared_prefix_tokens` tokens, whose state a `prefix_cache` lets prefill
-    compute once.
+    compute once. Each worker computes on its own of `devices`; one that both compute on must be asked for.
     """
 
     input_tokens: tuple[int, ...] = (257, 513, 1025)
@@ -69,7 +71,9 @@ class SplitOptions:
     repeats: int = 3
     chunk_tokens: int = 256
     threads: int = 1
-    device: str = "cpu"
+    prefill: WorkerDevices = field(default_factory=WorkerDevices)
+    decode: WorkerDevices = field(default_factory=WorkerDevices)
+    share_device: bool = False
     own_cores: bool = True
     codec: CodecSpec = field(default_factory=CodecSpec)
     shared_prefix_tokens: int = 0
@@ -87,18 +91,25 @@ class SplitOptions:
                 raise UserError(f"options.{name}: {getattr(self, name)}; accepted: 1 or more")
 
 
+def check(settings: Settings, options: SplitOptions) -> None:
+    """Models that can be built, and devices for both workers. Raises UserError naming the key."""
+    check_models(settings, options)
+    hand_out_devices(options.prefill.devices, options.decode.devices, share=options.share_device)
+
+
 def run(context: Context) -> Outcome:
     """Serve every model in all modes over the configured link, and compare tokens and bytes with what they must be."""
     options: SplitOptions = context.options
     metrics: list[Metric] = []
     frames, throughputs, timelines = [], [], dict[str, Timeline]()
     facts, gate, cores = {}, {}, cores_of(options.threads, own=options.own_cores)
+    devices = hand_out_devices(options.prefill.devices, options.decode.devices, share=options.share_device)
+    ran_on = {}
     for name, model_spec in context.settings.model.items():
         engine = engine_of(
             model_spec,
             options.chunk_tokens,
             options.threads,
-            options.device,
             options.prefix_cache,
         )
         vocabulary = vocabulary_of(model_spec)
@@ -112,15 +123,15 @@ def run(context: Context) -> Outcome:
         )
         with placed(cores.others), open_link(context.settings.link, run=f"split-{name}") as link:
             link.check(tolerate=True)
-            model = serve(context, engine, repeats, MODES, link, options.codec, cores)
-            facts[name], gate[name] = link.record(), dict(model.admission)
+            model = serve(context, engine, repeats, MODES, link, options.codec, cores, devices)
+            facts[name], gate[name], ran_on[name] = link.record(), dict(model.admission), model.devices
         metrics += model_metrics(context, model, options.input_tokens)
         throughputs += throughput_rows(model, options.input_tokens)
         frames += [requests_frame(served, model.origin_s, model=name) for served in model.runs.values()]
         timelines |= {f"{name} {mode}": served.timeline for mode, served in model.runs.items()}
     write_trace(context.folder / "trace.json", merged(timelines))
     tables = {"throughput": pd.DataFrame(throughputs), "modes": _modes(pd.concat(frames), pd.DataFrame(throughputs))}
-    provenance = {"link": facts, "gate": gate, "cores": cores.record(), "clock": CLOCK_NOTE}
+    provenance = {"link": facts, "gate": gate, "cores": cores.record(), "devices": ran_on, "clock": CLOCK_NOTE}
     return Outcome(metrics, tables, pd.concat(frames), provenance)
 
 
@@ -256,5 +267,5 @@ def draw(record: Record) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    "split", {"execute": (*MODEL, *WIRE, "seed", "options")}, run, {"split": draw}, SplitOptions, check=check_models
+    "split", {"execute": (*MODEL, *WIRE, "seed", "options")}, run, {"split": draw}, SplitOptions, check=check
 )

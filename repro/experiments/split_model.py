@@ -27,6 +27,7 @@ from repro.processes import Cores, hand_out
 from repro.record.metrics import Metric
 from repro.record.statistics import Estimate
 from repro.serving.bound import ttft_bound_s
+from repro.serving.devices import Given
 from repro.serving.system import Run, Served, System, joined
 from repro.settings import Settings
 
@@ -36,7 +37,8 @@ class ModelRun:
     """One model's runs by mode, the codec of its split modes, and what they are judged against.
 
     `admission` is what the engine's gate found of the model.
-    `alone_s` is T_prefill by request, undisturbed: on the prefill worker, with nothing captured, sent or decoded meanwhile.
+    `alone_s` is T_prefill by request, undisturbed: on the prefill worker, with nothing captured, sent or decoded meanwhile;
+    `devices` is what each worker computed on.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ModelRun:
     codec: CodecSpec
     admission: Mapping[str, Any]
     alone_s: Mapping[int, float]
+    devices: Mapping[str, Any]
 
     def served(self, mode: str, input_tokens: int) -> list[Served]:
         """The repeats of one length in one mode."""
@@ -166,10 +169,10 @@ def check_one(settings: Settings, options: object) -> None:
 
 
 def engine_of(
-    model: ModelSpec, chunk_tokens: int, threads: int, device: str, prefix_cache: PrefixCacheSpec | None = None
+    model: ModelSpec, chunk_tokens: int, threads: int, prefix_cache: PrefixCacheSpec | None = None
 ) -> EngineSpec:
     """How both workers compute that model."""
-    spec = EngineSpec(model, chunk_tokens, threads, device)
+    spec = EngineSpec(model, chunk_tokens, threads)
     return spec if prefix_cache is None else replace(spec, prefix_cache=prefix_cache)
 
 
@@ -207,6 +210,7 @@ def serve(
     link: Link,
     codec: CodecSpec,
     cores: Cores,
+    devices: Mapping[str, Given],
 ) -> ModelRun:
     """Serve the same requests in every mode on one pair of workers, after a warm-up that is not recorded.
 
@@ -224,13 +228,14 @@ def serve(
     if not codec.lossless:
         context.progress(f"{name}: codec {', '.join(codec.names)} is lossy, tokens may differ from generate's")
     logs = context.folder / "logs" / f"{name}-{link.spec.name}"
-    with System(engine, context.settings.transport, link, logs, codec=codec, cores=cores) as system:
+    with System(engine, context.settings.transport, link, logs, codec=codec, cores=cores, devices=devices) as system:
         for mode in ("unsplit", "layerwise"):
             system.serve(warm_up, mode)
         system.prefill_alone(warm_up)
         for requests in repeats:
             system.reference(requests)
         admission = system.admission
+        ran_on = {side: {"given": devices[side].outside, **found} for side, found in system.seen.items()}
         origin_s = now_s()
         link.start()
         for number, requests in enumerate(repeats, start=1):
@@ -242,7 +247,7 @@ def serve(
             context.progress(f"{name}: {', '.join(modes)} served, {number} of {len(repeats)}")
     layout = model_layout(engine.model)
     whole = {mode: joined(parts) for mode, parts in runs.items()}
-    return ModelRun(name, layout, whole, origin_s, link.measured["forward"], codec, admission, alone_s)
+    return ModelRun(name, layout, whole, origin_s, link.measured["forward"], codec, admission, alone_s, ran_on)
 
 
 def match_metrics(context: Context, model: ModelRun, case: str, mode: str) -> list[Metric]:

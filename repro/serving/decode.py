@@ -27,6 +27,7 @@ from repro.kvcache import codecs
 from repro.kvcache.frames import CodecId, Manifest, Piece
 from repro.kvcache.state import State
 from repro.processes import Message, Parent, place, placed, run_worker
+from repro.serving.devices import seen
 from repro.serving.running_batch import RunningBatch
 from repro.transport import Received, TransportSpec, open_receiver
 
@@ -65,7 +66,7 @@ def work(parent: Parent, config: Message) -> None:
 
     threading.Thread(target=receive, name="receive", daemon=True).start()
     parent.deliver(inbox.put)
-    parent.send("ready", port=receiver.port, admission=engine.admission.record())
+    parent.send("ready", port=receiver.port, admission=engine.admission.record(), seen=seen(spec.engine.device))
     place(spec.cores)
     while True:
         while not batch or not inbox.empty():

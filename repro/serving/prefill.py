@@ -21,6 +21,7 @@ from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.kvcache.codecs import CodecSpec, encode
 from repro.kvcache.frames import CodecId, FrameHeader, Manifest, Piece
 from repro.processes import Message, Parent, background, place, placed, run_worker
+from repro.serving.devices import seen
 from repro.transport import Sender, SenderProcess, TransferFailed, TransportSpec, open_sender
 
 
@@ -85,7 +86,7 @@ def work(parent: Parent, config: Message) -> None:
     sender = open_sender(spec.transport, (address["host"], address["port"]), own_process=spec.transport_process)
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     parent.deliver(inbox.put)
-    parent.send("ready")
+    parent.send("ready", seen=seen(spec.engine.device))
     place(spec.cores)
     while (message := inbox.get())["kind"] != "stop":
         request = Request.from_json(message["request"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ from repro.kvcache.codecs import CodecSpec
 from repro.link import Link, Side
 from repro.processes import Child, Cores, Message, Supervisor
 from repro.serving.decode import DecodeConfig
+from repro.serving.devices import Given
 from repro.serving.prefill import PrefillConfig
 from repro.serving.timeline import Timeline
 from repro.transport import TransportSpec, remote_memory
@@ -166,6 +167,7 @@ class System:
         codec: CodecSpec | None = None,
         transport_process: bool = False,
         cores: Cores | None = None,
+        devices: Mapping[str, Given] | None = None,
     ) -> None:
         if transport.backend != "tcp" and link.backend == "relay":
             raise UserError(
@@ -179,6 +181,9 @@ class System:
         self._codec = codec or CodecSpec()
         self._transport_process = transport_process
         self._cores = cores or Cores({}, (), "handed out to nobody")
+        self._devices = devices or {}
+        #: What each worker computes on, as it says itself.
+        self.seen: dict[str, dict[str, Any]] = {}
         self._supervisor = Supervisor(log_directory)
         self._wire_bytes = 0
 
@@ -199,7 +204,7 @@ class System:
         configs = {
             "decode": plain(
                 DecodeConfig(
-                    self._engine,
+                    self._engine_of("decode"),
                     self._transport,
                     self._transport_process,
                     self._link.listen_host("decode"),
@@ -208,7 +213,7 @@ class System:
             ),
             "prefill": plain(
                 PrefillConfig(
-                    self._engine,
+                    self._engine_of("prefill"),
                     self._transport,
                     self._transport_process,
                     self._request_timeout_s,
@@ -225,12 +230,18 @@ class System:
             started = remote_memory.started(self._transport.backend, worker, namespaced=self._link.backend != "none")
             command = self._link.command(side, started)
             others = self._cores.others or None
-            self._workers[side] = self._supervisor.start(side, command, configs[side], environment, others)
+            own = environment | dict(self._devices[side].environment if side in self._devices else {})
+            self._workers[side] = self._supervisor.start(side, command, configs[side], own, others)
         (listening,) = self._supervisor.expect("ready", 1, _START_TIMEOUT_S)
+        self.seen["decode"] = listening.message["seen"]
         self.admission: dict[str, Any] = listening.message["admission"]
         host, port = self._link.dial(listening.message["port"])
         self._workers["prefill"].send("connect", host=host, port=port)
-        self._supervisor.expect("ready", 1, _START_TIMEOUT_S)
+        (connected,) = self._supervisor.expect("ready", 1, _START_TIMEOUT_S)
+        self.seen["prefill"] = connected.message["seen"]
+
+    def _engine_of(self, side: Side) -> EngineSpec:
+        return replace(self._engine, device=self._devices[side].device) if side in self._devices else self._engine
 
     def pid(self, side: Side) -> int:
         """The process of that side's worker."""

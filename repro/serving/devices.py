@@ -1,0 +1,108 @@
+"""Devices for the two workers: each is given its own, and sees no other.
+
+A GPU that both workers computed on would make Φ_kv and TTFT those of half a device, so that one is shared only where it is asked for.
+What a worker sees is decided before it starts, in its environment: no library in it can take another's device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from repro.errors import UserError
+
+#: NVIDIA's, and AMD's by its own name. ROCR_VISIBLE_DEVICES stays as it is: these two count within it.
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+_ACCEPTED = "accepted: cpu, cuda, cuda:<number>, auto"
+#: There torch has no way to wait that the kit uses, so every time would be that of a launch.
+_REFUSED = ("mps", "xpu")
+
+
+@dataclass(frozen=True)
+class WorkerDevices:
+    """`devices` of one worker: one of cpu, cuda, cuda:<number> and auto, which is a GPU where there is one left, else cpu."""
+
+    devices: tuple[str, ...] = ("cpu",)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a worker is given: the `device` by its name within the worker, by its name here, and the environment that hides all else."""
+
+    device: str
+    outside: str
+    environment: Mapping[str, str]
+
+
+def hand_out_devices(
+    prefill: Sequence[str], decode: Sequence[str], *, share: bool, gpus: int | None = None
+) -> dict[str, Given]:
+    """Devices by worker, of the `gpus` that this process sees.
+
+    Raises:
+        UserError: naming the key, where a device does not exist, is refused, or would be shared without being asked for.
+    """
+    count = torch.cuda.device_count() if gpus is None else gpus
+    asked = {"prefill": _one("prefill", prefill), "decode": _one("decode", decode)}
+    numbers: dict[str, int | None] = {}
+    # Who asks for a device by its number comes before who takes what is left.
+    for side in sorted(asked, key=lambda side: asked[side] in ("auto", "cuda")):
+        taken = [number for number in numbers.values() if number is not None]
+        numbers[side] = _number(side, asked[side], count, taken, share=share)
+    return {side: _given(numbers[side]) for side in asked}
+
+
+def seen(device: str) -> dict[str, Any]:
+    """What this process computes on, and how many GPUs it could: for the record of a run."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+    return {"device": device, "name": name, "visible_gpus": torch.cuda.device_count()}
+
+
+def _one(side: str, devices: Sequence[str]) -> str:
+    key = f"options.{side}.devices"
+    if len(devices) != 1:
+        raise UserError(f"{key}: {len(devices)} devices; accepted: one, a worker's model lies on one device")
+    (device,) = devices
+    kind, _, number = device.partition(":")
+    if kind in _REFUSED:
+        raise UserError(
+            f"{key}: {device}; times would be those of launches, as synchronising does nothing there; {_ACCEPTED}"
+        )
+    if device not in ("cpu", "cuda", "auto") and not (kind == "cuda" and number.isdecimal()):
+        raise UserError(f"{key}: {device!r}; {_ACCEPTED}")
+    return device
+
+
+def _number(side: str, device: str, count: int, taken: Sequence[int], *, share: bool) -> int | None:
+    """Which GPU it is; None for the CPU."""
+    key = f"options.{side}.devices"
+    if device == "cpu" or (device == "auto" and not count):
+        return None
+    if not count:
+        raise UserError(f"{key}: {device}, but torch sees no GPU; accepted: cpu, auto")
+    if ":" in device:
+        number = int(device.partition(":")[2])
+        if number >= count:
+            raise UserError(f"{key}: {device}; accepted: cuda:0 to cuda:{count - 1}")
+    else:
+        number = next((number for number in range(count) if number not in taken), taken[-1] if taken else 0)
+    if number in taken and not share:
+        raise UserError(
+            f"{key}: cuda:{number} is the other worker's; accepted: another device, or options.share_device=true"
+        )
+    return number
+
+
+def _given(number: int | None) -> Given:
+    if number is None:
+        return Given("cpu", "cpu", dict.fromkeys(_VISIBLE, ""))
+    environment = {}
+    for variable in _VISIBLE:
+        # What this process sees may itself be a choice of the machine's.
+        inherited = [one for one in os.environ.get(variable, "").split(",") if one]
+        environment[variable] = inherited[number] if number < len(inherited) else str(number)
+    return Given("cuda:0", f"cuda:{number}", environment)
