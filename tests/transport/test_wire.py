@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from repro.transport.wire import LOCAL_BUFFER_BYTES, hold_buffer
+from repro.transport.wire import HEAD_BYTES, LOCAL_BUFFER_BYTES, hold_buffer
 
 OPTIONS = (socket.SO_SNDBUF, socket.SO_RCVBUF)
 
@@ -40,3 +40,7 @@ def test_a_path_between_addresses_keeps_the_kernels_buffers(option: int) -> None
         before = far.getsockopt(socket.SOL_SOCKET, option)
         assert not hold_buffer(far, option, 4)
         assert far.getsockopt(socket.SOL_SOCKET, option) == before
+
+
+def test_a_head_keeps_the_payload_behind_it_aligned() -> None:
+    assert HEAD_BYTES % 32 == 0
