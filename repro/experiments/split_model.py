@@ -231,6 +231,7 @@ def serve(
     with System(engine, context.settings.transport, link, logs, codec=codec, cores=cores, devices=devices) as system:
         for mode in ("unsplit", "layerwise"):
             system.serve(warm_up, mode)
+        system.observe(warm_up[0])
         system.prefill_alone(warm_up)
         for requests in repeats:
             system.reference(requests)

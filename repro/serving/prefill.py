@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from repro import configuration
 from repro.engine.base import Request
+from repro.engine.observed import kernels_called
 from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
 from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.kvcache.codecs import CodecSpec, encode
@@ -90,6 +91,13 @@ def work(parent: Parent, config: Message) -> None:
     place(spec.cores)
     while (message := inbox.get())["kind"] != "stop":
         request = Request.from_json(message["request"])
+        if message["kind"] == "observe":
+            with kernels_called() as called:
+                engine.prefill_and_join(request, log)
+            engine.leave(request.request_id)
+            log.take()
+            parent.send("observed", request_id=request.request_id, kernels=sorted(called))
+            continue
         if message["kind"] == "alone":
             _time_alone(request, engine, parent, log)
             continue

@@ -253,6 +253,12 @@ class System:
             self._workers["decode"].send("reference", request=request.as_json())
             self._supervisor.expect("referenced", 1, self._request_timeout_s)
 
+    def observe(self, request: Request) -> None:
+        """Let the prefill worker note which kernels a prefill calls; `seen` holds them from then on."""
+        self._workers["prefill"].send("observe", request=request.as_json())
+        (event,) = self._supervisor.expect("observed", 1, self._request_timeout_s)
+        self.seen["prefill"]["kernels"] = event.message["kernels"]
+
     def prefill_alone(self, requests: Sequence[Request]) -> dict[int, float]:
         """T_prefill in seconds by request: measured where prefill runs, with nothing captured, sent or decoded meanwhile."""
         found = {}
