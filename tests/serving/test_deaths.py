@@ -81,11 +81,13 @@ def struck(system: System, link: Link, pid: int, number: signal.Signals) -> tupl
 def left_over(pids: set[int]) -> list[Any]:
     """Processes of the run that are still there a moment later."""
     deadline = time.monotonic() + 3
-    while (left := [pid for pid in pids if alive(pid)] + [one.pid for one in members() if one.run == RUN]) and (
-        time.monotonic() < deadline
-    ):
+    while (left := [pid for pid in pids if alive(pid)] + own_members()) and (time.monotonic() < deadline):
         time.sleep(0.02)
     return left
+
+
+def own_members() -> list[int]:
+    return [one.pid for one in members() if one.run == RUN and one.owner == os.getpid()]
 
 
 def alive(pid: int) -> bool:
