@@ -13,6 +13,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,7 @@ def run_points(context: Context, work: Callable[[P], R], points: Mapping[str, P]
     """`work` of every named point, in their order; in this process where one is asked for, or one point is left.
 
     Raises:
-        UserError: from a point, with its name; the points that were finished by then are kept.
+        UserError: from a point, with its name, or where a process was killed; the points that were finished by then are kept.
     """
     store = _Store(context.folder)
     names = list(points)
@@ -78,8 +79,14 @@ def run_points(context: Context, work: Callable[[P], R], points: Mapping[str, P]
         for name in left:
             finished(name, _named(work, name, points[name]))
     else:
-        for name, result in each_in_parallel(partial(_named, work), {name: points[name] for name in left}, workers):
-            finished(name, result)
+        try:
+            for name, result in each_in_parallel(partial(_named, work), {name: points[name] for name in left}, workers):
+                finished(name, result)
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"processes: one of {workers} was killed, as happens where memory runs out; {len(results)} of {len(names)} points are "
+                "kept, and the next call goes on from there (processes=1 takes the least memory)"
+            ) from error
     return [results[name] for name in names]
 
 

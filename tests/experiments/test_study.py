@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -34,6 +37,25 @@ def squared_until_7(point: int) -> int:
     return point * point
 
 
+def children() -> set[int]:
+    """Child processes, zombies included once `active_children` has reaped the pool's; not Python's resource tracker, which stays."""
+    multiprocessing.active_children()
+    return {child.pid for child in psutil.Process().children()} - {resource_tracker._resource_tracker._pid}
+
+
+def assert_no_more_children_than(before: set[int]) -> None:
+    deadline = time.monotonic() + 5
+    while children() - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not children() - before
+
+
+def killed_at_7(point: int) -> int:
+    if point == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return point
+
+
 def recorded(point: tuple[str, int]) -> int:
     folder, number = point
     with (Path(folder) / "calls").open("a") as file:
@@ -51,13 +73,17 @@ def test_points_run_in_several_processes_and_come_back_in_order(tmp_path: Path) 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_failed_point_ends_the_study_in_one_line_with_its_name(tmp_path: Path, processes: int) -> None:
-    before = {child.pid for child in psutil.Process().children()}
+    before = children()
     with pytest.raises(UserError, match=r"^point 7: options.x: 7 cannot be squared$"):
         run_points(context(tmp_path, processes), squared_until_7, {f"point {i}": i for i in range(9)})
-    deadline = time.monotonic() + 5
-    while {child.pid for child in psutil.Process().children()} - before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not {child.pid for child in psutil.Process().children()} - before
+    assert_no_more_children_than(before)
+
+
+def test_a_killed_process_ends_the_study_in_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    before = children()
+    with pytest.raises(UserError, match=r"^processes: one of 2 was killed, .* of 9 points are kept"):
+        run_points(context(tmp_path, 2), killed_at_7, {f"point {i}": i for i in range(9)})
+    assert_no_more_children_than(before)
 
 
 def test_a_study_that_was_cut_goes_on_where_it_stopped(tmp_path: Path) -> None:
