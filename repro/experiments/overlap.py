@@ -33,6 +33,7 @@ from repro.experiments.split_model import (
     codec_metrics,
     cores_of,
     engine_of,
+    good_fraction,
     match_metrics,
     prompts,
     row,
@@ -143,6 +144,7 @@ def link_metrics(context: Context, model: ModelRun, link: str, length: int) -> l
             row(context, case, "wire_overhead", [model.wire_overhead(mode)], ""),
             *codec_metrics(context, model, case, mode),
             row(context, case, "ttft_mean_s", [served.ttft_s for served in found], "s"),
+            good_fraction(context, case, found),
             row(context, case, "transfer_exposed_s", [served.transfer_exposed_s for served in found], "s"),
             row(context, case, "ttft_bound_ratio", [served.ttft_s / model.bound_s(served) for served in found], ""),
             row(context, case, "prefill_slowdown", [model.slowdown(served) for served in found], ""),
@@ -202,7 +204,7 @@ _LINK = tuple(
 )
 EXPERIMENT = Experiment(
     "overlap",
-    {"execute": (*MODEL, *_LINK, "transport", "seed", "options")},
+    {"execute": (*MODEL, *_LINK, "transport", "workload.slo", "seed", "options")},
     run,
     {"overlap": draw},
     OverlapOptions,

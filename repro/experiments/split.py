@@ -36,6 +36,7 @@ from repro.experiments.split_model import (
     codec_metrics,
     cores_of,
     engine_of,
+    good_fraction,
     match_metrics,
     prompts,
     row,
@@ -177,7 +178,10 @@ def _size_metrics(context: Context, model: ModelRun, length: int) -> list[Metric
 
 def _time_metrics(context: Context, model: ModelRun, mode: str, length: int) -> list[Metric]:
     found, case = model.served(mode, length), f"{model.name}/{mode}/{length}"
-    rows = [row(context, case, "ttft_mean_s", [served.ttft_s for served in found], "s")]
+    rows = [
+        row(context, case, "ttft_mean_s", [served.ttft_s for served in found], "s"),
+        good_fraction(context, case, found),
+    ]
     if found[0].request.output_tokens > 1:
         rows.append(row(context, case, "tpot_mean_s", [served.tpot_s for served in found], "s"))
     if mode != "unsplit":
@@ -267,5 +271,10 @@ def draw(record: Record) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    "split", {"execute": (*MODEL, *WIRE, "seed", "options")}, run, {"split": draw}, SplitOptions, check=check
+    "split",
+    {"execute": (*MODEL, *WIRE, "workload.slo", "seed", "options")},
+    run,
+    {"split": draw},
+    SplitOptions,
+    check=check,
 )

@@ -25,6 +25,7 @@ from repro.models.layout import StateLayout
 from repro.models.spec import ModelSpec
 from repro.processes import Cores, hand_out
 from repro.record.metrics import Metric
+from repro.record.request_metrics import good
 from repro.record.statistics import Estimate
 from repro.serving.bound import ttft_bound_s
 from repro.serving.devices import Given
@@ -275,6 +276,14 @@ def codec_metrics(context: Context, model: ModelRun, case: str, mode: str) -> li
         row(context, case, "codec_ratio", [model.codec_ratio(mode)], ""),
         row(context, case, "codec_lossless", [model.codec.lossless], ""),
     ]
+
+
+def good_fraction(context: Context, case: str, found: Sequence[Served]) -> Metric:
+    """Share of requests that met both parts of the service level; one token has no TPOT to miss."""
+    ttft_s = np.array([served.ttft_s for served in found])
+    tpot_s = np.nan_to_num(np.array([served.tpot_s for served in found]))
+    met = good(ttft_s, tpot_s, context.settings.workload.slo)
+    return context.metric(case, "good_fraction", float(met.mean()), "", "measured", n=len(found))
 
 
 def row(

@@ -38,7 +38,7 @@ def _row(served: Served, origin_s: float) -> dict[str, Any]:
         "pieces": served.pieces,
         "decode_queue_s": served.joined_s - served.complete_s,
         "ttft_s": served.ttft_s,
-        "tpot_s": served.tpot_s,
+        "tpot_s": served.tpot_s if len(served.tokens) > 1 else 0.0,
         "finish_s": served.token_times_s[-1] - origin_s,
         "outcome": "ok",
         "prefill_worker": "prefill" if split else "decode",
