@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -140,8 +139,7 @@ def _rows(arguments: argparse.Namespace) -> list[Metric]:
         }  # fmt: skip
         for variant, sink in sinks.items():
             plain_s, wall, cpu = paired(prefill, sink, arguments.pairs)
-            upper = float(np.mean(wall)) + 2 * float(np.std(wall)) / math.sqrt(len(wall))
-            verdict = "within" if upper < TARGET_PCT else "not shown to be within"
+            verdict = "within" if Estimate.of_signed(wall).high < TARGET_PCT else "not shown to be within"
             say(variant, "capture_overhead_pct", wall, "%", f"of T_prefill {plain_s:.3f} s: {verdict} {TARGET_PCT:g} %")
             say(variant, "capture_cpu_pct", cpu, "%", "of the processor time of this process")
             say(variant, "inside_hooks_pct", shares_inside_hooks(prefill, sink, arguments.pairs), "%")

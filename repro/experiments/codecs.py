@@ -24,6 +24,7 @@ from repro.models.build import build
 from repro.models.train import Corpus
 from repro.record.directory import Record
 from repro.record.metrics import Metric
+from repro.record.statistics import Estimate
 from repro.report import style
 
 
@@ -54,7 +55,7 @@ UNITS = {
 
 
 def run(context: Context) -> Outcome:
-    """Every codec on the same prompts; a row per codec and prompt, and the means with their spread."""
+    """Every codec on the same prompts; a row per codec and prompt, and the means with their intervals."""
     options, model = context.options, one_model(context.settings)
     assert isinstance(options, Options)
     built = build(model)
@@ -96,10 +97,9 @@ def _metrics(context: Context, table: pd.DataFrame, trained: bool) -> list[Metri
     for name, group in table.groupby("codec", sort=False):
         case = str(name) if trained else f"synthetic, {name}"
         for metric, unit in UNITS.items():
-            values = group[metric]
-            span = (float(values.min()), float(values.max()))
-            mean = float(values.mean())
-            metrics.append(context.metric(case, metric, mean, unit, "measured", interval=span, n=len(values)))
+            found = Estimate.of(group[metric].to_list())
+            span = (found.low, found.high)
+            metrics.append(context.metric(case, metric, found.value, unit, "measured", interval=span, n=found.n))
     return metrics
 
 

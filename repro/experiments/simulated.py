@@ -21,7 +21,7 @@ from repro.experiments.deployment import check_deployment, deployment, operating
 from repro.experiments.study import Point, run_once, run_points, seeds_of
 from repro.record.directory import Record
 from repro.record.metrics import Metric
-from repro.record.request_metrics import good, summarise
+from repro.record.request_metrics import good, over_runs, summarise
 from repro.record.statistics import Estimate
 from repro.report import style
 from repro.scheduling.long_term import LongTermSpec
@@ -280,7 +280,7 @@ def _rows(
     for case, values in found.items():
         baseline = baselines[case]
         for metric, unit in _UNITS.items():
-            estimate = Estimate.of([value[metric] for value in values])
+            estimate = over_runs(metric, [value[metric] for value in values])
             yield context.metric(
                 prefix + case,
                 metric,

@@ -17,7 +17,7 @@ from repro.experiments.study import run_points, seeds_of
 from repro.paper import tables
 from repro.record.directory import Record
 from repro.record.metrics import Metric
-from repro.record.request_metrics import UNITS, Totals
+from repro.record.request_metrics import UNITS, Totals, over_runs
 from repro.record.statistics import Estimate
 from repro.report import style
 from repro.scheduling.throughput import Deployment, OperatingPoint
@@ -123,7 +123,7 @@ def run(context: Context, effort: Effort) -> Outcome:
             found = [next(totals) for _ in seeds]
             name = case if load == IDLE else f"{case}.load_{round(100 * load)}"
             for metric in METRICS:
-                estimate = Estimate.of([getattr(total, metric) for total in found])
+                estimate = over_runs(metric, [getattr(total, metric) for total in found])
                 paper = printed[metric].value if load == IDLE and metric in printed else float("nan")
                 rows.append(
                     context.metric(

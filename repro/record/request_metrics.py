@@ -10,7 +10,7 @@ Each quantity is defined once, in `Totals.of`, over sums and two distributions; 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Protocol
@@ -20,7 +20,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from repro.record.requests import ANSWERED
-from repro.record.statistics import quantile
+from repro.record.statistics import Estimate, quantile
 from repro.workload.spec import ServiceLevel
 
 #: Metric → its unit.
@@ -30,6 +30,11 @@ UNITS: Mapping[str, str] = MappingProxyType({
     "tpot_p99_s": "s", "tpot_slo_ratio": "", "queue_mean_s": "s", "transfer_exposed_s": "s", "offload_fraction": "", "egress_bps": "bit/s",
     "cached_fraction": "",
 })  # fmt: skip
+
+
+def over_runs(metric: str, values: Sequence[float]) -> Estimate:
+    """A metric's mean over runs, with an interval within what it can be: none is negative, and no share is above 1."""
+    return Estimate.of(values, most=1.0 if metric.endswith("_fraction") else math.inf)
 
 
 class Distribution(Protocol):

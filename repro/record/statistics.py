@@ -1,8 +1,9 @@
 """Estimates over repeats and seeds: one rule for every interval that the kit prints.
 
 - A mean has the 95 % interval of Student's t.
-- A quantity that cannot be negative (seconds, rates, shares) never gets a bound at or below zero from values that are all above it: where
-  Student's interval would reach there, as it does with few and scattered repeats, it is taken on the logarithms.
+- A quantity that cannot be negative (seconds, rates, shares) never gets a bound below zero, and none at zero from values that are all above
+  it: where Student's interval would reach there, as it does with few and scattered repeats, it is taken on the logarithms. Where a value
+  is zero there is no logarithm, and the interval begins at zero; that of a share ends at one.
 - A difference may have either sign and keeps Student's interval; it is paired, value by value, where both sides met the same requests.
 - A quantile has the interval of the bias-corrected bootstrap, and no value at all from fewer samples than put one beyond it.
 """
@@ -30,16 +31,19 @@ class Estimate:
     n: int
 
     @staticmethod
-    def of(values: Sequence[float]) -> Estimate:
-        """The mean of a quantity that cannot be negative."""
+    def of(values: Sequence[float], most: float = math.inf) -> Estimate:
+        """The mean of a quantity that cannot be negative, nor above `most`."""
         found = Estimate.of_signed(values)
         data = np.asarray(values, np.float64)
-        if found.n < 2 or found.low > 0 or not (data > 0).all():
+        if found.n < 2 or not (data >= 0).all():
             return found
-        logs = np.log(data)
-        half = _half_width(logs)
-        low, high = math.exp(float(logs.mean()) - half), math.exp(float(logs.mean()) + half)
-        return Estimate(found.value, min(low, found.value), max(high, found.value), found.n)
+        low, high = found.low, found.high
+        if low <= 0 and (data > 0).all():
+            logs = np.log(data)
+            half = _half_width(logs)
+            low, high = math.exp(float(logs.mean()) - half), math.exp(float(logs.mean()) + half)
+            low, high = min(low, found.value), max(high, found.value)
+        return Estimate(found.value, max(low, 0.0), min(high, most), found.n)
 
     @staticmethod
     def of_signed(values: Sequence[float]) -> Estimate:

@@ -10,7 +10,7 @@ from repro.simulate.records import Row, Sink
 _BATCH = 1 << 15
 
 #: Indices into `records.OUTCOMES`.
-OK, FAILED, TIMED_OUT, FELL_BACK = range(4)
+OK, FAILED, TIMED_OUT, FELL_BACK, REFUSED = range(5)
 _DONE = (OK, FELL_BACK)
 
 
@@ -42,7 +42,7 @@ class RequestLedger:
     def refuse(self, job: Job) -> None:
         """Admission has turned a request away."""
         self.refused += 1
-        self.record(job, FAILED)
+        self.record(job, REFUSED)
 
     def record(self, job: Job, outcome: int) -> None:
         """Let a request leave the system."""

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from repro.record.request_metrics import over_runs
 from repro.record.statistics import Estimate, quantile
 
 POSITIVE = st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=6)
@@ -35,6 +36,14 @@ def test_scattered_seconds_get_an_interval_on_their_logarithms() -> None:
     assert Estimate.of_signed([0.2, 0.5, 1.1]).low < 0
     logs = Estimate.of_signed([math.log(value) for value in (0.2, 0.5, 1.1)])
     assert (found.low, found.high) == pytest.approx((math.exp(logs.low), math.exp(logs.high)))
+
+
+def test_no_interval_leaves_what_a_quantity_can_be() -> None:
+    exposed = Estimate.of([0.0, 0.0, 0.3])
+    assert Estimate.of_signed([0.0, 0.0, 0.3]).low < 0
+    assert exposed.low == 0
+    assert over_runs("good_fraction", [0.4, 1.0, 1.0]).high == 1
+    assert over_runs("ttft_mean_s", [0.4, 1.0, 1.0]).high > 1
 
 
 def test_a_difference_is_taken_in_pairs_and_may_reach_below_zero() -> None:

@@ -142,6 +142,7 @@ def test_admission_refuses_what_would_wait_too_long() -> None:
     done = table[table["outcome"] == "ok"]
     assert (done["queue_s"] + done["prefill_s"]).max() <= 5.0 + 1e-9
     assert summary.completed + summary.refused == 2_000
+    assert (table["outcome"] == "refused").sum() == summary.refused
 
 
 def test_several_clusters_share_the_load_by_their_shares_and_free_sites() -> None:
