@@ -156,7 +156,10 @@ class Experiment:
 
     def reads_key(self, key: str, tier: str) -> bool:
         """Whether a key can change the result on that tier, or, for a node, whether something below it can."""
-        return any(_within(key, read) or _within(read, key) for read in (*self.reads[tier], *_ALWAYS))
+        reads = (*self.reads[tier], *_ALWAYS)
+        node, _, last = key.rpartition(".")
+        described = last in DESCRIPTIONS and any(_within(read, node) for read in reads)
+        return described or any(_within(key, read) or _within(read, key) for read in reads)
 
 
 def composite(context: Context) -> Outcome:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from repro.errors import UserError
@@ -67,17 +67,25 @@ def deployment(settings: Settings) -> Deployment:
     )
 
 
-def operating_points(base: Deployment, settings: Settings) -> Mapping[str, OperatingPoint]:
-    """The three deployments of Table 6, each at its own best point.
+#: The deployments of Table 6.
+CASES = ("prfaas_pd", "homogeneous_pd", "naive_heterogeneous_pd")
+
+
+def operating_points(
+    base: Deployment, settings: Settings, cases: Collection[str] = CASES
+) -> Mapping[str, OperatingPoint]:
+    """The deployments of Table 6, or some of them, each at its own best point.
 
     PrfaaS-PD follows the policy (what it leaves open is searched); homogeneous PD has no PrfaaS and searches its split; naive
     heterogeneous PD offloads every request and decodes on the whole PD cluster.
     """
     policy, law = settings.policy, base.lengths
-    homogeneous = base.without_prfaas(settings.cluster.homogeneous_instances)
-    free = type(policy)(policy.name, threshold_step_tokens=policy.threshold_step_tokens, lengths=policy.lengths)
-    points = {"prfaas_pd": search(base, policy), "homogeneous_pd": search(homogeneous, free)}
-    if base.n_prfaas > 0:
+    points = {"prfaas_pd": search(base, policy)}
+    if "homogeneous_pd" in cases:
+        homogeneous = base.without_prfaas(settings.cluster.homogeneous_instances)
+        free = type(policy)(policy.name, threshold_step_tokens=policy.threshold_step_tokens, lengths=policy.lengths)
+        points["homogeneous_pd"] = search(homogeneous, free)
+    if base.n_prfaas > 0 and "naive_heterogeneous_pd" in cases:
         points["naive_heterogeneous_pd"] = evaluate(base, law.minimum_tokens, 0, base.n_pd, policy.lengths)
     return points
 

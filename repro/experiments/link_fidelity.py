@@ -398,7 +398,13 @@ def _draw_theory(axis: Any, streams: pd.DataFrame) -> None:
         axis.plot(
             rows["asked_loss"], rows["goodput_bps"] / 1e6, color=colour, marker=marker, linestyle=dash, label=label
         )
+    axis.set_title("TCP meets the link")
     theory = lossy.drop_duplicates("asked_loss")
+    if theory.empty:
+        axis.text(
+            0.5, 0.5, "no link with loss and delay was asked for", transform=axis.transAxes, ha="center", fontsize=8
+        )
+        return
     axis.plot(
         theory["asked_loss"], theory["mathis_bps"] / 1e6, color="black", linestyle=":", label="Mathis, at most the link"
     )

@@ -56,13 +56,13 @@ def _shifted(
     return replace(requests(base, arrivals, count, seed), shifted=after, shift_at_s=at_s)
 
 
-#: The shift moves μ of the log-normal lengths: a mixture or a trace has none.
+#: Requests count from the shift on, which moves μ of the log-normal lengths: a mixture or a trace has none.
 _READS = tuple(
     key for key in (*SIMULATED, *SCHEDULER) if key != "workload.mixture" and not key.startswith("workload.trace")
 )
 EXPERIMENT = Experiment(
     "shift",
-    {"simulate": (*_READS, "options")},
+    {"simulate": (*_READS, *(f"options.{key}" for key in ("load", "duration_s", "seeds", "at_s", "mu_shift")))},
     run,
     simulated.FIGURES,
     Options,

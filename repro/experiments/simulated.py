@@ -125,7 +125,11 @@ class Setting:
         base = deployment(settings)
         true = replace(settings, policy=replace(settings.policy, lengths="true_mean"))
         return Setting(
-            base, operating_points(base, true), shared_link(settings.link), settings.workload.slo, settings.policy
+            base,
+            operating_points(base, true, ("prfaas_pd", "naive_heterogeneous_pd")),
+            shared_link(settings.link),
+            settings.workload.slo,
+            settings.policy,
         )
 
     @property

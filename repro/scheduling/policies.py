@@ -53,7 +53,7 @@ class RandomSplit:
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
-            raise UserError(f"policy.share: {self.share} is not a fraction; accepted: 0 to 1")
+            raise UserError(f"policy.offload_share: {self.share} is not a fraction; accepted: 0 to 1")
 
     def route(self, request: RequestView, state: SchedulerState) -> Route:  # noqa: ARG002
         """Remote for a fixed pseudo-random `share` of ids."""

@@ -34,7 +34,7 @@ class PolicySpec:
     lengths: Literal["representative", "true_mean"] = "representative"
     router: Literal["threshold", "prfaas", "length_aware", "random_split", "naive", "homogeneous"] = "threshold"
     offload_share: float | None = None
-    placement: Literal["least_work", "sampled", "round_robin", "cache_affinity"] = "least_work"
+    placement: Literal["least_work", "sampled", "round_robin"] = "least_work"
     admission: AdmissionSpec = field(default_factory=AdmissionSpec)
     short_term: ShortTermSpec = field(default_factory=ShortTermSpec)
     long_term: LongTermSpec = field(default_factory=LongTermSpec)

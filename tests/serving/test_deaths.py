@@ -32,8 +32,7 @@ from repro.transport import TransportSpec
 REPEATS = range(int(os.environ.get("REPEATS", "1")))
 NAMED_WITHIN_S = {signal.SIGKILL: 2.0, signal.SIGSTOP: 10.0}
 WORDS = {signal.SIGKILL: "was killed by SIGKILL", signal.SIGSTOP: "is stopped"}
-#: Its own name: another run of these tests may be under way on this machine.
-RUN = f"test-deaths-{os.getpid()}"
+RUN = "test-deaths"
 MODEL = models.load("qwen3_5_397b", "tiny")
 ENGINE = EngineSpec(replace(MODEL, parameters=float(MODEL.parameters)), chunk_tokens=64)
 TRANSPORT = TransportSpec(connections=2, secret="of this test")

@@ -1,0 +1,65 @@
+"""Every experiment at the smallest size that still has a result: what the tests of the configuration run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from repro.experiments import base
+from repro.presets import choices
+
+_STUDY = ["options.seeds=2", "options.duration_s=110"]
+#: (experiment, tier) → what makes it small.
+SMALL: Mapping[tuple[str, str], list[str]] = {
+    ("case_study", "model"): ["options.parts=[table5]"],
+    ("table6", "model"): ["options.draws=0"],
+    ("models", "model"): ["model=[kimi_linear,qwen3_235b]"],
+    ("table6", "simulate"): ["options.requests=1000", "options.seeds=2"],
+    ("ablation", "simulate"): _STUDY,
+    ("agentic", "simulate"): [*_STUDY, "options.warmup_s=20"],
+    ("bandwidth_drop", "simulate"): [
+        *_STUDY, "options.at_s=60", "options.for_s=20", "options.recovery_s=20", "options.loads=[0.7]", "options.dropped_bps=[4e9]",
+    ],
+    ("burst", "simulate"): _STUDY,
+    ("link_flap", "simulate"): [*_STUDY, "options.every_s=40"],
+    ("output_length", "simulate"): [*_STUDY, "options.means=[256]"],
+    ("scale", "simulate"): ["options.factors=[1,2]", "options.minimum_requests=300"],
+    ("shift", "simulate"): [*_STUDY, "options.at_s=50"],
+    ("simulation", "simulate"): _STUDY,
+    ("trace", "simulate"): ["options.trace=TRACE"],
+    ("split", "execute"): [
+        "model=[kimi_linear,qwen3_235b]", "options.input_tokens=[40]", "options.chunk_tokens=16", "options.repeats=2",
+        "options.output_tokens=3",
+    ],
+    ("overlap", "execute"): ["options.input_tokens=[70]", "options.chunk_tokens=32", "options.repeats=2", "options.link_to_phi=[2.0]"],
+    ("codecs", "execute"): ["options.prompts=1", "options.prompt_tokens=48", "options.following_tokens=4"],
+    ("profile", "execute"): [
+        "options.first_tokens=16", "options.last_tokens=64", "options.repeats=3", "options.batches=[1,2]", "options.contexts=[16]",
+        "options.decode_steps=2",
+    ],
+    ("table2", "execute"): ["options.lengths=[16,32]"],
+    ("link_fidelity", "emulate"): [
+        "options.backends=[relay]", "options.rates_bps=[1e8]", "options.rtts_s=[0.02]", "options.losses=[0.0]", "options.connections=[1]",
+        "options.congestion_controls=[cubic]", "options.rate_s=0.3", "options.iperf3_s=1.0",
+    ],
+}  # fmt: skip
+
+
+def every() -> list[tuple[str, str]]:
+    """All experiments on all tiers that they offer."""
+    return [(name, tier) for name in choices("experiment") for tier in base.load(name).tiers]
+
+
+def words(name: str, tier: str, folder: Path) -> list[str]:
+    """The words of the command line for a small run below `folder`."""
+    trace = folder / "trace.jsonl"
+    if not trace.exists():
+        lines = [
+            f'{{"timestamp": {1500 * i}, "input_length": {3000 + 700 * (i % 5)}, "output_length": 40, "hash_ids": [1, 2, {i // 3}]}}\n'
+            for i in range(60)
+        ]
+        trace.write_text("".join(lines))
+    small = [word.replace("TRACE", str(trace)) for word in SMALL.get((name, tier), [])]
+    return [
+        f"experiment={name}", f"tier={tier}", *small, "tracking=disabled", "processes=1", f"results={folder / 'results'}",
+    ]  # fmt: skip

@@ -1,0 +1,75 @@
+"""Every experiment runs on every tier that it offers, draws its figures, and reads exactly the keys that it declares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small import every, words
+from watching import Watch
+
+from repro import runner
+from repro.composition import compose
+from repro.experiments import base
+
+#: Keys that a node's own methods look at on the way to those that decide, on tiers without an emulated link.
+PASSED_OVER = {
+    "link.rate_bps": "overlap replaces it by multiples of the measured Φ_kv",
+    "link.loss": "a condition of the link has rate, delay and loss; the simulated link takes the first two",
+    "link.capacity_trace": "refused before the run",
+    "link.reverse_capacity_trace": "refused before the run",
+    "link.reverse_rate_bps": "the simulated link is the direction of the KVCache",
+    "policy.lengths": "replaced by the reading that the tier takes",
+    "policy.cache.block_tokens": "a trace's own block size takes its place",
+}
+#: Declared keys that a small run does not come to, with the reason.
+NOT_REACHED = {
+    "profile": "looked at when the run is prepared",
+    "seed": "looked at when the run is prepared",
+    "workload.trace": "only where a trace is given",
+    "workload.mixture": "only where it has parts",
+    "workload.sessions": "only where sessions are given",
+    "policy.offload_share": "only of router=random_split",
+    "policy.cache": "only where caches are switched on",
+    "policy.rebalance": "only where caches are switched on",
+    "pretrained": "handed to the models",
+    "size": "handed to the models",
+    "model": "of several models and sizes each run reads some",
+}
+
+
+def declared(experiment: base.Experiment, tier: str, key: str) -> bool:
+    return experiment.reads_key(key, tier)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("name", "tier"), every(), ids=lambda part: str(part))
+def test_an_experiment_runs_draws_and_reads_what_it_declares(
+    name: str, tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, watch = base.load(name), Watch()
+    context = base.Context
+
+    def watched(settings, options, folder, progress):  # type: ignore[no-untyped-def]
+        return context(watch.of(settings), options, folder, progress)
+
+    if not experiment.parts:
+        monkeypatch.setattr(base, "Context", watched)
+    record = runner.run(compose(words(name, tier, tmp_path)), ["repro", name], lambda line: None)
+    monkeypatch.undo()
+
+    figures = {path.stem for path in (record.path / "figures").glob("*.png")} if experiment.figures_for(tier) else set()
+    assert figures == set(experiment.figures_for(tier))
+    assert (record.path / "report.html").is_file()
+    assert experiment.parts or len(record.metrics)
+
+    unread = {key for key in watch.read if not declared(experiment, tier, key) and key not in PASSED_OVER}
+    unread = {key for key in unread if key.rpartition(".")[2] not in base.DESCRIPTIONS}
+    assert not unread, "read without being declared"
+    for key in experiment.reads[tier]:
+        if key == "options" or key.startswith("options.") or experiment.parts:
+            continue
+        reached = any(found == key or found.startswith(f"{key}.") for found in watch.read)
+        excused = any(key == known or key.startswith(f"{known}.") for known in NOT_REACHED)
+        assert reached or excused, f"{key} is declared and never read"
