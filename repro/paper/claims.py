@@ -154,7 +154,10 @@ def _executed() -> list[Claim]:
     found = []
     for model, title in (("kimi_linear", "a hybrid model"), ("qwen3_235b", "a dense model")):
         for metric, words in (
-            ("tokens_match", "Prefill and decode of {title}, split across the link, give the unsplit tokens."),
+            (
+                "tokens_match",
+                "Prefill and decode of {title}, split across the link, give the tokens of the model's own generate.",
+            ),
             ("kv_bytes_match", "The state that {title} ships is S_kv(l), to the byte."),
         ):
             found.append(
