@@ -144,6 +144,7 @@ def draw(record: Record) -> Figure:
             annot_kws={"fontsize": 7, "color": "black"}, xticklabels=[f"{rate / 1e9:g}" for rate in rates],
             yticklabels=[f"{load:g}" for load in reversed(loads)],
         )  # fmt: skip
+        axis.tick_params(axis="y", rotation=0)
         axis.set(xlabel="link during the drop (Gbps)", ylabel="load (λ / Λ_max)", title=title)
         axis.grid(visible=False)
     return figure
