@@ -137,6 +137,9 @@ def _in_order(arguments: list[str]) -> list[str]:
     parser.error = refuse  # type: ignore[method-assign]
     overrides: list[str] = parser.parse_intermixed_args(arguments).overrides
     for word in overrides:
+        group, _, choice = word.partition("=")
+        if choice == "null" and group in groups() and group not in ("sweep", "bench"):
+            raise UserError(f"{group}: null chooses nothing; accepted: {', '.join(choices(group))}")
         if "=" not in word and not word.startswith("~"):
             raise UserError(
                 f"{word!r}: neither a verb nor key=value; verbs: {', '.join(verbs()) or 'none'}; see --help"

@@ -7,6 +7,7 @@ those of the command line, and those that the experiment's file sets. What is as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,10 +98,29 @@ def of(composed: Any, words: Iterable[str]) -> Composition:
     words = tuple(words)
     asked = _asked_by_words(words)
     plain = {str(key): value for key, value in values.items()}
+    _refuse_infinite(plain)
     plain["model"] = _models(plain, asked)
     settings = build(Settings, plain)
     everything = dict.fromkeys([*asked, *_asked_by_file(words, settings.name)])
     return Composition(settings, tuple(key for key in everything if key.split(".")[0] not in _CHOOSERS), words)
+
+
+def _refuse_infinite(value: Any, key: str = "") -> None:
+    """No quantity of the configuration may be infinite or no number: null is what stands for no limit.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(
+            f"{key}: {value} is no finite number; accepted: a finite number, or null where the key takes it"
+        )
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _refuse_infinite(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_infinite(item, f"{key}[{index}]")
 
 
 def _models(values: Mapping[str, Any], asked: Sequence[str]) -> dict[str, Any]:
