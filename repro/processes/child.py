@@ -357,7 +357,8 @@ def _opened(stderr: Where) -> tuple[Path | None, IO[bytes] | None]:
         return stderr, stderr.open("wb")
     if stderr == "kept":
         return None, tempfile.TemporaryFile()
-    return None, None if stderr == "inherited" else Path(os.devnull).open("wb")
+    # Opened to be read as well: its last words are asked for as any other's, and there are none.
+    return None, None if stderr == "inherited" else Path(os.devnull).open("r+b", buffering=0)
 
 
 def _last_line(tail: bytes) -> str:
