@@ -361,7 +361,8 @@ def draw(record: Record) -> Figure:
     _draw_loss(loss, links)
     _draw_theory(theory, streams)
     for axis in (rate, rtt, loss, theory):
-        axis.legend(fontsize=7)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
     return figure
 
 
