@@ -62,12 +62,13 @@ def _help() -> str:
     lines = [
         "usage: python -m repro [experiment=<name>] [<group>=<choice> …] [<key>=<value> …]     one experiment (default: the case study)",
         "       python -m repro -m experiment=<a>,<b> [<key>=<value>,<value> …]                 a sweep",
+        "       python -m repro bench=<name> [overrides]                                        a benchmark",
         "       python -m repro sweep=<name> [overrides]                                        a sweep from conf/sweep",
         "       python -m repro --cfg job [overrides]                                           print the composed configuration",
         "       python -m repro <verb> …                                                        a tool",
     ]
     width = max(map(len, choices("experiment"))) + 2
-    for title, group in (("experiments", "experiment"), ("sweeps", "sweep")):
+    for title, group in (("experiments", "experiment"), ("benchmarks", "bench"), ("sweeps", "sweep")):
         lines += ["", f"{title}:", *(f"  {name:<{width}}{line}" for name, line in choices(group).items())]
     lines += ["", "groups:"]
     for group in groups():

@@ -15,7 +15,7 @@ from typing import Any
 
 from repro.configuration import build
 from repro.errors import UserError
-from repro.presets import CONF, groups
+from repro.presets import CONF, choice_of, groups
 from repro.settings import Settings
 
 _SCHEMA = "settings_schema"
@@ -97,6 +97,10 @@ def of(composed: Any, words: Iterable[str]) -> Composition:
     assert isinstance(values, dict)
     words = tuple(words)
     asked = _asked_by_words(words)
+    if "bench" in asked and "experiment" in asked and not _chosen(words, "bench") == "null":
+        raise UserError(
+            f"bench: {_chosen(words, 'bench')!r} beside experiment={_chosen(words, 'experiment')}; accepted: one of the two"
+        )
     plain = {str(key): value for key, value in values.items()}
     _refuse_infinite(plain)
     plain["model"] = _models(plain, asked)
@@ -157,9 +161,9 @@ def _asked_by_file(words: Iterable[str], name: str) -> list[str]:
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import DictConfig
 
-    chosen = [word.partition("=")[2] for word in words if word.lstrip("+").startswith("experiment=")]
+    own, choice = choice_of(name)
     loader: Any = GlobalHydra.instance().config_loader()
-    file = loader.repository.load_config(f"experiment/{chosen[-1] if chosen else name}")
+    file = loader.repository.load_config(f"{own}/{_chosen(words, own) or choice}")
     if file is None:
         return []
     found = [key for key in _leaves(file.config) if key != "name"] if isinstance(file.config, DictConfig) else []
@@ -167,6 +171,12 @@ def _asked_by_file(words: Iterable[str], name: str) -> list[str]:
         if group := getattr(default, "group", None):
             found.append(str(group).strip("/"))
     return [key for key in found if not key.startswith("hydra")]
+
+
+def _chosen(words: Iterable[str], group: str) -> str | None:
+    """The choice of a group that the words make, the last one where there are several."""
+    found = [word.partition("=")[2] for word in words if word.lstrip("+").startswith(f"{group}=")]
+    return found[-1] if found else None
 
 
 def _leaves(node: Any, key: str = "") -> list[str]:

@@ -22,6 +22,25 @@ CONF = next(
 GLOBAL_GROUPS = ("experiment", "sweep", "bench", "tier")
 
 
+#: Benchmarks are experiments of a group of their own: `bench=link` runs what is called `bench_link`.
+_BENCH = "bench_"
+
+
+def choice_of(name: str) -> tuple[str, str]:
+    """The group and the choice in `conf/` that run the experiment of that name."""
+    return ("bench", name.removeprefix(_BENCH)) if name.startswith(_BENCH) else ("experiment", name)
+
+
+def typed(name: str) -> str:
+    """The word of the command line that chooses the experiment of that name."""
+    return "=".join(choice_of(name))
+
+
+def runs() -> list[str]:
+    """The names of all experiments and benchmarks."""
+    return [*choices("experiment"), *(f"{_BENCH}{choice}" for choice in choices("bench"))]
+
+
 def groups() -> list[str]:
     """The groups of `conf/`, without Hydra's own."""
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")

@@ -18,7 +18,7 @@ from repro.errors import UserError, writing
 from repro.experiments import base
 from repro.experiments.study import forget
 from repro.models.checkpoint import checkpoint_files
-from repro.presets import GLOBAL_GROUPS, choices, groups, preset
+from repro.presets import GLOBAL_GROUPS, choice_of, choices, groups, preset, typed
 from repro.record import tracking
 from repro.record.directory import Record, RunDirectory, configuration_hash
 from repro.report import document
@@ -64,7 +64,7 @@ def prepare(composition: Composition) -> Prepared:
     experiment = base.load(settings.name)
     if settings.tier not in experiment.tiers:
         raise UserError(
-            f"tier: {settings.tier!r} is not offered by experiment={settings.name}; accepted: {', '.join(experiment.tiers)}"
+            f"tier: {settings.tier!r} is not offered by {typed(settings.name)}; accepted: {', '.join(experiment.tiers)}"
         )
     options: Any = build(experiment.options, settings.options, "options")
     base.refuse_unread(experiment, settings.tier, composition.asked)
@@ -131,7 +131,7 @@ def _other_configuration(
     experiment: base.Experiment, settings: Settings, configuration: Mapping[str, Any]
 ) -> tuple[str, ...]:
     """Keys in which a run differs from what its experiment's file says, effort and descriptions aside."""
-    usual = compose([f"experiment={experiment.name}", f"tier={settings.tier}"]).settings
+    usual = compose([typed(experiment.name), f"tier={settings.tier}"]).settings
     usual = replace(usual, options=plain(build(experiment.options, usual.options, "options")))
     own, papers = flat(configuration), flat(base.restricted(plain(usual), experiment, settings.tier))
     aside = (*PRESENTATION, *experiment.effort, "parts")
@@ -178,13 +178,15 @@ def _run(prepared: Prepared, command: list[str], progress: Progress) -> Record:
         except OSError as error:
             raise UserError(f"results: {settings.results} cannot be written ({error.strerror})") from error
         with writing(directory.path), tracking.Mirror(settings.tracking, directory.path) as mirror:
-            if settings.tier not in MEASURED_TIERS and not prepared.parts:
+            if settings.tier not in MEASURED_TIERS and not experiment.timed and not prepared.parts:
                 mirror.load()
             context = base.Context(
                 settings, prepared.options, directory.path, lambda line: progress(f"{settings.name}: {line}")
             )
             outcome = _run_parts(prepared, context, progress) if prepared.parts else experiment.run(context)
             directory.write_metrics(outcome.metrics)
+            if outcome.failure:
+                raise UserError(outcome.failure)
             for name, table in outcome.tables.items():
                 directory.write_table(name, table)
             if outcome.requests is not None:
@@ -193,7 +195,8 @@ def _run(prepared: Prepared, command: list[str], progress: Progress) -> Record:
             directory.add_provenance({**outcome.provenance, **known, "elapsed_s": round(time.monotonic() - started, 3)})
             record = Record(directory.path)
             figures = draw(experiment, record)
-            question = choices("experiment")[settings.name]
+            group, choice = choice_of(settings.name)
+            question = choices(group)[choice]
             document.write(directory.path, settings.name, question, [record, *parts_of(record)])
             mirror.log(record, dict(prepared.configuration), figures)
         directory.complete()

@@ -6,17 +6,20 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+import repro
 from repro import runner
 from repro.composition import compose
 from repro.configuration import build, plain
 from repro.errors import UserError
 from repro.experiments import base
-from repro.presets import CONF, choices
+from repro.presets import CONF, choices, typed
 from repro.settings import Settings
 
-EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
+EXPERIMENTS = sorted(path for group in ("experiment", "bench") for path in (CONF / group).glob("*.yaml"))
 SWEEPS = sorted((CONF / "sweep").glob("*.yaml"))
-CHOICES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("experiment", "sweep", "hydra"))
+CHOICES = sorted(
+    path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("experiment", "bench", "sweep", "hydra")
+)
 
 
 #: Choices that cannot stand alone, with what else they need.
@@ -50,7 +53,9 @@ def test_the_values_of_config_yaml_stand_before_an_experiments_deltas() -> None:
     keys = [entry if isinstance(entry, str) else next(iter(entry)) for entry in defaults]
     assert keys.index("_self_") < keys.index("experiment")
     groups = [
-        key for key in keys if key not in ("_self_", "experiment", "sweep", "settings_schema") and "override" not in key
+        key
+        for key in keys
+        if key not in ("_self_", "experiment", "bench", "sweep", "settings_schema") and "override" not in key
     ]
     assert keys[0] == "settings_schema"
     assert max(map(keys.index, groups)) < keys.index("_self_")
@@ -58,12 +63,14 @@ def test_the_values_of_config_yaml_stand_before_an_experiments_deltas() -> None:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
 def test_an_experiment_composes_on_each_of_its_tiers_and_its_options_hold(path: Path) -> None:
-    experiment = base.load(path.stem)
-    composed = settings(f"experiment={path.stem}")
-    assert composed.name == experiment.name == path.stem
+    choice = f"{path.parent.name}={path.stem}"
+    composed = settings(choice)
+    experiment = base.load(composed.name)
+    assert typed(composed.name) == choice
+    assert composed.name == experiment.name
     assert composed.tier in experiment.tiers
     for tier in experiment.tiers:
-        on_tier = settings(f"experiment={path.stem}", f"tier={tier}")
+        on_tier = settings(choice, f"tier={tier}")
         assert on_tier.tier == tier
         build(experiment.options, on_tier.options, "options")
         assert build(Settings, plain(on_tier)) == on_tier
@@ -75,16 +82,22 @@ def test_an_experiment_file_is_global_and_says_in_one_line_what_it_answers(path:
     assert first == "# @package _global_"
     assert second.startswith("# ")
     assert second.endswith(".")
-    assert choices("experiment")[path.stem] == second[2:]
+    assert choices(path.parent.name)[path.stem] == second[2:]
 
 
-def test_every_experiment_module_has_its_file() -> None:
+@pytest.mark.parametrize(("group", "room"), [("experiment", "experiments"), ("bench", "bench")])
+def test_every_experiment_module_has_its_file(group: str, room: str) -> None:
     modules = {
         path.stem
-        for path in Path(base.__file__).parent.glob("*.py")
+        for path in (Path(repro.__file__).parent / room).glob("*.py")
         if "\nEXPERIMENT = Experiment(" in path.read_text()
     }
-    assert modules == {path.stem for path in EXPERIMENTS}
+    assert modules == set(choices(group))
+
+
+def test_a_benchmark_beside_an_experiment_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^bench: 'search' beside experiment=table6; accepted: one of the two"):
+        compose(["experiment=table6", "bench=search"])
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=name_of)

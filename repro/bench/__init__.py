@@ -1,1 +1,1 @@
-"""Benchmarks: `scripts/bench <name> …`, one module each; their results are kept with provenance, never asserted by a test."""
+"""Benchmarks: experiments of a group of their own (`bench=<name>`), whose results are times of this machine and asserted by no test."""

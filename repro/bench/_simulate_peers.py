@@ -62,7 +62,7 @@ class Peer(Protocol):
 
     @property
     def name(self) -> str:
-        """As `--peer` calls it."""
+        """As `options.peers` calls it."""
         ...
 
     @property
@@ -105,7 +105,7 @@ class SplitwiseSim:
     def __post_init__(self) -> None:
         for mark in ("run.py", "simulator.py", "configs/start_state/splitwise.yaml", "data/perf_model.csv"):
             if not (self.checkout / mark).is_file():
-                said = f"--peer {self.name}: {self.checkout} is no checkout of it: {mark} is missing"
+                said = f"options.peers: {self.name}: {self.checkout} is no checkout of it: {mark} is missing"
                 raise UserError(f"{said}; accepted: a whole clone")
         _runnable(self.name, self.python)
 
@@ -143,7 +143,7 @@ class SplitwiseSim:
 
 @dataclass(frozen=True)
 class Vidur:
-    """Vidur (MLSys 2024): `pip install vidur==0.0.26` in an environment of its own, whose folder is the path that `--peer` takes.
+    """Vidur (MLSys 2024): `pip install vidur==0.0.26` in an environment of its own, whose folder is the path that `VIDUR` holds.
 
     It plays Llama 3 8B on 8 replicas of one H100, the fewest that keep up with these requests, with Sarathi's chunked prefill, its compiled
     predictor of step times, and no metrics but those of requests. Memory is set so large that it never preempts, at which this release
@@ -170,7 +170,7 @@ class Vidur:
         done = subprocess.run([str(self.python), "-c", asking], capture_output=True, text=True, check=False)
         if done.returncode:
             raise UserError(
-                f"--peer vidur: {self.environment} does not have it; accepted: an environment with vidur installed"
+                f"options.peers: vidur: {self.environment} does not have it; accepted: an environment with vidur installed"
             )
         return done.stdout.strip()
 
@@ -256,21 +256,27 @@ def _downloaded(folder: Path, configuration: Mapping[str, str], tables: Mapping[
         table.to_csv(snapshot / f"{name}.csv.xz", index=False)
 
 
-#: What `--peer` knows: name → adapter of a folder and an interpreter.
+#: What `options.peers` knows: name → adapter of a folder and an interpreter.
 PEERS: Mapping[str, Callable[[Path, Path], Peer]] = {SplitwiseSim.name: SplitwiseSim, Vidur.name: Vidur}
 
 
-def parse_peer(text: str) -> Peer:
-    """`NAME=FOLDER` or `NAME=FOLDER:PYTHON`; without an interpreter, FOLDER/bin/python or else the one that runs this.
+def peer_of(name: str) -> Peer:
+    """The simulator of that name where its environment variable (SPLITWISE_SIM, VIDUR) says that it lies: `FOLDER` or `FOLDER:PYTHON`.
+
+    Without an interpreter it is FOLDER/bin/python, or else the one that runs this. Where it lies is no part of the configuration: the
+    same run on another machine is the same run.
 
     Raises:
-        UserError: if the name is unknown, or the folder does not hold that simulator.
+        UserError: if the name is unknown, the variable is not set, or the folder does not hold that simulator.
     """
-    name, _, where = text.partition("=")
-    folder, _, python = where.partition(":")
-    if name not in PEERS or not folder:
-        known = ", ".join(sorted(PEERS))
-        raise UserError(f"--peer: {text!r}; accepted: NAME=FOLDER[:PYTHON] with NAME one of {known}")
+    if name not in PEERS:
+        raise UserError(f"options.peers: {name!r}; accepted: {', '.join(sorted(PEERS))}")
+    variable = name.upper().replace("-", "_")
+    folder, _, python = os.environ.get(variable, "").partition(":")
+    if not folder:
+        raise UserError(
+            f"options.peers: {name}: {variable} is not set; accepted: {variable}=FOLDER[:PYTHON] in the environment"
+        )
     home = Path(folder).resolve()
     its_own = home / "bin" / "python"
     return PEERS[name](
@@ -281,7 +287,7 @@ def parse_peer(text: str) -> Peer:
 def _runnable(name: str, python: Path) -> None:
     if not (python.is_file() and os.access(python, os.X_OK)):
         raise UserError(
-            f"--peer {name}: {python} cannot be run; accepted: the interpreter of an environment with its packages"
+            f"options.peers: {name}: {python} cannot be run; accepted: the interpreter of an environment with its packages"
         )
 
 
@@ -313,7 +319,7 @@ def _timed(name: str, python: Path, folder: Path, method: str, command: list[str
             argv = tied([str(python), str(_LOOP), str(out), method, *command])
             done = processes.run(argv, cwd=folder, environment=environment, output=file, timeout_s=_LIMIT_S)
         except subprocess.TimeoutExpired:
-            raise UserError(f"{name}: not done after {_LIMIT_S:.0f} s; give it fewer with --requests") from None
+            raise UserError(f"{name}: not done after {_LIMIT_S:.0f} s; give it fewer with options.requests") from None
     if done.returncode or not out.is_file():
         said = " ".join(log.read_text(errors="replace").split()[-40:])
         raise UserError(f"{name}: exit status {done.returncode}; its last words: {said}")

@@ -8,33 +8,32 @@ the processor time inside the hooks themselves, which needs no quiet machine but
 Then a whole cache leaves as fast as it can, nothing being computed: `device_to_host_bps` through the staging memory, `device_to_wire_bps`
 until the receiver has acknowledged all of it, `host_to_device_bps` back from the receiver's memory.
 
-    scripts/bench capture --model kimi_linear --size tiny --tokens 2048 --pairs 15
-    scripts/bench capture --model kimi_linear --size single_gpu --device cuda --tokens 32768 --chunk 4096
+    scripts/bench capture model=kimi_linear options.tokens=2048 options.pairs=15
+    scripts/bench capture size=single_gpu options.device=cuda options.tokens=32768 options.chunk_tokens=4096
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
-from repro.bench._record import recorded
 from repro.engine.staging import Copies, Staging, copies_of
+from repro.errors import UserError
+from repro.experiments.base import MODEL, Context, Experiment, Outcome
+from repro.experiments.split_model import check_one
+from repro.experiments.table3 import one_model
 from repro.kvcache.capture import Emit, LayerwiseCapture
 from repro.kvcache.frames import FrameHeader, Manifest, Piece
 from repro.kvcache.state import Cache, State, extract, seal
 from repro.kvcache.tensors import tensor_of
-from repro.models import spec
 from repro.models.build import build
 from repro.models.prefill import chunked_prefill
 from repro.record.metrics import Metric
@@ -46,26 +45,36 @@ TARGET_PCT = 3.0
 Sink = Callable[[], AbstractContextManager[Emit]]
 
 
-def main(argv: list[str]) -> int:
-    """Run, print one line per figure, write a record; its path is the last line."""
-    parser = argparse.ArgumentParser(
-        prog="bench capture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="kimi_linear")
-    parser.add_argument("--size", default="tiny")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--chunk", type=int, default=512)
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--staging-bytes", type=int, default=512 << 20)
-    parser.add_argument("--connections", type=int, default=4)
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    arguments = parser.parse_args(argv)
-    name = f"{arguments.model}_{arguments.size}_{torch.device(arguments.device).type}_{arguments.tokens}"
-    with recorded("capture", name, arguments, argv, {"prompt": 0}) as directory:
-        directory.write_metrics(_rows(arguments))
-        directory.add_provenance({"threads": torch.get_num_threads()})
-    return 0
+@dataclass(frozen=True)
+class Options:
+    """One prompt of `tokens` on `device`, in chunks, `pairs` times with and without capture."""
+
+    device: str = "cpu"
+    tokens: int = 2048
+    chunk_tokens: int = 512
+    pairs: int = 15
+    staging_bytes: int = 512 << 20
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 1), ("chunk_tokens", 1), ("pairs", 2), ("staging_bytes", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"options.{name}: {getattr(self, name)}; accepted: {least} or more")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            device = None
+        if (
+            device is None
+            or device.type not in ("cpu", "cuda")
+            or (device.type == "cuda" and not torch.cuda.is_available())
+        ):
+            here = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+            raise UserError(f"options.device: {self.device!r} is not here; accepted: {here}")
+
+
+def run(context: Context) -> Outcome:
+    """All variants of one model, and a whole cache."""
+    return Outcome(_rows(context), provenance={"threads": torch.get_num_threads()})
 
 
 @dataclass(frozen=True)
@@ -112,39 +121,40 @@ class _TimedCapture(LayerwiseCapture):
         return timed
 
 
-def _rows(arguments: argparse.Namespace) -> list[Metric]:
-    model = build(spec.load(arguments.model, arguments.size), arguments.device)
+def _rows(context: Context) -> list[Metric]:
+    options, spec = context.options, one_model(context.settings)
+    assert isinstance(options, Options)
+    model = build(spec, options.device)
     random = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 500, (1, arguments.tokens), generator=random).to(arguments.device)
-    copies = copies_of(arguments.device)
-    prefill = _Prefill(model, ids, arguments.chunk, copies)
-    staging = Staging(copies, arguments.staging_bytes)
-    case, rows = f"{arguments.model}.{arguments.size}.{arguments.tokens}", []
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    ids = torch.randint(3, min(500, vocabulary), (1, options.tokens), generator=random).to(options.device)
+    copies = copies_of(options.device)
+    prefill = _Prefill(model, ids, options.chunk_tokens, copies)
+    staging = Staging(copies, options.staging_bytes)
+    case, rows = f"{spec.name}.{spec.size}.{options.tokens}", []
 
     def say(variant: str, metric: str, values: list[float], unit: str, note: str = "") -> None:
         found = Estimate.of_signed(values)
         between = f" ({found.low:.4g} to {found.high:.4g})" if found.n > 1 else ""
-        print(f"{variant}: {metric} {found.value:.4g} {unit}{between} {note}", file=sys.stderr)
+        context.progress(f"{variant}: {metric} {found.value:.4g} {unit}{between} {note}")
+        span = (found.low, found.high)
         rows.append(
-            Metric(
-                "bench_capture", "execute", f"{case}.{variant}", metric, found.value, unit, "measured",
-                found.low, found.high, found.n,
-            )
-        )  # fmt: skip
+            context.metric(f"{case}.{variant}", metric, found.value, unit, "measured", interval=span, n=found.n)
+        )
 
-    with _loopback(arguments.connections) as wire:
+    with _loopback(context.settings.transport.connections) as wire:
         copies.lock(wire.receiver.memory)
         sinks: dict[str, Sink] = {
             "hooks": _dropped, "staged": lambda: _staged(staging, _Framing()), "sent": lambda: _sent(staging, wire),
         }  # fmt: skip
         for variant, sink in sinks.items():
-            plain_s, wall, cpu = paired(prefill, sink, arguments.pairs)
+            plain_s, wall, cpu = paired(prefill, sink, options.pairs)
             verdict = "within" if Estimate.of_signed(wall).high < TARGET_PCT else "not shown to be within"
             say(variant, "capture_overhead_pct", wall, "%", f"of T_prefill {plain_s:.3f} s: {verdict} {TARGET_PCT:g} %")
             say(variant, "capture_cpu_pct", cpu, "%", "of the processor time of this process")
-            say(variant, "inside_hooks_pct", shares_inside_hooks(prefill, sink, arguments.pairs), "%")
-        states = extract(prefill.run(), model.config, arguments.tokens)  # type: ignore[arg-type]
-        for metric, values in goodputs(states, staging, wire, copies, arguments.pairs).items():
+            say(variant, "inside_hooks_pct", shares_inside_hooks(prefill, sink, options.pairs), "%")
+        states = extract(prefill.run(), model.config, options.tokens)  # type: ignore[arg-type]
+        for metric, values in goodputs(states, staging, wire, copies, options.pairs).items():
             say("whole", metric, values, "bit/s", f"for {sum(s.nbytes for s in states)} bytes in {len(states)} pieces")
     return rows
 
@@ -291,3 +301,13 @@ def _sent(staging: Staging, wire: _Wire) -> Iterator[Emit]:
     wire.sender.finish(Manifest.of(number, headers))
     wire.sender.wait(number)
     wire.receive()
+
+
+EXPERIMENT = Experiment(
+    "bench_capture",
+    reads={"execute": (*MODEL, "transport.connections", "options")},
+    run=run,
+    options=Options,
+    check=check_one,
+    timed=True,
+)

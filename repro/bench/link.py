@@ -4,81 +4,87 @@ The forwarder's ceiling is two copies per super-packet through the kernel plus s
 gigabyte falls with the rate until a core is full. What is left behind by links is counted in file descriptors,
 threads, child processes and interfaces of this host, and must not grow.
 
-    scripts/bench link --cycles 50 --rates 1e8,1e9,5e9,1e10
+    scripts/bench link options.cycles=50 options.rates_bps=[1e8,1e9,5e9,1e10]
 """
 
 from __future__ import annotations
 
-import argparse
-import math
 import os
-import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from repro.errors import UserError
+from repro.experiments.base import Context, Experiment, Outcome
 from repro.link import LinkSpec, leftovers, open_link
 from repro.link.link import Unavailable
-from repro.record.directory import RunDirectory, configuration_hash
+from repro.link.spec import BACKENDS
 from repro.record.metrics import Metric
 
 
-def main(argv: list[str]) -> int:
-    """Run, print what was found on stderr, save it, and end with the path of the record."""
-    parser = argparse.ArgumentParser(prog="bench link", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cycles", type=int, default=50)
-    parser.add_argument("--rates", default="1e8,1e9,5e9,1e10")
-    parser.add_argument("--backends", default="netem,packet,tbf,relay")
-    parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    arguments = parser.parse_args(argv)
-    configuration = {name: str(value) for name, value in vars(arguments).items() if name != "results"}
-    directory = RunDirectory(arguments.results / "bench_link" / configuration_hash(configuration))
-    directory.begin(configuration, ["bench", "link", *argv], {})
-    try:
-        rows: list[Metric] = []
-        for backend in arguments.backends.split(","):
-            try:
-                rates = [float(rate) for rate in arguments.rates.split(",")]
-                rows += _carried(backend, rates, arguments.seconds)
-                rows += _cycles(backend, arguments.cycles)
-            except Unavailable as reason:
-                print(reason, file=sys.stderr)
-        if not rows:
-            raise UserError(f"bench link: none of --backends {arguments.backends} can be used here")
-        for row in rows:
-            print(f"{row.case:32} {row.metric:24} {row.value:12.5g} {row.unit}", file=sys.stderr)
-        directory.write_metrics(rows)
-        record = directory.complete()
-    except BaseException as error:
-        directory.fail(error)
-        raise
-    print(record.path)
-    return 0
+@dataclass(frozen=True)
+class Options:
+    """Which backends carry which rates, for how long each, and how many links come and go."""
+
+    backends: tuple[str, ...] = ("netem", "packet", "tbf", "relay")
+    rates_bps: tuple[float, ...] = (1e8, 1e9, 5e9, 1e10)
+    seconds: float = 2.0
+    cycles: int = 50
+
+    def __post_init__(self) -> None:
+        for backend in self.backends:
+            if backend not in BACKENDS or backend in ("auto", "none"):
+                known = ", ".join(name for name in BACKENDS if name not in ("auto", "none"))
+                raise UserError(f"options.backends: {backend!r}; accepted: {known}")
+        if any(rate <= 0 for rate in self.rates_bps):
+            raise UserError(f"options.rates_bps: {list(self.rates_bps)}; accepted: bits per second above 0")
+        if self.seconds <= 0:
+            raise UserError(f"options.seconds: {self.seconds:g}; accepted: above 0")
+        if self.cycles < 1:
+            raise UserError(f"options.cycles: {self.cycles}; accepted: 1 or more")
 
 
-def _carried(backend: str, rates: list[float], seconds: float) -> list[Metric]:
+def run(context: Context) -> Outcome:
+    """Every backend that can be used here."""
+    options = context.options
+    assert isinstance(options, Options)
+    rows: list[Metric] = []
+    for backend in options.backends:
+        try:
+            found = [*_carried(context, backend, options), *_cycles(context, backend, options.cycles)]
+        except Unavailable as reason:
+            context.progress(str(reason))
+            continue
+        for row in found:
+            context.progress(f"{row.case:20} {row.metric:18} {row.value:12.5g} {row.unit}")
+        rows += found
+    if not rows:
+        raise UserError(f"options.backends: none of {', '.join(options.backends)} can be used here")
+    return Outcome(rows)
+
+
+def _carried(context: Context, backend: str, options: Options) -> list[Metric]:
     """What is carried of each rate, what the probe finds of RTT, and what a gigabyte costs."""
     rows = []
-    for rate in rates:
+    for rate in options.rates_bps:
         rtt_s = 0.0 if backend == "tbf" else 0.01
         with open_link(LinkSpec(rate_bps=rate, rtt_s=rtt_s, backend=backend), run="bench-link") as link:
-            found = link.measure(rate_s=seconds)
+            found = link.measure(rate_s=options.seconds)
             signals = link.signals()
         case = f"{backend} {rate / 1e9:g} Gbps"
         rows += [
-            _row(case, "rate_share", found.rate_share, "1"),
-            _row(case, "rtt_error_s", found.rtt_s - rtt_s, "s"),
-            _row(case, "rtt_p99_error_s", found.rtt_p99_s - rtt_s, "s"),
+            _row(context, case, "rate_share", found.rate_share, "1"),
+            _row(context, case, "rtt_error_s", found.rtt_s - rtt_s, "s"),
+            _row(context, case, "rtt_p99_error_s", found.rtt_p99_s - rtt_s, "s"),
         ]
         cpu_s = signals.forward.cpu_s + signals.reverse.cpu_s
         if cpu_s:  # the kernel's own disciplines have no process to charge
-            rows.append(_row(case, "cpu_s_per_gb", cpu_s / (signals.forward.forwarded_bytes / 1e9), "s/GB"))
+            rows.append(_row(context, case, "cpu_s_per_gb", cpu_s / (signals.forward.forwarded_bytes / 1e9), "s/GB"))
     return rows
 
 
-def _cycles(backend: str, cycles: int) -> list[Metric]:
+def _cycles(context: Context, backend: str, cycles: int) -> list[Metric]:
     """How long a link takes to make and to remove, and what many of them leave behind."""
     spec = LinkSpec(rate_bps=1e9, backend=backend)
     open_link(spec, run="bench-link").close()
@@ -92,9 +98,9 @@ def _cycles(backend: str, cycles: int) -> list[Metric]:
         closing_s += time.perf_counter() - opened_s
     left = sum(abs(after - earlier) for earlier, after in zip(before, _held(), strict=True))
     return [
-        _row(backend, "open_s", opening_s / cycles, "s", cycles),
-        _row(backend, "close_s", closing_s / cycles, "s", cycles),
-        _row(backend, "left_behind", left, "1", cycles),
+        _row(context, backend, "open_s", opening_s / cycles, "s", cycles),
+        _row(context, backend, "close_s", closing_s / cycles, "s", cycles),
+        _row(context, backend, "left_behind", left, "1", cycles),
     ]
 
 
@@ -109,5 +115,8 @@ def _held() -> tuple[int, int, int, int, int]:
     )
 
 
-def _row(case: str, metric: str, value: float, unit: str, n: int = 1) -> Metric:
-    return Metric("bench_link", "emulate", case, metric, value, unit, "measured", math.nan, math.nan, n)
+def _row(context: Context, case: str, metric: str, value: float, unit: str, n: int = 1) -> Metric:
+    return context.metric(case, metric, value, unit, "measured", n=n)
+
+
+EXPERIMENT = Experiment("bench_link", reads={"emulate": ("options",)}, run=run, options=Options, timed=True)

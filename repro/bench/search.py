@@ -3,22 +3,20 @@
 The short-term controller searches t again whenever the link changes (§3.4.3), so a search must cost less than the requests that arrive
 while it runs. `cold` is the first search over a deployment, whose curves are still to be built; the others repeat it.
 
-    scripts/bench search --repeats 200
+    scripts/bench search options.repeats=200
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
 from scipy.stats import quantile_test
 
-from repro.bench._record import recorded
 from repro.errors import UserError
+from repro.experiments.base import Context, Experiment, Outcome
 from repro.paper import text
 from repro.profiles.presets import PaperInputs
 from repro.record.metrics import Metric
@@ -26,38 +24,43 @@ from repro.scheduling.search import grid_search, threshold_grid
 from repro.scheduling.throughput import Deployment, Lengths
 
 
-def main(argv: list[str]) -> int:
-    """Time both readings of T_prefill's mean, print one line each, write a record; its path is the last line."""
-    parser = argparse.ArgumentParser(prog="bench search", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--step-tokens", type=int, default=100)
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    arguments = parser.parse_args(argv)
-    if arguments.repeats < 10:
-        raise UserError(f"--repeats: {arguments.repeats}; accepted: 10 or more, for an interval of the median")
-    with recorded("search", f"step_{arguments.step_tokens}", arguments, argv, {}) as directory:
-        directory.write_metrics([row for lengths in get_args(Lengths) for row in _rows(lengths, arguments)])
-    return 0
+@dataclass(frozen=True)
+class Options:
+    """So many timed searches after the cold one, over thresholds `step_tokens` apart."""
+
+    repeats: int = 200
+    step_tokens: int = 100
+
+    def __post_init__(self) -> None:
+        if self.repeats < 10:
+            raise UserError(f"options.repeats: {self.repeats}; accepted: 10 or more, for an interval of the median")
+        if self.step_tokens < 1:
+            raise UserError(f"options.step_tokens: {self.step_tokens}; accepted: 1 or more")
 
 
-def _rows(lengths: Lengths, arguments: argparse.Namespace) -> list[Metric]:
+def run(context: Context) -> Outcome:
+    """Time both readings of T_prefill's mean."""
+    return Outcome([row for lengths in get_args(Lengths) for row in _rows(context, lengths)])
+
+
+def _rows(context: Context, lengths: Lengths) -> list[Metric]:
+    options = context.options
+    assert isinstance(options, Options)
     deployment = _deployment()
-    cold = _seconds(deployment, arguments.step_tokens, lengths)
-    times = [_seconds(deployment, arguments.step_tokens, lengths) for _ in range(arguments.repeats)]
+    cold = _seconds(deployment, options.step_tokens, lengths)
+    times = [_seconds(deployment, options.step_tokens, lengths) for _ in range(options.repeats)]
     median = float(np.median(times))
     between: Any = quantile_test(times, q=median, p=0.5).confidence_interval(confidence_level=0.95)
-    points = len(threshold_grid(deployment, arguments.step_tokens)) * deployment.n_pd
-    print(
+    points = len(threshold_grid(deployment, options.step_tokens)) * deployment.n_pd
+    context.progress(
         f"{lengths}: {points:,} points in {1e3 * median:.2f} ms (median of {len(times)}; "
-        f"95 %: {1e3 * between.low:.2f} to {1e3 * between.high:.2f}), cold {1e3 * cold:.1f} ms",
-        file=sys.stderr,
+        f"95 %: {1e3 * between.low:.2f} to {1e3 * between.high:.2f}), cold {1e3 * cold:.1f} ms"
     )
-
-    where = ("bench_search", "model", lengths)
+    interval = (between.low, between.high)
     return [
-        Metric(*where, "search_s", median, "s", "measured", between.low, between.high, len(times)),
-        Metric(*where, "search_cold_s", cold, "s", "measured"),
-        Metric(*where, "grid_points", points, "", "computed"),
+        context.metric(lengths, "search_s", median, "s", "measured", interval=interval, n=len(times)),
+        context.metric(lengths, "search_cold_s", cold, "s", "measured"),
+        context.metric(lengths, "grid_points", points, "1", "computed"),
     ]
 
 
@@ -79,3 +82,6 @@ def _seconds(deployment: Deployment, step_tokens: int, lengths: Lengths) -> floa
     start = time.perf_counter()
     grid_search(deployment, step_tokens, lengths)
     return time.perf_counter() - start
+
+
+EXPERIMENT = Experiment("bench_search", reads={"model": ("options",)}, run=run, options=Options, timed=True)

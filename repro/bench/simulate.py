@@ -1,14 +1,14 @@
 """How many requests the simulator plays per second on Table 6's PrfaaS-PD deployment, alone or beside other simulators in one run.
 
 `scripts/bench simulate` plays 1,024-token outputs at 90 % load with every queue, link sharing, the PrfaaS router and both control loops
-on; `--requests 10000 100000 1000000 10000000` shows growth in time and memory. Each run has a process of its own. The hot modules are
-compiled first, as by `python -m repro compile`, where there is a compiler; `--python` leaves that out.
+on; `options.requests=[10000,100000,1000000,10000000]` shows growth in time and memory. Each run has a process of its own. The hot modules
+are compiled first, as by `python -m repro compile`, where there is a compiler; `options.compiled=false` leaves that out.
 
-Beside others, which `--peer` names once they are fetched:
+Beside others, each of which an environment variable finds once it is fetched:
 
     git clone (GitHub) Mutinifni/splitwise-sim    its requirements.txt in an environment of its own; 378088013a54 was run
     pip install vidur==0.0.26                     in an environment of its own
-    scripts/bench simulate --peer splitwise-sim=CHECKOUT:PYTHON --peer vidur=ENVIRONMENT
+    SPLITWISE_SIM=CHECKOUT:PYTHON VIDUR=ENVIRONMENT scripts/bench simulate options.peers=[splitwise-sim,vidur]
 
 All play the same requests. In every round each runs once per size, in an order drawn anew, so that what slows the machine slows all alike,
 and ratios are taken within rounds. A peer too slow for a size plays fewer, and so does ours beside it. Clocks stand around event loops:
@@ -18,24 +18,23 @@ transfers share, a second cluster, routing by length or control loops; `_simulat
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
 from repro import native, processes
-from repro.bench._record import recorded
 from repro.bench._simulate_ours import stream
-from repro.bench._simulate_peers import PEERS, Peer, Workload, parse_peer
+from repro.bench._simulate_peers import Peer, Workload, peer_of
 from repro.errors import UserError
+from repro.experiments.base import Context, Experiment, Outcome
 from repro.record.metrics import Metric
 from repro.record.statistics import Estimate
 
@@ -45,89 +44,100 @@ BAR_PER_S = 35_000
 OURS = "ours"
 #: What depends on the machine; the others are the simulation's own.
 _MEASURED = {"requests_per_s": "req/s", "requests_per_cpu_s": "req/s", "peak_memory_mb": "MB"}
-_SIMULATED = {"completed": "", "ttft_mean_s": "s", "ttft_p99_s": "s", "goodput": "req/s"}
+_SIMULATED = {"completed": "1", "ttft_mean_s": "s", "ttft_p99_s": "s", "goodput": "req/s"}
 
 
-def main(argv: list[str]) -> int:
-    """A line per run and verdicts on stderr, and a record; its path is the last line."""
-    options, peers = _parsed(argv)
+@dataclass(frozen=True)
+class Options:
+    """What is played, how often and beside whom.
+
+    `requests` are sizes (null: 100,000 and 300,000; beside peers 10,000 and 50,000), `repeats` rounds (null: 1; beside peers 5), `load`
+    the share of Λ_max at which requests arrive. `control_loops` false leaves both off.
+    """
+
+    requests: tuple[int, ...] | None = None
+    repeats: int | None = None
+    load: float = 0.9
+    control_loops: bool = True
+    compiled: bool = True
+    peers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.peers)) < len(self.peers):
+            raise UserError(f"options.peers: {list(self.peers)}; accepted: each simulator once")
+        if min(self.sizes, default=0) < 1:
+            raise UserError(f"options.requests: {list(self.sizes)}; accepted: 1 or more each")
+        if self.rounds < 1:
+            raise UserError(f"options.repeats: {self.rounds}; accepted: 1 or more")
+        if not self.load > 0:
+            raise UserError(f"options.load: {self.load:g}; accepted: above 0")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many requests a run has."""
+        return self.requests if self.requests is not None else (10_000, 50_000) if self.peers else (100_000, 300_000)
+
+    @property
+    def rounds(self) -> int:
+        """How often everything runs."""
+        return self.repeats if self.repeats is not None else 5 if self.peers else 1
+
+
+def run(context: Context) -> Outcome:
+    """A line per run, and verdicts at the end."""
+    options = context.options
+    assert isinstance(options, Options)
+    peers = [peer_of(name) for name in options.peers]
+    compiled = options.compiled and _compiled(context.progress)
+    table = rounds(peers, options, compiled, context.progress)
+    rows = summarise(table)
+    for line in verdicts(rows, options.sizes):
+        context.progress(line)
     # A record says what was run, not where it lay on this machine.
-    for text, peer in zip(options.peer, peers, strict=True):
-        argv = [word.replace(text, peer.name) for word in argv]
-    options.peer = [peer.name for peer in peers]
-    options.compiled = not options.python and _compiled()
-    loops, how = "static" if options.static else "two_timescale", "compiled" if options.compiled else "python"
-    name = "_".join([loops, how, str(max(options.requests)), *options.peer])
-    with recorded("simulate", name, options, argv, {"requests": 0, "order": 0}) as directory:
-        table = rounds(peers, options)
-        rows = summarise(table)
-        directory.write_table("rounds", table)
-        directory.write_metrics(rows)
-        directory.add_provenance({"peers": {peer.name: peer.version() for peer in peers}})
-        print("\n".join(verdicts(rows, options.requests)), file=sys.stderr)
-    return 0
+    known = {"peers": {peer.name: peer.version() for peer in peers}, "compiled": compiled}
+    return Outcome(rows, {"rounds": table}, provenance=known)
 
 
-def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[Peer]]:
-    parser = argparse.ArgumentParser(prog="scripts/bench simulate", description=(__doc__ or "").partition("\n")[0])
-    sizes = "sizes (default 100000 300000; beside peers 10000 50000)"
-    parser.add_argument("--requests", type=int, nargs="+", help=sizes)
-    parser.add_argument("--load", type=float, default=0.9, help="share of Λ_max at which requests arrive (default 0.9)")
-    parser.add_argument("--static", action="store_true", help="leave both control loops off")
-    parser.add_argument("--python", action="store_true", help="leave the compiled modules aside")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER[:PYTHON]", help=", ".join(PEERS))
-    parser.add_argument("--repeats", type=int, help="rounds (default 1; beside peers 5)")
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    options = parser.parse_args(argv)
-    peers = [parse_peer(text) for text in options.peer]
-    if len({peer.name for peer in peers}) < len(peers):
-        raise UserError("--peer: one simulator is named twice; accepted: each once")
-    options.requests = options.requests or ([10_000, 50_000] if peers else [100_000, 300_000])
-    options.repeats = (5 if peers else 1) if options.repeats is None else options.repeats
-    if min(options.requests) < 1 or options.repeats < 1:
-        raise UserError("--requests, --repeats: below 1; accepted: 1 or more")
-    return options, peers
-
-
-def _compiled() -> bool:
+def _compiled(progress: Callable[[str], None]) -> bool:
     try:
         native.build()
     except UserError as error:
-        print(f"running as Python: {error}", file=sys.stderr)
+        progress(f"running as Python: {error}")
         return False
     return True
 
 
-def rounds(peers: Sequence[Peer], options: argparse.Namespace) -> pd.DataFrame:
+def rounds(
+    peers: Sequence[Peer], options: Options, compiled: bool, progress: Callable[[str], None] = lambda line: None
+) -> pd.DataFrame:
     """Every simulator at every size once per round, in an order drawn anew: columns round, who, requests and what was measured."""
-    turns = {(peer, min(size, peer.most_requests)) for peer in peers for size in options.requests}
-    sizes = {*options.requests, *(size for _, size in turns)}
+    turns = {(peer, min(size, peer.most_requests)) for peer in peers for size in options.sizes}
+    sizes = {*options.sizes, *(size for _, size in turns)}
     plan: list[tuple[Peer | None, int]] = [(None, size) for size in sorted(sizes)]
     plan += [(peer, size) for peer in peers for size in sorted({size for one, size in turns if one is peer})]
     order, rows = random.Random(0), []
-    for index in range(options.repeats):
+    for index in range(options.rounds):
         order.shuffle(plan)
         for peer, size in plan:
-            values = _ours(size, options) if peer is None else _theirs(peer, size, options.load)
+            values = _ours(size, options, compiled) if peer is None else _theirs(peer, size, options.load)
             who = OURS if peer is None else peer.name
             if values["completed"] != size:
                 raise UserError(f"{who}: {values['completed']:,.0f} of {size:,} requests completed; accepted: all")
             row = {"round": index, "who": who, "requests": size, **values}
             row |= {"requests_per_s": size / values["wall_s"], "requests_per_cpu_s": size / values["cpu_s"]}
             memory = f", peak {values['peak_memory_mb']:.0f} MB" if peer is None else ""
-            print(
+            progress(
                 f"{who:>14} {size:>10,} requests: {row['requests_per_s']:>8,.0f} req/s, "
-                f"{row['requests_per_cpu_s']:>8,.0f} per CPU second{memory}",
-                file=sys.stderr,
+                f"{row['requests_per_cpu_s']:>8,.0f} per CPU second{memory}"
             )
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _ours(size: int, options: argparse.Namespace) -> dict[str, float]:
-    loops = "static" if options.static else "controllers"
+def _ours(size: int, options: Options, compiled: bool) -> dict[str, float]:
+    loops = "controllers" if options.control_loops else "static"
     command = [sys.executable, "-m", "repro.bench._simulate_ours", str(size), str(options.load), loops]
-    environment = os.environ | {"REPRO_COMPILED": str(int(options.compiled))}
+    environment = os.environ | {"REPRO_COMPILED": str(int(compiled))}
     done = processes.run(command, environment=environment)
     if done.returncode:
         raise UserError(f"{size:,} requests: {' '.join(done.stderr.split()[-40:])}")
@@ -197,3 +207,15 @@ def _standing(row: Metric, bar: float) -> str:
 
 def _spread(row: Metric, form: str) -> str:
     return f"{row.value:{form}}" + (f" (95 %: {row.ci_low:{form}} to {row.ci_high:{form}})" if row.n > 1 else "")
+
+
+def check(_settings: object, options: object) -> None:
+    """Refuse a peer that is not there."""
+    assert isinstance(options, Options)
+    for name in options.peers:
+        peer_of(name)
+
+
+EXPERIMENT = Experiment(
+    "bench_simulate", reads={"simulate": ("options",)}, run=run, options=Options, check=check, timed=True
+)

@@ -6,12 +6,11 @@ digest that the sender noted down. Resident memory and open descriptors of this 
 sampled; what is recorded is their level after the first third and at the end, and the slope between.
 
     scripts/bench soak                                   # 10,000 transfers: some minutes
-    scripts/bench soak --transfers 300 --largest 4000000
+    scripts/bench soak options.transfers=300 options.largest_bytes=4000000
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import logging
@@ -20,24 +19,38 @@ import random
 import select
 import socket
 import struct
-import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import psutil
 
 from repro.errors import UserError
+from repro.experiments.base import TCP, Context, Experiment, Outcome
 from repro.kvcache.frames import DType, Manifest, Piece, StateKind, checksum_of
-from repro.record.directory import RunDirectory, configuration_hash
-from repro.record.metrics import Metric
-from repro.transport import Receiver, ReceiverLimits, Sender, TransferFailed, TransportSpec, open_receiver, open_sender
+from repro.transport import Receiver, Sender, TransferFailed, TransportSpec, open_receiver, open_sender
 
 _UNDER_WAY = 8
 _PIECES = 6
+
+
+@dataclass(frozen=True)
+class Options:
+    """So many transfers of up to `largest_bytes`, while connections are reset every so often in the mean."""
+
+    transfers: int = 10_000
+    largest_bytes: int = 64_000_000
+    reset_every_s: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name, least in (("transfers", 20), ("largest_bytes", 1000)):
+            if getattr(self, name) < least:
+                raise UserError(f"options.{name}: {getattr(self, name)}; accepted: {least} or more")
+        if not self.reset_every_s > 0:
+            raise UserError(f"options.reset_every_s: {self.reset_every_s:g}; accepted: above 0")
 
 
 class Resetter:
@@ -113,15 +126,31 @@ class Ledger:
     payload_bytes: int = 0
 
 
-def run(
-    transfers: int, largest: int, every_s: float, seed: int, spec: TransportSpec
-) -> tuple[list[Metric], pd.DataFrame]:
-    """The soak. Returns its metrics and the samples of memory and descriptors."""
+def run(context: Context) -> Outcome:
+    """The soak; it fails where anything was lost, doubled, altered or left in the arena."""
+    assert isinstance(context.options, Options)
+    log = logging.getLogger("repro.transport")
+    level = log.level
+    log.setLevel(logging.ERROR)  # every reset would be a line
+    try:
+        values, samples = soak(context.options, context.settings.seed, context.settings.transport, context.progress)
+    finally:
+        log.setLevel(level)
+    metrics = [context.metric("tcp", name, value, unit, "measured") for name, (value, unit) in values.items()]
+    context.progress("; ".join(f"{name} {value:,.0f}" for name, (value, _) in values.items()))
+    wrong = [f"{name} {values[name][0]:,.0f}" for name in FORBIDDEN if values[name][0]]
+    return Outcome(metrics, {"samples": samples}, failure=f"soak: {', '.join(wrong)}; accepted: none" if wrong else "")
+
+
+def soak(
+    options: Options, seed: int, spec: TransportSpec, progress: Callable[[str], None]
+) -> tuple[dict[str, tuple[float, str]], pd.DataFrame]:
+    """All transfers; what was found with its units, and the samples of memory and descriptors."""
     ledger, samples = Ledger(), []
     process = psutil.Process()
     began = time.monotonic()
     with open_receiver(spec, "127.0.0.1") as receiver:
-        relay = Resetter(receiver.port, every_s, seed)
+        relay = Resetter(receiver.port, options.reset_every_s, seed)
         try:
             with open_sender(spec, ("127.0.0.1", relay.port)) as sender:
                 over = threading.Event()
@@ -145,7 +174,7 @@ def run(
                         }
                     )
 
-                _feed(sender, ledger, transfers, largest, seed, sample)
+                _feed(sender, ledger, options, seed, sample, progress)
                 time.sleep(1.0)
                 over.set()
                 taker.join()
@@ -153,11 +182,19 @@ def run(
                 lost_connections = sender.stats()["lost"]
         finally:
             relay.close()
-    return _metrics(ledger, pd.DataFrame(samples), transfers, relay.resets, lost_connections), pd.DataFrame(samples)
+    found = _found(ledger, pd.DataFrame(samples), options.transfers, relay.resets, lost_connections)
+    return found, pd.DataFrame(samples)
 
 
-def _feed(sender: Sender, ledger: Ledger, transfers: int, largest: int, seed: int, sample: object) -> None:
-    rng = random.Random(seed)
+def _feed(
+    sender: Sender,
+    ledger: Ledger,
+    options: Options,
+    seed: int,
+    sample: Callable[[], None],
+    progress: Callable[[str], None],
+) -> None:
+    rng, transfers, largest = random.Random(seed), options.transfers, options.largest_bytes
     # One block of random bytes, of which each piece is a window: making 64 MB afresh would be the slowest part.
     source = memoryview(np.random.default_rng(seed).bytes(2 * largest))
     under_way: list[int] = []
@@ -201,9 +238,9 @@ def _feed(sender: Sender, ledger: Ledger, transfers: int, largest: int, seed: in
                 if waited not in ledger.cancelled:
                     ledger.failed.append((waited, str(error)))
         if request_id % max(1, transfers // 100) == 0:
-            sample()  # type: ignore[operator]
+            sample()
         if request_id % max(1, transfers // 10) == 0:
-            print(f"{request_id} of {transfers} transfers, {ledger.payload_bytes / 1e9:.1f} GB", file=sys.stderr)
+            progress(f"{request_id} of {transfers} transfers, {ledger.payload_bytes / 1e9:.1f} GB")
 
 
 def _take(receiver: Receiver, ledger: Ledger, over: threading.Event) -> None:
@@ -221,12 +258,14 @@ def _take(receiver: Receiver, ledger: Ledger, over: threading.Event) -> None:
                 ledger.altered.append(received.request_id)
 
 
-def _metrics(ledger: Ledger, samples: pd.DataFrame, transfers: int, resets: int, lost_connections: int) -> list[Metric]:
+def _found(
+    ledger: Ledger, samples: pd.DataFrame, transfers: int, resets: int, lost_connections: int
+) -> dict[str, tuple[float, str]]:
     expected = set(range(transfers)) - ledger.cancelled
     failed = {request_id for request_id, _ in ledger.failed}
     settled = samples[samples["transfers"] >= transfers // 3]  # by then, memory is as large as it gets
     slope = float(np.polyfit(settled["transfers"], settled["private_bytes"], 1)[0]) if len(settled) > 2 else math.nan
-    values: dict[str, tuple[float, str]] = {
+    return {
         "transfers": (transfers, "1"),
         "payload_bytes": (ledger.payload_bytes, "B"),
         "resets": (resets, "1"),
@@ -244,39 +283,15 @@ def _metrics(ledger: Ledger, samples: pd.DataFrame, transfers: int, resets: int,
         "descriptors_end": (float(samples["descriptors"].iloc[-1]), "1"),
         "arena_end_bytes": (float(samples["arena_used_bytes"].iloc[-1]), "B"),
     }
-    return [
-        Metric("bench_soak", "execute", "tcp", name, value, unit, "measured") for name, (value, unit) in values.items()
-    ]
 
 
-def main(argv: list[str]) -> int:
-    """Run, save, and fail (status 1) where anything was lost, doubled, altered or left in the arena."""
-    parser = argparse.ArgumentParser(prog="bench soak", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--transfers", type=int, default=10_000)
-    parser.add_argument("--largest", type=int, default=64_000_000, help="bytes of the largest request")
-    parser.add_argument("--reset-every", type=float, default=0.25, help="mean seconds between resets")
-    parser.add_argument("--connections", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    arguments = parser.parse_args(argv)
-    if arguments.transfers < 20 or arguments.largest < 1000:
-        raise UserError("soak: --transfers of 20 or more and --largest of 1000 or more are accepted")
-    logging.getLogger("repro.transport").setLevel(logging.ERROR)  # every reset would be a line
-    spec = TransportSpec(connections=arguments.connections, secret="soak", deadline_s=120, limits=ReceiverLimits())
-    configuration = {
-        **{key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
-        "spec": asdict(spec),
-    }
-    directory = RunDirectory(arguments.results / "bench_soak" / configuration_hash(configuration))
-    directory.begin(configuration, ["bench", "soak", *argv], {"soak": arguments.seed})
-    try:
-        metrics, samples = run(arguments.transfers, arguments.largest, arguments.reset_every, arguments.seed, spec)
-        directory.write_metrics(metrics)
-        directory.write_table("samples", samples)
-    except BaseException as error:
-        directory.fail(error)
-        raise
-    values = {metric.metric: metric.value for metric in metrics}
-    print("\n" + "\n".join(f"{name:34s} {value:,.0f}" for name, value in values.items()), file=sys.stderr)
-    print(directory.complete().path)
-    return int(any(values[name] for name in ("failed", "lost", "duplicated", "corrupted", "arena_end_bytes")))
+#: What must be none.
+FORBIDDEN = ("failed", "lost", "duplicated", "corrupted", "arena_end_bytes")
+
+EXPERIMENT = Experiment(
+    "bench_soak",
+    reads={"execute": ("seed", *TCP, "transport.connections", "transport.tls", "options")},
+    run=run,
+    options=Options,
+    timed=True,
+)

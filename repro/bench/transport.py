@@ -8,13 +8,12 @@ the same connections, congestion control and windows.
 All contenders run once per round, in a new order each round, so that whatever else the machine does falls on all alike;
 ratios are taken within a round, and their 95 % intervals over the rounds (Student's t on the logarithms).
 
-    scripts/bench transport --seconds 3 --repeats 10                  # loopback
-    scripts/bench transport --link 1g --seconds 20 --repeats 5        # 1 Gbps, RTT 50 ms, loss 0.1 %, BBR
+    scripts/bench transport options.repeats=10                                                     # loopback, no link
+    scripts/bench transport tier=emulate link=lossy_1g options.seconds=20 'options.only=[tcp,iperf3]'     # over a link
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -23,32 +22,56 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from repro import processes
 from repro.bench._transport_ends import Job
 from repro.errors import UserError
+from repro.experiments.base import TCP, Context, Experiment, Outcome
 from repro.link import Link, LinkSpec, open_link
 from repro.processes import Child, tied
-from repro.record.directory import RunDirectory, configuration_hash
 from repro.record.metrics import Metric
 from repro.record.provenance import PROJECT
 from repro.record.statistics import Estimate
-from repro.transport import ReceiverLimits, TransportSpec
+from repro.transport import TransportSpec
 from repro.transport.certificates import make_certificates
 from repro.transport.remote_memory import missing, started
 from repro.transport.wire import LOCAL_BUFFER_BYTES
 
-LINKS = {
-    "loopback": LinkSpec(name="loopback", backend="none"),
-    "1g": LinkSpec(name="1g", rate_bps=1e9, rtt_s=0.05, loss=0.001),
-    "5g": LinkSpec(name="5g", rate_bps=5e9, rtt_s=0.05, loss=0.001),
-}
+#: No link: the loopback of this machine.
+LOOPBACK = LinkSpec(name="loopback", backend="none")
+#: A link is what it is from the beginning: nothing here starts its schedule.
+_UNCHANGING: dict[str, Any] = {"schedule": (), "capacity_trace": None, "reverse_capacity_trace": None}
+_LINK = tuple(f"link.{item.name}" for item in fields(LinkSpec) if item.name not in _UNCHANGING)
 _PATIENCE_S = 120.0
 _IPERF3 = ("iperf3", "setpriv")  # it is started by the other, which ends it with us
+
+
+@dataclass(frozen=True)
+class Options:
+    """Who is compared, for how long and how often.
+
+    `only` are names or kinds of contenders, all where empty. Null stands for what suits the path: `warm_s` 1 on loopback and 3 over a
+    link, pieces of 32 and 4 MiB.
+    """
+
+    only: tuple[str, ...] = ()
+    connections: tuple[int, ...] = (1, 4, 8)
+    seconds: float = 3.0
+    warm_s: float | None = None
+    piece_bytes: int | None = None
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        if not self.connections or not all(1 <= count <= 64 for count in self.connections):
+            raise UserError(f"options.connections: {list(self.connections)}; accepted: some of 1 to 64")
+        for name in ("seconds", "warm_s", "piece_bytes", "repeats"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"options.{name}: {value:g}; accepted: above 0")
 
 
 @dataclass(frozen=True)
@@ -61,12 +84,14 @@ class Contender:
     own_process: bool = False
 
 
-def contenders(base: TransportSpec, connections: Sequence[int], certificates: str, *, local: bool) -> list[Contender]:
-    """Everything that can be compared here; what is not installed is left out with a line on stderr, before anything runs."""
+def contenders(
+    base: TransportSpec, connections: Sequence[int], certificates: str, progress: Callable[[str], None], *, local: bool
+) -> list[Contender]:
+    """Everything that can be compared here; what is not installed is left out with a line, before anything runs."""
     chosen = []
     absent = [program for program in _IPERF3 if shutil.which(program) is None]
     if absent:
-        print(f"iperf3 is left out: {' and '.join(absent)} not installed", file=sys.stderr)
+        progress(f"iperf3 is left out: {' and '.join(absent)} not installed")
     for count in connections:
         spec = replace(base, connections=count)
         chosen.append(Contender(f"sockets_{count}", "sockets", spec))
@@ -82,7 +107,7 @@ def contenders(base: TransportSpec, connections: Sequence[int], certificates: st
     chosen.append(Contender(f"tls_{middle.connections}", "transport", replace(middle, tls=certificates)))
     for backend in ("mooncake", "nixl"):
         if reason := missing(backend):
-            print(f"{backend} is left out: {reason}", file=sys.stderr)
+            progress(f"{backend} is left out: {reason}")
         else:
             # These ask for places first: large batches keep the round trips of that out of their way. They open
             # connections and spinning threads of their own, so one of ours does them the least harm.
@@ -148,7 +173,12 @@ def _end(name: str, command: list[str]) -> Child:
     return Child(f"{name} end", command, stderr="inherited", cwd=PROJECT)
 
 
-def rounds(chosen: list[Contender], run: Callable[[Contender], dict[str, float]], repeats: int) -> pd.DataFrame:
+def rounds(
+    chosen: list[Contender],
+    run: Callable[[Contender], dict[str, float]],
+    repeats: int,
+    progress: Callable[[str], None],
+) -> pd.DataFrame:
     """One row per contender and round."""
     rows = []
     for index in range(repeats):
@@ -158,25 +188,24 @@ def rounds(chosen: list[Contender], run: Callable[[Contender], dict[str, float]]
                 if not values["goodput_bps"]:
                     raise UserError("nothing was confirmed in the time given")
             except UserError as error:
-                print(f"{contender.name}, round {index}: {error}", file=sys.stderr)
+                progress(f"{contender.name}, round {index + 1}: {error}")
                 continue
             values["cpu_s_per_gb"] = values["send_cpu_s_per_gb"] + values["receive_cpu_s_per_gb"]
             rows.append({"round": index, "case": contender.name, **values})
-            print(
-                f"round {index + 1}/{repeats} {contender.name:12s} {values['goodput_bps'] / 1e9:7.3f} Gbps "
-                f"{values['cpu_s_per_gb']:.3f} CPU s/GB",
-                file=sys.stderr,
+            progress(
+                f"round {index + 1}/{repeats} {contender.name:14s} {values['goodput_bps'] / 1e9:7.3f} Gbps "
+                f"{values['cpu_s_per_gb']:.3f} CPU s/GB"
             )
     if not rows:
         raise UserError(
-            "bench transport: no contender got a byte confirmed; --seconds may be too short for --piece-bytes"
+            "options.seconds: no contender got a byte confirmed; accepted: more of them, or a smaller options.piece_bytes"
         )
     return pd.DataFrame(rows)
 
 
-def summarise(table: pd.DataFrame, tier: str) -> list[Metric]:
+def summarise(context: Context, table: pd.DataFrame) -> list[Metric]:
     """Means, and within each round the ratios to plain sockets and to iperf3 of as many connections."""
-    source = "measured" if tier == "execute" else "emulated"
+    source = "measured" if context.settings.tier == "execute" else "emulated"
     units = {
         "goodput_bps": "bit/s",
         "cpu_s_per_gb": "s/GB",
@@ -184,96 +213,63 @@ def summarise(table: pd.DataFrame, tier: str) -> list[Metric]:
         "receive_cpu_s_per_gb": "s/GB",
     }
     rows = []
+
+    def add(case: str, metric: str, found: Estimate, unit: str) -> None:
+        span = (found.low, found.high)
+        rows.append(context.metric(case, metric, found.value, unit, source, interval=span, n=found.n))
+
     cases = list(dict.fromkeys(table["case"]))
     for case in sorted(cases):
         mine = table[table["case"] == case].set_index("round")
         for metric, unit in units.items():
-            found = Estimate.of(mine[metric].to_list())
-            rows.append(
-                Metric("bench_transport", tier, case, metric, found.value, unit, source, found.low, found.high, found.n)
-            )
+            add(case, metric, Estimate.of(mine[metric].to_list()), unit)
         for reference in ("sockets", "iperf3"):
             other = f"{reference}_{case.rpartition('_')[2]}"
             if other not in cases or other == case:
                 continue
             pairs = mine.join(table[table["case"] == other].set_index("round"), rsuffix="_other", how="inner")
             for metric in ("goodput_bps", "cpu_s_per_gb"):
-                found = Estimate.geometric((pairs[metric] / pairs[f"{metric}_other"]).to_list())
-                name = f"{metric.removesuffix('_bps')}_to_{reference}"
-                rows.append(
-                    Metric(
-                        "bench_transport", tier, case, name, found.value, "1", source, found.low, found.high, found.n
-                    )
-                )
+                ratio = Estimate.geometric((pairs[metric] / pairs[f"{metric}_other"]).to_list())
+                add(case, f"{metric.removesuffix('_bps')}_to_{reference}", ratio, "1")
     return rows
 
 
-def main(argv: list[str]) -> int:
-    """Run, print the table on stderr, save it, and end with the path of the record."""
-    parser = argparse.ArgumentParser(prog="bench transport", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--warm", type=float, default=None, help="seconds before the measurement; 1, or 3 over a link")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--link", choices=sorted(LINKS), default="loopback")
-    parser.add_argument("--connections", default="1,4,8")
-    parser.add_argument(
-        "--congestion-control", default=None, help="cubic, bbr, reno; BBR over a link where none is given"
-    )
-    parser.add_argument("--segment-bytes", type=int, default=TransportSpec.segment_bytes)
-    parser.add_argument("--piece-bytes", type=int, default=None, help="32 MiB, or 4 MiB over a link")
-    parser.add_argument("--only", default="", help="names or kinds, separated by commas")
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    arguments = parser.parse_args(argv)
-    local = arguments.link == "loopback"
-    base = TransportSpec(
-        secret="bench",
-        segment_bytes=arguments.segment_bytes,
-        congestion_control=arguments.congestion_control or (None if local else "bbr"),
-        deadline_s=600,
-        # The requests under way and what the pipe holds beside them: less would make the youngest wait for a release.
-        limits=ReceiverLimits(window_bytes=512 << 20, prefault_bytes=512 << 20),
-    )
-    warm_s = arguments.warm if arguments.warm is not None else 1.0 if local else 3.0
-    configuration = {
-        **{k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
-        "spec": asdict(base),
-    }
-    name = f"{arguments.link}-{configuration_hash(configuration)}"
-    directory = RunDirectory(arguments.results / "bench_transport" / name)
-    directory.begin(configuration, ["bench", "transport", *argv], {"order": 0})
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix="certificates-") as scratch,
-            open_link(LINKS[arguments.link], run=f"bench-{arguments.link}") as link,
-        ):
-            make_certificates(Path(scratch) / "tls")
-            wanted = [word for word in arguments.only.split(",") if word]
-            counts = [int(count) for count in arguments.connections.split(",")]
-            chosen = [
-                contender
-                for contender in contenders(base, counts, f"{scratch}/tls", local=local)
-                if not wanted or any(contender.name == word or contender.name.startswith(f"{word}_") for word in wanted)
-            ]
-            if link.backend == "relay" and any(contender.spec.backend != "tcp" for contender in chosen):
-                chosen = [contender for contender in chosen if contender.spec.backend == "tcp"]
-                print("mooncake and nixl are left out: a relay link does not carry what they open", file=sys.stderr)
-            if not chosen:
-                raise UserError(f"bench transport: --only {arguments.only}: nothing of that can run here")
-            if not local:
-                link.measure()
-            piece_bytes = arguments.piece_bytes or (32 << 20 if local else 4 << 20)
-            job = Job("", link.listen_host("decode"), arguments.seconds, warm_s, piece_bytes, base)
-            table = rounds(chosen, lambda contender: measure(contender, link, job), arguments.repeats)
-            metrics = summarise(table, "execute" if local else "emulate")
-            directory.add_provenance({"link": link.record()})
-        directory.write_table("rounds", table)
-        directory.write_metrics(metrics)
-        print(_printed(metrics), file=sys.stderr)
-        print(directory.complete().path)
-    except BaseException as error:
-        directory.fail(error)
-        raise
-    return 0
+def run(context: Context) -> Outcome:
+    """All contenders on loopback (tier `execute`) or across the link (tier `emulate`)."""
+    options, base = context.options, context.settings.transport
+    assert isinstance(options, Options)
+    local = context.settings.tier == "execute"
+    spec = LOOPBACK if local else replace(context.settings.link, **_UNCHANGING)
+    with tempfile.TemporaryDirectory(prefix="certificates-") as scratch, open_link(spec, run="bench-transport") as link:
+        make_certificates(Path(scratch) / "tls")
+        chosen = _chosen(
+            contenders(base, options.connections, f"{scratch}/tls", context.progress, local=local), options
+        )
+        if link.backend == "relay" and any(contender.spec.backend != "tcp" for contender in chosen):
+            chosen = [contender for contender in chosen if contender.spec.backend == "tcp"]
+            context.progress("mooncake and nixl are left out: a relay link does not carry what they open")
+        if not chosen:
+            raise UserError(f"options.only: {', '.join(options.only)}: nothing of that can run here")
+        if not local:
+            link.measure()
+        warm_s = options.warm_s or (1.0 if local else 3.0)
+        piece_bytes = options.piece_bytes or (32 << 20 if local else 4 << 20)
+        job = Job("", link.listen_host("decode"), options.seconds, warm_s, piece_bytes, base)
+        table = rounds(chosen, lambda one: measure(one, link, job), options.repeats, context.progress)
+        record = link.record()
+    metrics = summarise(context, table)
+    for line in _printed(metrics).splitlines():
+        context.progress(line)
+    return Outcome(metrics, {"rounds": table}, provenance={"link": record})
+
+
+def _chosen(found: list[Contender], options: Options) -> list[Contender]:
+    """Those that `only` names, whole or by their kind."""
+    return [
+        one
+        for one in found
+        if not options.only or any(one.name == word or one.name.startswith(f"{word}_") for word in options.only)
+    ]
 
 
 def _printed(metrics: list[Metric]) -> str:
@@ -281,3 +277,12 @@ def _printed(metrics: list[Metric]) -> str:
     wide = frame.pivot(index="case", columns="metric", values="value")
     wide["goodput_gbps"] = wide.pop("goodput_bps") / 1e9
     return wide.round(3).to_string(na_rep="")
+
+
+EXPERIMENT = Experiment(
+    "bench_transport",
+    reads={"execute": (*TCP, "options"), "emulate": (*_LINK, *TCP, "options")},
+    run=run,
+    options=Options,
+    timed=True,
+)

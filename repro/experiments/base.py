@@ -13,17 +13,18 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from repro.errors import UserError
-from repro.presets import choices
+from repro.presets import choice_of, choices, runs, typed
 from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.settings import PRESENTATION
+from repro.transport.spec import TransportSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,6 +58,10 @@ CACHES = tuple(f"policy.cache.{key}" for key in ("capacity_gb", "block_tokens", 
 REBALANCE = tuple(f"policy.rebalance.{key}" for key in ("period_s", "link_share", "at_least_blocks"))
 #: The emulated link and what crosses it.
 WIRE = ("link", "transport")
+#: Of the transport, what a benchmark does not vary itself, as it does backend, connections and encryption.
+TCP = tuple(
+    f"transport.{item.name}" for item in fields(TransportSpec) if item.name not in ("backend", "connections", "tls")
+)
 #: Texts that describe a choice. They are kept where the node is read, and change nothing.
 DESCRIPTIONS = ("name", "title", "source")
 
@@ -114,12 +119,16 @@ class Context:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run yields; the application writes it to the run directory."""
+    """What a run yields; the application writes it to the run directory.
+
+    `failure` says what must not have been, in a run that came to its end: its numbers are kept and it counts as failed.
+    """
 
     metrics: Sequence[Metric]
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     requests: pd.DataFrame | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,7 @@ class Experiment:
     (the configuration's `options` node); `check` refuses settings that cannot run before anything is written; `inputs` names the
     files outside the configuration whose contents change the outcome; `tier_figures` replaces `figures` on a tier whose record has
     another form. `parts` are other experiments that run in place of `run`, with the keys that each reads; their records are in the
-    report.
+    report. `timed` says that results are times of this machine on whichever tier, so that no two runs are the same.
     """
 
     name: str
@@ -144,6 +153,7 @@ class Experiment:
     tier_figures: Mapping[str, Mapping[str, Callable[[Record], Figure]]] = field(default_factory=dict)
     effort: tuple[str, ...] = ("seed", "options.seeds", "options.repeats")
     parts: tuple[str, ...] = ()
+    timed: bool = False
 
     @property
     def tiers(self) -> tuple[str, ...]:
@@ -167,6 +177,8 @@ def composite(context: Context) -> Outcome:
     raise AssertionError(f"{context.settings.name} is run by its parts")
 
 
+#: Where the modules of a group lie.
+_ROOMS = {"experiment": "experiments", "bench": "bench"}
 _ALWAYS = ("name", "tier", *PRESENTATION)
 
 
@@ -191,13 +203,14 @@ def refuse_unread(experiment: Experiment, tier: str, asked: Iterable[str]) -> No
         if any(load(part).reads_key(key, part_tier(part)) for part in experiment.parts):
             continue
         readers = []
-        for name in choices("experiment"):
+        for name in runs():
             other = load(name)
             tiers = [reading for reading in other.tiers if not other.parts and other.reads_key(key, reading)]
             if tiers and key.split(".")[0] != "options":
-                readers.append(f"{name} ({', '.join(tiers)})")
+                group, choice = choice_of(name)
+                readers.append(f"{choice if group == 'experiment' else typed(name)} ({', '.join(tiers)})")
         known = f"; read by: {', '.join(readers)}" if readers else ""
-        raise UserError(f"{key}: not read by experiment={experiment.name} on tier={tier}{known}")
+        raise UserError(f"{key}: not read by {typed(experiment.name)} on tier={tier}{known}")
 
 
 def restricted(values: Mapping[str, Any], experiment: Experiment, tier: str) -> dict[str, Any]:
@@ -220,14 +233,15 @@ def restricted(values: Mapping[str, Any], experiment: Experiment, tier: str) -> 
 
 
 def load(name: str) -> Experiment:
-    """The experiment of that name.
+    """The experiment, or the benchmark, of that name.
 
     Raises:
-        UserError: naming the experiments that exist.
+        UserError: naming those that exist.
     """
-    if name not in choices("experiment"):
-        raise UserError(f"experiment: {name!r} does not exist; accepted: {', '.join(choices('experiment'))}")
-    module = importlib.import_module(f"repro.experiments.{name}")
+    group, choice = choice_of(name)
+    if choice not in choices(group):
+        raise UserError(f"{group}: {choice!r} does not exist; accepted: {', '.join(choices(group))}")
+    module = importlib.import_module(f"repro.{_ROOMS[group]}.{choice}")
     experiment = module.EXPERIMENT
     assert isinstance(experiment, Experiment)
     return experiment

@@ -14,7 +14,10 @@ Figures = Mapping[str, Callable[[Record], Figure]]
 
 
 def records(folder: Path) -> list[Record]:
-    """Finished runs of experiments below a folder, in order of their path. A benchmark's record has no name, and draws nothing."""
+    """Finished runs of experiments below a folder, in order of their path.
+
+    Benchmarks kept before they were experiments have no name in their configuration, and draw nothing.
+    """
     found = [Record(done.parent) for done in sorted(folder.rglob("DONE"))]
     return [record for record in found if "name" in record.configuration]
 

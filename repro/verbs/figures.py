@@ -22,6 +22,8 @@ def main(argv: list[str]) -> int:
     for record in found:
         own = record.path / "figures" if argv else FIGURES / _folder(record)
         figures = base.load(record.configuration["name"]).figures_for(record.configuration["tier"])
+        if not figures:
+            continue
         for path in redraw(record, own, figures, for_print=True):
             print(path, file=sys.stderr)
     print(source if argv else FIGURES)

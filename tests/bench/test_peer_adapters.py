@@ -15,9 +15,11 @@ import psutil
 import pytest
 from huggingface_hub import snapshot_download
 
+from repro import runner
 from repro.bench import simulate
 from repro.bench._simulate_ours import stream
-from repro.bench._simulate_peers import SplitwiseSim, Vidur, Workload, parse_peer
+from repro.bench._simulate_peers import SplitwiseSim, Vidur, Workload, peer_of
+from repro.composition import compose
 from repro.errors import UserError
 from repro.record.directory import Record
 from repro.record.metrics import value
@@ -114,8 +116,11 @@ def test_splitwise_sim_is_given_our_requests_and_its_checkout_is_left_as_it_was(
     assert sorted(checkout.rglob("*")) == before
 
 
-def test_vidur_finds_a_table_of_times_where_it_would_have_downloaded_one(tmp_path: Path) -> None:
-    peer = parse_peer(f"vidur={vidur(tmp_path / 'environment')}")
+def test_vidur_finds_a_table_of_times_where_it_would_have_downloaded_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDUR", str(vidur(tmp_path / "environment")))
+    peer = peer_of("vidur")
     assert isinstance(peer, Vidur)
     assert peer.version() == "9.8"
     scratch = tmp_path / "scratch"
@@ -131,28 +136,35 @@ def test_vidur_finds_a_table_of_times_where_it_would_have_downloaded_one(tmp_pat
     assert (times["time_stats.attn_decode.median"] > 0).all()
 
 
+def beside(checkout: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[Record, list[str]]:
+    """A run of the benchmark beside splitwise-sim, and what it said."""
+    monkeypatch.setenv("SPLITWISE_SIM", str(checkout))
+    given = ["bench=simulate", "options.peers=[splitwise-sim]", "options.compiled=false", *words]
+    lines: list[str] = []
+    record = runner.run(compose([*given, "tracking=disabled", f"results={folder}"]), ["repro", *given], lines.append)
+    return record, lines
+
+
 def test_a_run_beside_a_peer_leaves_both_rates_their_ratio_and_what_was_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peer = f"splitwise-sim={splitwise(tmp_path / 'checkout')}"
-    arguments = ["--peer", peer, "--requests", "400", "--repeats", "2", "--results", str(tmp_path)]
-    assert simulate.main(arguments) == 0
-    said = capsys.readouterr()
-    record = Record(Path(said.out.splitlines()[-1]))
+    checkout = splitwise(tmp_path / "checkout")
+    record, lines = beside(checkout, tmp_path, monkeypatch, "options.requests=[400]", "options.repeats=2")
     ours, theirs = (value(record.metrics, "requests_per_s", f"{who}400 requests") for who in ("", "splitwise-sim, "))
     assert value(record.metrics, "requests_per_s_ratio") == pytest.approx(ours / theirs)
     assert value(record.metrics, "completed", "splitwise-sim, 400 requests") == 400
     assert record.provenance["peers"]["splitwise-sim"].startswith("sources ")
-    assert str(tmp_path / "checkout") not in (record.path / "config.yaml").read_text()
-    assert str(tmp_path / "checkout") not in (record.path / "provenance.json").read_text()
+    assert record.provenance["compiled"] is False
+    assert str(checkout) not in (record.path / "config.yaml").read_text()
+    assert str(checkout) not in (record.path / "provenance.json").read_text()
     assert len(record.table("rounds")) == 4
-    assert "bar of 35,000 req/s: " in said.err.splitlines()[-1]
+    assert any("bar of 35,000 req/s: " in line for line in lines)
 
 
-def test_a_peer_that_loses_requests_is_refused(tmp_path: Path) -> None:
-    peer = f"splitwise-sim={splitwise(tmp_path / 'checkout', lost=3)}"
+def test_a_peer_that_loses_requests_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = splitwise(tmp_path / "checkout", lost=3)
     with pytest.raises(UserError, match="splitwise-sim: 197 of 200 requests completed"):
-        simulate.main(["--peer", peer, "--requests", "200", "--repeats", "1", "--results", str(tmp_path)])
+        beside(checkout, tmp_path, monkeypatch, "options.requests=[200]", "options.repeats=1")
 
 
 def test_a_peer_that_fails_is_quoted(tmp_path: Path) -> None:
@@ -168,26 +180,28 @@ def test_a_peer_that_ends_without_having_run_its_loop_is_refused(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "place", "message"),
     [
-        ("vidur", r"--peer: 'vidur'; accepted: NAME=FOLDER\[:PYTHON\] with NAME one of splitwise-sim, vidur"),
-        ("simgrid=/tmp", "--peer: 'simgrid=/tmp'; accepted"),
-        ("splitwise-sim=/nowhere", "/nowhere is no checkout of it: run.py is missing; accepted: a whole clone"),
-        ("splitwise-sim={checkout}:/nowhere/python", "/nowhere/python cannot be run; accepted: the interpreter"),
-        ("vidur=/nowhere", "/nowhere does not have it; accepted: an environment with vidur installed"),
+        ("simgrid", "/tmp", "options.peers: 'simgrid'; accepted: splitwise-sim, vidur"),
+        ("vidur", "", r"options.peers: vidur: VIDUR is not set; accepted: VIDUR=FOLDER\[:PYTHON\]"),
+        ("splitwise-sim", "/nowhere", "/nowhere is no checkout of it: run.py is missing; accepted: a whole clone"),
+        ("splitwise-sim", "{checkout}:/nowhere/python", "/nowhere/python cannot be run; accepted: the interpreter"),
+        ("vidur", "/nowhere", "/nowhere does not have it; accepted: an environment with vidur installed"),
     ],
 )
-def test_a_peer_that_is_not_there_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
-    if "{checkout}" in text:
-        text = text.format(checkout=splitwise(tmp_path / "checkout"))
+def test_a_peer_that_is_not_there_is_refused_by_name(
+    name: str, place: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "{checkout}" in place:
+        place = place.format(checkout=splitwise(tmp_path / "checkout"))
+    monkeypatch.setenv(name.upper().replace("-", "_"), place)
     with pytest.raises(UserError, match=message):
-        parse_peer(text)
+        peer_of(name)
 
 
-def test_a_peer_named_twice_is_refused(tmp_path: Path) -> None:
-    peer = f"splitwise-sim={splitwise(tmp_path / 'checkout')}"
-    with pytest.raises(UserError, match="named twice"):
-        simulate.main(["--peer", peer, "--peer", peer, "--results", str(tmp_path)])
+def test_a_peer_named_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="each simulator once"):
+        simulate.Options(peers=("vidur", "vidur"))
 
 
 def test_a_clone_is_named_by_its_commit_and_other_sources_by_their_digest(tmp_path: Path) -> None:
@@ -252,6 +266,6 @@ def test_what_slows_the_machine_for_all_leaves_the_ratio_as_it_is() -> None:
 def test_a_verdict_is_given_only_where_the_whole_interval_agrees(
     factor: float, slowness: list[float], bar: str, ten_times: str
 ) -> None:
-    beside, last = simulate.verdicts(simulate.summarise(measured(factor, slowness)), [1000])
+    per_peer, last = simulate.verdicts(simulate.summarise(measured(factor, slowness)), [1000])
     assert last.startswith(f"bar of 35,000 req/s: {bar} at 1000 requests")
-    assert f"10 times: {ten_times}," in beside
+    assert f"10 times: {ten_times}," in per_peer

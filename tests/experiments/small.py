@@ -1,4 +1,4 @@
-"""Every experiment at the smallest size that still has a result: what the tests of the configuration run."""
+"""Every experiment and benchmark at the smallest size that still has a result: what the tests of the configuration run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from repro.experiments import base
-from repro.presets import choices
+from repro.presets import runs, typed
 
 _STUDY = ["options.seeds=2", "options.duration_s=110"]
+_BRIEFLY = [
+    "options.only=[tcp]", "options.connections=[1]", "options.seconds=0.2", "options.warm_s=0.1", "options.repeats=1",
+    "options.piece_bytes=1048576",
+]  # fmt: skip
 #: (experiment, tier) → what makes it small.
 SMALL: Mapping[tuple[str, str], list[str]] = {
     ("case_study", "model"): ["options.parts=[table5]"],
@@ -42,12 +46,20 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "options.backends=[relay]", "options.rates_bps=[1e8]", "options.rtts_s=[0.02]", "options.losses=[0.0]", "options.connections=[1]",
         "options.congestion_controls=[cubic]", "options.rate_s=0.3", "options.iperf3_s=1.0",
     ],
+    ("bench_capture", "execute"): ["model=qwen3_235b", "options.tokens=64", "options.pairs=2"],
+    ("bench_codecs", "execute"): ["options.tokens=64", "options.repeats=1"],
+    ("bench_link", "emulate"): ["options.backends=[relay]", "options.rates_bps=[1e8]", "options.seconds=0.3", "options.cycles=2"],
+    ("bench_search", "model"): ["options.repeats=10"],
+    ("bench_simulate", "simulate"): ["options.requests=[2000]", "options.compiled=false"],
+    ("bench_soak", "execute"): ["options.transfers=60", "options.largest_bytes=1000000"],
+    ("bench_transport", "execute"): _BRIEFLY,
+    ("bench_transport", "emulate"): [*_BRIEFLY, "link.rate_bps=1e9", "link.backend=relay"],
 }  # fmt: skip
 
 
 def every() -> list[tuple[str, str]]:
-    """All experiments on all tiers that they offer."""
-    return [(name, tier) for name in choices("experiment") for tier in base.load(name).tiers]
+    """All experiments and benchmarks on all tiers that they offer."""
+    return [(name, tier) for name in runs() for tier in base.load(name).tiers]
 
 
 def words(name: str, tier: str, folder: Path) -> list[str]:
@@ -61,5 +73,5 @@ def words(name: str, tier: str, folder: Path) -> list[str]:
         trace.write_text("".join(lines))
     small = [word.replace("TRACE", str(trace)) for word in SMALL.get((name, tier), [])]
     return [
-        f"experiment={name}", f"tier={tier}", *small, "tracking=disabled", "processes=1", f"results={folder / 'results'}",
+        typed(name), f"tier={tier}", *small, "tracking=disabled", "processes=1", f"results={folder / 'results'}",
     ]  # fmt: skip

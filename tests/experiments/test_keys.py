@@ -17,10 +17,14 @@ from repro.configuration import build, plain
 from repro.errors import UserError
 from repro.experiments import base
 from repro.experiments.base import Context
-from repro.presets import CONF
+from repro.presets import CONF, typed
 from repro.settings import Settings
 
-CLOCKLESS = [(name, tier) for name, tier in every() if tier in ("model", "simulate") and not base.load(name).parts]
+CLOCKLESS = [
+    (name, tier)
+    for name, tier in every()
+    if tier in ("model", "simulate") and not base.load(name).parts and not base.load(name).timed
+]
 
 #: Key or node → why a change of it shows in no number here, though it is read.
 SILENT = {
@@ -195,6 +199,9 @@ REFUSED = [
     (["experiment=burst", "policy.lengths=true_mean"], "policy.lengths: not read by experiment=burst"),
     (["experiment=table2", "cost.usd_per_egress_gb=1"], "cost.usd_per_egress_gb: not read by experiment=table2"),
     (["experiment=link_fidelity", "link.jitter_s=0.01"], "link.jitter_s: not read by experiment=link_fidelity"),
+    (["bench=transport", "transport.connections=2"], "transport.connections: not read by bench=transport on tier=execute"),
+    (["bench=transport", "tier=emulate", "link.schedule=[{at_s:1,loss:0.1}]"], "link.schedule: not read by bench=transport"),
+    (["bench=search", "cluster.pd.instances=7"], "cluster.pd.instances: not read by bench=search"),
     (["experiment=egress", "workload.slo.ttft_s=1"], "workload.slo.ttft_s: not read by experiment=egress"),
     (["experiment=case_study", "policy.short_term.period_s=2"], "policy.short_term.period_s: not read by experiment=case_study"),
 ]  # fmt: skip
@@ -227,7 +234,7 @@ def test_every_node_is_read_or_refused_by_name(name: str, tier: str) -> None:
         if experiment.reads_key(key, tier) or any(parts):
             base.refuse_unread(experiment, tier, [key])
         else:
-            with pytest.raises(UserError, match=f"^{key}: not read by experiment={name} on tier={tier}"):
+            with pytest.raises(UserError, match=f"^{key}: not read by {typed(name)} on tier={tier}"):
                 base.refuse_unread(experiment, tier, [key])
 
 
