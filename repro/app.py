@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         reason = str(stop) or "interrupted"
-        print(f"error: {reason}; what was running will start afresh with the next call", file=sys.stderr)
+        print("; ".join([f"error: {reason}", *getattr(stop, "__notes__", [])]), file=sys.stderr)
         return 128 + (signal.SIGTERM if reason == _TERMINATED else signal.SIGINT)
 
 

@@ -151,7 +151,10 @@ def _asked_by_words(words: Iterable[str]) -> list[str]:
     found = []
     for override in OverridesParser.create().parse_overrides(list(words)):
         key = override.key_or_group.replace("/", ".")
-        if not key.startswith("hydra"):
+        value = override.value()
+        if key in _OPEN_NODES and isinstance(value, dict):
+            found += [f"{key}.{name}" for name in value]
+        elif not key.startswith("hydra"):
             found.append(key)
     return found
 

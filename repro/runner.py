@@ -16,7 +16,8 @@ from repro.composition import Composition, compose
 from repro.configuration import build, plain
 from repro.errors import UserError, writing
 from repro.experiments import base
-from repro.experiments.study import forget
+from repro.experiments.deployment import accelerators
+from repro.experiments.study import forget, kept_points
 from repro.models.checkpoint import checkpoint_files
 from repro.presets import GLOBAL_GROUPS, choice_of, choices, groups, preset, typed
 from repro.record import tracking
@@ -84,10 +85,20 @@ def prepare(composition: Composition) -> Prepared:
 
 
 def _refuse_hidden(settings: Settings, asked: Sequence[str]) -> None:
-    """Refuse a cluster's own profile beside `profile`, which takes the place of both."""
+    """Refuse what another key takes the place of: clusters' own profiles, a workload's lengths, and prices that nothing here costs."""
     for key in ("cluster.prfaas.profile", "cluster.pd.profile"):
         if settings.profile is not None and key in asked:
             raise UserError(f"{key}: has no effect beside profile={settings.profile}; accepted: one of the two")
+    for key in asked:
+        if settings.workload.trace is not None and (
+            key == "workload.output_tokens" or key.startswith("workload.lengths")
+        ):
+            raise UserError(
+                f"{key}: has no effect beside workload.trace, which brings its own; accepted: one of the two"
+            )
+        node, _, accelerator = key.partition("usd_per_gpu_hour.")
+        if node == "cost." and accelerator not in (known := accelerators(settings)):
+            raise UserError(f"{key}: no cluster here has that accelerator; accepted: {', '.join(sorted(known))}")
 
 
 def _unread_of_choices(composition: Composition, experiment: base.Experiment) -> tuple[str, ...]:
@@ -203,9 +214,21 @@ def _run(prepared: Prepared, command: list[str], progress: Progress) -> Record:
         forget(directory.path)
     except BaseException as error:
         directory.fail(error)
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(_after_interrupt(prepared))
         raise
     progress(f"{settings.name}: done in {time.monotonic() - started:.1f} s")
     return record
+
+
+def _after_interrupt(prepared: Prepared) -> str:
+    """What the next call of a run that was stopped will find."""
+    name, points = prepared.settings.name, kept_points(prepared.directory.path)
+    if prepared.parts:
+        return f"{name}: the next call runs the parts that are not finished"
+    if points:
+        return f"{name}: {points} finished points are kept, and the next call goes on from there"
+    return f"{name}: the next call starts it afresh"
 
 
 def _run_parts(prepared: Prepared, context: base.Context, progress: Progress) -> base.Outcome:

@@ -277,7 +277,8 @@ def test_a_stopped_run_says_so_is_marked_as_failed_and_runs_again(tmp_path: Path
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert err.splitlines()[-1].startswith("error: ")
+    reason = "terminated" if number is signal.SIGTERM else "interrupted"
+    assert err.splitlines()[-1] == f"error: {reason}; table6: the next call starts it afresh"
     assert "Traceback" not in err
     (folder,) = tmp_path.glob("table6/model-*")
     assert json.loads((folder / "FAILED.json").read_text())["type"] == "KeyboardInterrupt"

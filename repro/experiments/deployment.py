@@ -23,6 +23,12 @@ def profile_files(settings: Settings) -> list[Path]:
     return [*found, Path(trace.path)] if trace is not None and Path(trace.path).is_file() else found
 
 
+def accelerators(settings: Settings) -> set[str]:
+    """What the clusters consist of."""
+    base = deployment(settings)
+    return {base.prfaas.accelerator, base.pd.accelerator}
+
+
 def check_deployment(settings: Settings, _: object = None) -> None:
     """Refuse what no tier can run before anything is written: the model answers in milliseconds.
 

@@ -95,6 +95,11 @@ def forget(folder: Path) -> None:
     shutil.rmtree(_folder(folder), ignore_errors=True)
 
 
+def kept_points(folder: Path) -> int:
+    """How many finished points of a study that was cut wait for the next call."""
+    return sum(1 for path in _folder(folder).glob("[!.]*"))
+
+
 def _named(work: Callable[[P], R], name: str, point: P) -> R:
     try:
         return work(point)

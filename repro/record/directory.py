@@ -1,8 +1,8 @@
 """A run's directory, and the rule when a run counts as done.
 
 `results/<experiment>/<label>-<hash>/` is named by the hash of its configuration, so a sweep can be cut and called again: a finished run is
-skipped, a failed or cut one starts afresh. `DONE` is written last and atomically and holds the digest of the code that ran; nothing else
-(no file's mere existence, no tracker's state) says that a run is finished.
+skipped, a failed or cut one is run again (a study goes on from its finished points). `DONE` is written last and atomically and holds the
+digest of the code that ran; nothing else (no file's mere existence, no tracker's state) says that a run is finished.
 """
 
 from __future__ import annotations

@@ -202,6 +202,22 @@ REFUSED = [
     (["bench=transport", "transport.connections=2"], "transport.connections: not read by bench=transport on tier=execute"),
     (["bench=transport", "tier=emulate", "link.schedule=[{at_s:1,loss:0.1}]"], "link.schedule: not read by bench=transport"),
     (["bench=search", "cluster.pd.instances=7"], "cluster.pd.instances: not read by bench=search"),
+    (
+        ["experiment=table6", "workload=trace", "workload.trace.path=TRACE", "workload.output_tokens=9"],
+        "workload.output_tokens: has no effect beside workload.trace",
+    ),
+    (
+        ["experiment=simulation", "workload=trace", "workload.trace.path=TRACE", "workload.lengths.mu=9"],
+        "workload.lengths.mu: has no effect beside workload.trace",
+    ),
+    (
+        ["experiment=cost", "cost.usd_per_gpu_hour.B300=9"],
+        "cost.usd_per_gpu_hour.B300: no cluster here has that accelerator; accepted: H20, H200",
+    ),
+    (
+        ["experiment=cost", "profile=paper_1t_h20", "cost.usd_per_gpu_hour.H200=9"],
+        "cost.usd_per_gpu_hour.H200: no cluster here has that accelerator; accepted: H20",
+    ),
     (["experiment=egress", "workload.slo.ttft_s=1"], "workload.slo.ttft_s: not read by experiment=egress"),
     (["experiment=case_study", "policy.short_term.period_s=2"], "policy.short_term.period_s: not read by experiment=case_study"),
 ]  # fmt: skip
@@ -211,6 +227,8 @@ REFUSED = [
 def test_a_key_that_is_not_read_ends_in_one_line_before_a_directory_exists(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    words("trace", "simulate", tmp_path)  # writes a trace
+    arguments = [word.replace("TRACE", str(tmp_path / "trace.jsonl")) for word in arguments]
     assert app.main([*arguments, "tracking=disabled", f"results={tmp_path / 'results'}"]) == 2
     said = capsys.readouterr()
     assert said.out == ""

@@ -135,3 +135,15 @@ def test_no_process_outlives_a_study_that_is_killed(tmp_path: Path) -> None:
     process.wait()
     _, alive = psutil.wait_procs(workers, timeout=5)
     assert not alive
+
+
+def test_a_study_that_is_interrupted_says_how_much_of_it_is_kept(tmp_path: Path) -> None:
+    small = ["experiment=simulation", "options.seeds=2", "options.duration_s=60", "options.warmup_s=10", "processes=1"]
+
+    def stop(line: str) -> None:
+        if "[2/" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(compose([*small, "tracking=disabled", f"results={tmp_path}"]), ["repro"], stop)
+    assert stopped.value.__notes__ == ["simulation: 2 finished points are kept, and the next call goes on from there"]
