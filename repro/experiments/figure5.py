@@ -73,7 +73,7 @@ def run(context: Context) -> Outcome:
             "figure5a",
             "n_p",
             float(split["n_p"].iloc[int(np.argmax(split["lambda_max"]))]),
-            "",
+            "instances",
             "computed",
             paper=paper["n_p"].value,
         ),

@@ -45,6 +45,7 @@ READINGS: tuple[Lengths, ...] = ("representative", "true_mean")
 
 UNITS = {
     "lambda_max": "req/s", "theta_prfaas": "req/s", "theta_pd_p": "req/s", "theta_pd_d": "req/s", "threshold_tokens": "tokens",
+    "n_prfaas": "instances", "n_p": "instances", "n_d": "instances",
     "l_long_tokens": "tokens", "l_short_tokens": "tokens", "egress_bps": "bit/s", "ttft_mean_s": "s", "ttft_p90_s": "s",
     "ttft_mean_reduction": "%", "ttft_p90_reduction": "%",
 }  # fmt: skip

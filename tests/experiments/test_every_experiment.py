@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pages import metrics, unknown
 from small import every, words
 from watching import Watch
 
 from repro import runner
 from repro.composition import compose
 from repro.experiments import base
+from repro.record.metrics import each
+
+METRICS = metrics()
 
 #: Keys that a node's own methods look at on the way to those that decide, on tiers without an emulated link.
 PASSED_OVER = {
@@ -78,6 +82,9 @@ def test_an_experiment_runs_draws_and_reads_what_it_declares(
     assert figures == set(experiment.figures_for(tier))
     assert (record.path / "report.html").is_file()
     assert experiment.parts or len(record.metrics)
+    rows = record.metrics.astype({"unit": str})
+    undescribed = {(row.metric, row.unit) for row in each(rows) if unknown(row.metric, row.unit, METRICS)}
+    assert not undescribed, "not in docs/metrics.md, or with another unit"
 
     unread = {key for key in watch.read if not declared(experiment, tier, key) and key not in PASSED_OVER}
     unread = {key for key in unread if key.rpartition(".")[2] not in base.DESCRIPTIONS} - LOOKED_AT.get(name, {}).keys()
