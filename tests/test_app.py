@@ -176,7 +176,7 @@ def test_an_interrupt_while_importing_is_one_line(
 def test_help_lists_every_experiment_and_verb_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert app.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name, answer in {**choices("experiment"), **app.verbs()}.items():
+    for name, answer in [*choices("experiment").items(), *choices("bench").items(), *app.verbs().items()]:
         assert answer
         assert any(line.split() == [name, *answer.split()] for line in lines), name
 

@@ -1,4 +1,4 @@
-"""The wire format of a piece of a request's KVCache (§3.3), and the books that make a lost or forged piece visible.
+"""The wire format of a piece of a request's KVCache (§3.3), and the manifest by which a lost or forged piece is noticed.
 
 A *piece* is one state tensor of one layer for one range of tokens. On the link it is a header of fixed size and the
 tensor's raw bytes. The header carries its own checksum and is judged against `FrameLimits` before a byte is allocated,

@@ -82,7 +82,7 @@ def block_chain(tokens: Sequence[int], block_tokens: int, root: bytes) -> tuple[
 
 
 class Prefix:
-    """One prompt's passage through a cache: what it found there, and what it leaves. This one is the passage through none.
+    """A prompt's handle on a prefix cache: what it found there, and what it leaves. This base is the case without a cache.
 
     `states` are those of the first `cached_tokens` tokens, the earliest layer first, in host memory that nobody may write to.
     At `checkpoints` (token counts) the prompt's changing states are wanted, by `note`.

@@ -18,7 +18,7 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
     ("case_study", "model"): ["options.parts=[table5]"],
     ("table6", "model"): ["options.draws=0"],
     ("models", "model"): ["model=[kimi_linear,qwen3_235b]"],
-    ("table6", "simulate"): ["options.requests=300", "options.seeds=2"],
+    ("table6", "simulate"): ["options.requests=1000", "options.seeds=2"],
     ("ablation", "simulate"): _STUDY,
     ("agentic", "simulate"): [*_STUDY, "options.warmup_s=20"],
     ("bandwidth_drop", "simulate"): [
