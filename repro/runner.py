@@ -205,6 +205,10 @@ def _run(prepared: Prepared, command: list[str], progress: Progress) -> Record:
             known = {"other_configuration": list(prepared.other_configuration)}
             directory.add_provenance({**outcome.provenance, **known, "elapsed_s": round(time.monotonic() - started, 3)})
             record = Record(directory.path)
+            if experiment.finding is not None:
+                found = {"finding": experiment.finding(record), "hinges_on": experiment.hinges_on}
+                directory.add_provenance(found)
+                record = Record(directory.path)
             figures = draw(experiment, record)
             group, choice = choice_of(settings.name)
             question = choices(group)[choice]

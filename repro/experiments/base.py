@@ -140,7 +140,8 @@ class Experiment:
     (the configuration's `options` node); `check` refuses settings that cannot run before anything is written; `inputs` names the
     files outside the configuration whose contents change the outcome; `tier_figures` replaces `figures` on a tier whose record has
     another form. `parts` are other experiments that run in place of `run`, with the keys that each reads; their records are in the
-    report. `timed` says that results are times of this machine on whichever tier, so that no two runs are the same.
+    report. `timed` says that results are times of this machine on whichever tier, so that no two runs are the same. `finding` says in a
+    sentence what a record shows, and `hinges_on` which assumption would change it; both stand at the head of the report.
     """
 
     name: str
@@ -154,6 +155,8 @@ class Experiment:
     effort: tuple[str, ...] = ("seed", "options.seeds", "options.repeats")
     parts: tuple[str, ...] = ()
     timed: bool = False
+    finding: Callable[[Record], str] | None = None
+    hinges_on: str = ""
 
     @property
     def tiers(self) -> tuple[str, ...]:

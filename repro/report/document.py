@@ -73,6 +73,14 @@ def write(folder: Path, title: str, question: str, records: Sequence[Record]) ->
         "counts": {name: int(count) for name, count in claims["verdict"].value_counts().items()} if len(claims) else {},
         "provenance": records[0].provenance, "isfinite": math.isfinite,
     }  # fmt: skip
+    context["findings"] = [
+        {
+            "sentence": record.provenance["finding"], "hinges_on": record.provenance["hinges_on"],
+            "command": f"python -m repro experiment={record.configuration['name']} …",
+        }
+        for record in records
+        if record.provenance.get("finding")
+    ]  # fmt: skip
     environment = _environment()
     (folder / "report.md").write_text(environment.get_template("report.md.j2").render(context))
     page = folder / "report.html"

@@ -32,6 +32,7 @@ PASSED_OVER = {
 }
 #: Keys that one experiment looks at without taking the user's value, with the reason.
 LOOKED_AT = {
+    "sensitivity": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "agentic": {"policy.rebalance.enabled": "its cases switch it on and off themselves"},
     "shift": {
         "workload.mixture": "the law of lengths asks whether there is one; what is set is refused",
