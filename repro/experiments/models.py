@@ -1,21 +1,20 @@
-"""The models of Table 1 and the reconstructed one at every size: layers by kind, parameters, S_kv(l), ratio to dense.
+"""The models of Table 1, the reconstructed one and those of today at every size: layers by kind, parameters, S_kv(l), ratio to dense.
 
 Nothing is allocated: parameters are counted on modules without weights, sizes of state come from the layout. At full size
-the parameters are set beside those that the publishers state, as a check on the configurations in conf/model.
+the parameters are set beside those that the publishers state, as a check on the configurations in conf/model. S_kv is also given for a
+KVCache in fp8: what attention keeps per token halves, recurrent state does not.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from repro.experiments.base import Context, Experiment, Outcome
-from repro.models import spec
 from repro.models.architectures import layout_of
 from repro.models.spec import ModelSpec
 from repro.record.directory import Record
@@ -29,7 +28,7 @@ def run(context: Context) -> Outcome:
     """A row per model and size, and its metrics."""
     rows, metrics = [], list[Metric]()
     for name, model in context.settings.model.items():
-        for size in spec.SIZES:
+        for size in model.sizes or (model.size,):
             context.progress(f"{name}, {size}")
             row = describe(replace(model, size=size))
             rows.append(row)
@@ -43,6 +42,7 @@ def describe(model: ModelSpec) -> dict[str, object]:
 
     size = model.size
     layout = layout_of(model, size)
+    quantised = layout_of(replace(model, kv_dtype="fp8"), size)
     dense = None if model.baseline is None else layout_of(model.baseline, size)
     row: dict[str, object] = {
         "model": model.name,
@@ -51,14 +51,16 @@ def describe(model: ModelSpec) -> dict[str, object]:
         "layers": layout.layers,
         "layers_by_kind": ", ".join(f"{count} {kind}" for kind, count in layout.layers_by_kind().items()),
         "mechanisms": f"{model.linear} / {model.full}",
-        "parameters": parameters(build(model, "meta")),
-        "stated_parameters": model.parameters if size == "full" else math.nan,
+        "published": model.published,
+        "parameters": math.nan if model.layout_only else parameters(build(replace(model, kv_dtype=None), "meta")),
+        "stated_parameters": model.parameters if size == "full" and model.parameters else math.nan,
         "fixed_bytes": layout.fixed_bytes,
         "bytes_per_token": layout.bytes_per_token,
         "baseline": model.baseline or "",
     }
     for label, tokens in LENGTHS.items():
         row[f"kv_bytes_{label}"] = layout.kv_bytes(tokens)
+        row[f"kv_bytes_fp8_{label}"] = quantised.kv_bytes(tokens)
         row[f"dense_ratio_{label}"] = dense.kv_bytes(tokens) / layout.kv_bytes(tokens) if dense else math.nan
     return row
 
@@ -66,35 +68,47 @@ def describe(model: ModelSpec) -> dict[str, object]:
 def _metrics(context: Context, row: dict[str, object]) -> list[Metric]:
     case = f"{row['model']}.{row['size']}"
     stated = float(str(row["stated_parameters"]))
-    metrics = [
-        context.metric(case, "layers", float(str(row["layers"])), "", "public"),
-        context.metric(case, "parameters", float(str(row["parameters"])), "", "computed", paper=stated),
+    metrics = [context.metric(case, "layers", float(str(row["layers"])), "", "public")]
+    if math.isfinite(count := float(str(row["parameters"]))):
+        metrics.append(context.metric(case, "parameters", count, "", "computed", paper=stated))
+    metrics += [
         context.metric(case, "fixed_bytes", float(str(row["fixed_bytes"])), "bytes", "computed"),
         context.metric(case, "bytes_per_token", float(str(row["bytes_per_token"])), "bytes/token", "computed"),
     ]
     for label in LENGTHS:
         at = f"{case}.{label}"
-        metrics.append(context.metric(at, "kv_bytes", float(str(row[f"kv_bytes_{label}"])), "bytes", "computed"))
+        for named in ("kv_bytes", "kv_bytes_fp8"):
+            metrics.append(context.metric(at, named, float(str(row[f"{named}_{label}"])), "bytes", "computed"))
         ratio = float(str(row[f"dense_ratio_{label}"]))
         if math.isfinite(ratio):
             metrics.append(context.metric(at, "dense_kv_ratio", ratio, "", "computed"))
     return metrics
 
 
+#: More models than `style.SERIES` has looks.
+_LOOKS: Final = (*style.SERIES, (style.GREEN, "*", ":"), (style.BLUE, "h", "--"), (style.RED, "<", "-"))
+
+
 def draw(record: Record) -> Figure:
-    """S_kv over the length at full size: dense models grow from the first token, hybrid ones start flat."""
+    """S_kv over the length at full size, of the paper's models and of those since: dense ones grow from the first token."""
     table = record.table("models")
-    figure, (axis,) = style.panels(height_in=3.8)
-    tokens = np.geomspace(1024, 131_072, 60)
     full = table[table["size"] == "full"]
-    for (_, row), (colour, marker, dash) in zip(full.iterrows(), style.SERIES, strict=False):
-        line = row["fixed_bytes"] + row["bytes_per_token"] * tokens
-        axis.plot(tokens, line / 2**20, color=colour, linestyle=dash, label=row["title"])
-        points = [row[f"kv_bytes_{label}"] / 2**20 for label in LENGTHS]
-        axis.plot(list(LENGTHS.values()), points, color=colour, marker=marker, linestyle="none", markersize=4)
-    axis.set(yscale="log", ylabel="KVCache size (MiB)", title="Hybrid models keep an order of magnitude less state")
-    style.tokens_axis(axis)
-    axis.legend(ncols=2)
+    since = full["published"].notna() & (full["published"].astype(str) != "")
+    groups = [
+        (title, part)
+        for title, part in (("Models of the paper", full[~since]), ("Models of today", full[since]))
+        if len(part)
+    ]
+    figure, axes = style.panels(len(groups), height_in=4.6, width_in=4.0 * len(groups) + 1.2, sharey=True)
+    for axis, (title, part) in zip(axes, groups, strict=True):
+        for (_, row), (colour, marker, dash) in zip(part.iterrows(), _LOOKS, strict=False):
+            points = [row[f"kv_bytes_{label}"] / 2**20 for label in LENGTHS]
+            look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 4.5}
+            axis.plot(list(LENGTHS.values()), points, label=row["title"], **look)
+        axis.set(yscale="log", title=title)
+        style.tokens_axis(axis)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+    axes[0].set_ylabel("KVCache size (MiB)")
     return figure
 
 

@@ -16,4 +16,4 @@ from repro.models.spec import ModelSpec
 def layout_of(model: str | ModelSpec, size: str = "full") -> StateLayout:
     """The state layout of a model of conf/model, or of a specification, at that size. Raises UserError naming the models that are known."""
     found = spec.load(model, size) if isinstance(model, str) else replace(model, size=size)
-    return layout_from_config(found.model_type, found.values(), found.dtype)
+    return layout_from_config(found.model_type, found.values(), found.dtype, found.kv_dtype)

@@ -66,6 +66,15 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu") -> torch.nn.Modul
     `full` size, and for what transformers refuses.
     """
     dtype = _DTYPES[spec.dtype]
+    if spec.layout_only:
+        raise UserError(
+            f"model: {spec.name} is known by its layout only, transformers has no class of it; accepted on tiers that build a "
+            "model: any other of conf/model"
+        )
+    if spec.kv_dtype not in (None, spec.dtype):
+        raise UserError(
+            f"model.kv_dtype: {spec.kv_dtype} changes computed sizes only, and the model {spec.name} is built here; accepted: null"
+        )
     if spec.pretrained is not None:
         return _load(spec.pretrained, dtype, str(device))
     if spec.size == "full" and torch.device(device).type != "meta":

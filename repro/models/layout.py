@@ -20,6 +20,8 @@ from typing import Any, Final
 from repro.errors import UserError
 
 ITEMSIZE: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+#: What keys, values and latents can be kept in instead: one byte each, without the scales, which are one per tensor or block.
+KV_ITEMSIZE: Final = {**ITEMSIZE, "fp8": 1}
 
 
 class StateKind(IntEnum):
@@ -127,11 +129,26 @@ _WORD: Final = {
 }
 
 Config = Mapping[str, Any]
-Rule = Callable[[Config, int, int], Iterator[LayerState]]
 
 
-def layout_from_config(model_type: str, config: Config, dtype: str = "bfloat16") -> StateLayout:
+@dataclass(frozen=True, slots=True)
+class Itemsizes:
+    """Bytes per element: of the model's own tensors, and of what attention keeps per token."""
+
+    own: int
+    kv: int
+
+
+Rule = Callable[[Config, int, Itemsizes], Iterator[LayerState]]
+
+
+def layout_from_config(
+    model_type: str, config: Config, dtype: str = "bfloat16", kv_dtype: str | None = None
+) -> StateLayout:
     """The layout of a model whose transformers configuration has these values (defaults filled in).
+
+    `kv_dtype` is what attention keeps per token (keys, values, latents) where that is not the model's own `dtype`: a quantised
+    KVCache. Recurrent and convolution states and an indexer's keys are not touched by it.
 
     Raises:
         UserError: for a `model_type` or layer type whose state these rules do not know.
@@ -142,40 +159,71 @@ def layout_from_config(model_type: str, config: Config, dtype: str = "bfloat16")
     types = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
     if dtype not in ITEMSIZE:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(ITEMSIZE)}")
-    states = [state for i, name in enumerate(types) for state in _RULES[name](config, i, ITEMSIZE[dtype])]
+    if kv_dtype is not None and kv_dtype not in KV_ITEMSIZE:
+        raise UserError(f"kv_dtype: {kv_dtype!r} is not one of {', '.join(KV_ITEMSIZE)}")
+    sizes = Itemsizes(ITEMSIZE[dtype], KV_ITEMSIZE[kv_dtype or dtype])
+    states: list[LayerState] = []
+    for layer, name in enumerate(types):
+        rule = _OWN_RULES.get((model_type, name)) or _RULES.get(name)
+        if rule is None:
+            raise UserError(f"layer_types: no rule gives the state of {name!r}; known are {', '.join(sorted(_RULES))}")
+        states += rule(config, layer, sizes)
     return StateLayout(len(types), tuple(states))
 
 
 def short_convolution_columns(config: Config) -> int | None:
-    """Columns of its past that a delta-attention layer's convolution reads: kernel − 1; None without a kernel.
+    """Columns of its past that the convolution of a delta-attention or Mamba-2 layer reads: kernel − 1; None without a kernel.
 
     transformers keeps `kernel` columns, the oldest of which nothing reads any more. It is not counted and not shipped.
     """
-    for key in ("linear_conv_kernel_dim", "short_conv_kernel_size"):
+    for key in ("linear_conv_kernel_dim", "short_conv_kernel_size", "conv_kernel"):
         if config.get(key) is not None:
             return int(config[key]) - 1
     return None
 
 
-def _full(config: Config, layer: int, itemsize: int) -> Iterator[LayerState]:
+def _full(config: Config, layer: int, itemsize: Itemsizes) -> Iterator[LayerState]:
     if config.get("kv_lora_rank") is not None:
-        yield LayerState(layer, StateKind.LATENT, bytes_per_token=config["kv_lora_rank"] * itemsize)
-        yield LayerState(layer, StateKind.LATENT_ROPE, bytes_per_token=config["qk_rope_head_dim"] * itemsize)
+        yield LayerState(layer, StateKind.LATENT, bytes_per_token=config["kv_lora_rank"] * itemsize.kv)
+        yield LayerState(layer, StateKind.LATENT_ROPE, bytes_per_token=config["qk_rope_head_dim"] * itemsize.kv)
         return
     heads, key_dim = config["num_key_value_heads"], config["head_dim"]
-    yield LayerState(layer, StateKind.KEY, bytes_per_token=heads * key_dim * itemsize)
-    yield LayerState(layer, StateKind.VALUE, bytes_per_token=heads * (config.get("v_head_dim") or key_dim) * itemsize)
-
-
-def _sliding(config: Config, layer: int, itemsize: int) -> Iterator[LayerState]:
-    # MiMo-V2-Flash doubles the KV heads in its sliding layers; a window of w includes the query, so w − 1 are kept.
-    heads, key_dim, window = 2 * config["num_key_value_heads"], config["head_dim"], config["sliding_window"] - 1
     value_dim = config.get("v_head_dim") or key_dim
-    yield LayerState(layer, StateKind.SLIDING_KEY, bytes_per_token=heads * key_dim * itemsize, window_tokens=window)
-    yield LayerState(layer, StateKind.SLIDING_VALUE, bytes_per_token=heads * value_dim * itemsize, window_tokens=window)
+    yield from _keys_and_values(layer, heads * key_dim * itemsize.kv, heads * value_dim * itemsize.kv)
 
 
-def _linear(config: Config, layer: int, itemsize: int) -> Iterator[LayerState]:
+def _keys_and_values(
+    layer: int, key_bytes: int, value_bytes: int, window_tokens: int | None = None
+) -> Iterator[LayerState]:
+    windowed = window_tokens is not None
+    key, value = (StateKind.SLIDING_KEY, StateKind.SLIDING_VALUE) if windowed else (StateKind.KEY, StateKind.VALUE)
+    yield LayerState(layer, key, bytes_per_token=key_bytes, window_tokens=window_tokens)
+    yield LayerState(layer, value, bytes_per_token=value_bytes, window_tokens=window_tokens)
+
+
+def _sliding(config: Config, layer: int, itemsize: Itemsizes, heads_factor: int = 1) -> Iterator[LayerState]:
+    # A window of w includes the query, so w − 1 are kept.
+    heads, key_dim, window = (
+        heads_factor * config["num_key_value_heads"],
+        config["head_dim"],
+        config["sliding_window"] - 1,
+    )
+    value_dim = config.get("v_head_dim") or key_dim
+    yield from _keys_and_values(layer, heads * key_dim * itemsize.kv, heads * value_dim * itemsize.kv, window)
+
+
+def _sliding_of_twice_the_heads(config: Config, layer: int, itemsize: Itemsizes) -> Iterator[LayerState]:
+    yield from _sliding(config, layer, itemsize, heads_factor=2)  # MiMo-V2-Flash
+
+
+def _wide_full(config: Config, layer: int, itemsize: Itemsizes) -> Iterator[LayerState]:
+    # Gemma-4's full layers have heads of their own number and width. Keys and values come from one projection and are both
+    # kept: the one is rotated, the other normalised.
+    element = config["num_global_key_value_heads"] * config["global_head_dim"] * itemsize.kv
+    yield from _keys_and_values(layer, element, element)
+
+
+def _linear(config: Config, layer: int, itemsize: Itemsizes) -> Iterator[LayerState]:
     if config.get("linear_num_value_heads") is not None:  # Gated DeltaNet: fewer query and key heads than value heads
         heads, key_dim, value_dim = (
             config["linear_num_value_heads"],
@@ -187,17 +235,53 @@ def _linear(config: Config, layer: int, itemsize: int) -> Iterator[LayerState]:
         heads = config.get("linear_num_heads") or config["num_attention_heads"]
         key_dim = value_dim = config.get("linear_head_dim") or config["head_dim"]
         channels = 3 * heads * key_dim
+    yield from _recurrent(config, layer, channels * itemsize.own, heads * key_dim * value_dim)
+
+
+def _recurrent(config: Config, layer: int, column_bytes: int, elements: int) -> Iterator[LayerState]:
     columns = short_convolution_columns(config)
     assert columns is not None
-    yield LayerState(layer, StateKind.CONVOLUTION, bytes_fixed=channels * columns * itemsize)
-    yield LayerState(layer, StateKind.RECURRENT, bytes_fixed=heads * key_dim * value_dim * 4)  # kept in float32
+    yield LayerState(layer, StateKind.CONVOLUTION, bytes_fixed=column_bytes * columns)
+    yield LayerState(layer, StateKind.RECURRENT, bytes_fixed=elements * 4)  # kept in float32
+
+
+def _mamba(config: Config, layer: int, itemsize: Itemsizes) -> Iterator[LayerState]:
+    inner = config["mamba_num_heads"] * config["mamba_head_dim"]
+    channels = inner + 2 * config["n_groups"] * config["ssm_state_size"]
+    yield from _recurrent(config, layer, channels * itemsize.own, inner * config["ssm_state_size"])
+
+
+def _indexed(config: Config, layer: int, itemsize: Itemsizes) -> Iterator[LayerState]:
+    # Sparse attention keeps all keys and values as full attention does, and small keys by which it picks among them; a layer
+    # that shares the pick of an earlier one has none.
+    yield from _full(config, layer, itemsize)
+    kinds = config.get("indexer_types")
+    if kinds is None or kinds[layer] == "full":
+        yield LayerState(layer, StateKind.INDEXER_KEY, bytes_per_token=config["index_head_dim"] * itemsize.own)
+
+
+def _stateless(*_: object) -> Iterator[LayerState]:
+    yield from ()
 
 
 _RULES: Final[Mapping[str, Rule]] = {
     "full_attention": _full,
     "sliding_attention": _sliding,
     "linear_attention": _linear,
+    "mamba": _mamba,
+    "attention": _full,
+    "moe": _stateless,
+    "indexed_attention": _indexed,
+    "minimax_m3_sparse": _indexed,
+}
+#: Layers that a model builds otherwise than others of their name.
+_OWN_RULES: Final[Mapping[tuple[str, str], Rule]] = {
+    ("mimo_v2_flash", "sliding_attention"): _sliding_of_twice_the_heads,
+    ("gemma4_text", "full_attention"): _wide_full,
 }
 KNOWN_MODEL_TYPES: Final = frozenset(
-    ("kimi_linear", "mimo_v2_flash", "qwen3_5_moe_text", "bailing_hybrid", "minimax_m2", "qwen3_moe")
-)
+    (
+        "kimi_linear", "mimo_v2_flash", "qwen3_5_moe_text", "bailing_hybrid", "minimax_m2", "qwen3_moe",
+        "qwen3_5_text", "nemotron_h", "minimax_m3_vl_text", "glm_moe_dsa", "gemma4_text", "gpt_oss", "step3p7",
+    )
+)  # fmt: skip

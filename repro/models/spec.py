@@ -8,17 +8,23 @@ kinds, order and ratio of the layers. Nothing here needs torch: the analytic tie
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
 
 from repro.configuration import build
 from repro.errors import UserError
-from repro.models.layout import ITEMSIZE
+from repro.models.layout import ITEMSIZE, KV_ITEMSIZE
 from repro.presets import choices, preset
 
 SIZES: Final = ("full", "single_gpu", "tiny")
-_LAYER_LETTERS: Final = {"F": "full_attention", "L": "linear_attention", "S": "sliding_attention"}
+#: Letters of a layer word: full, linear and sliding attention, sparse by an indexer (I, D); of Nemotron-H, Mamba-2, attention, experts.
+_LAYER_LETTERS: Final = {
+    "F": "full_attention", "L": "linear_attention", "S": "sliding_attention", "I": "minimax_m3_sparse",
+    "D": "indexed_attention", "M": "mamba", "A": "attention", "E": "moe",
+}  # fmt: skip
+_INDEXER_LETTERS: Final = {"F": "full", "S": "shared"}
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,11 @@ class ModelSpec:
     """A model by its transformers configuration.
 
     `config` holds fields common to all sizes and `sizes` those of each; every other field keeps the default of its
-    transformers class. The field `layers`, a word like "LLLF*6 LLF", stands for `layer_types`. With `pretrained` (a hub
-    id or a folder) the checkpoint's own configuration is used. `parameters` is what the publisher states.
+    transformers class. The field `layers`, a word like "LLLF*6 LLF", stands for `layer_types`, and `indexers` in the same
+    way for `indexer_types`. With `pretrained` (a hub
+    id or a folder) the checkpoint's own configuration is used. `parameters` is what the publisher states, `published` the month
+    of a model that is younger than the paper. `kv_dtype` is a quantised KVCache's, which only sizes are computed of.
+    A `layout_only` model has no class in transformers: its state is known, it cannot be built.
     """
 
     name: str
@@ -39,6 +48,9 @@ class ModelSpec:
     parameters: float = 0.0
     baseline: str | None = None
     dtype: str = "bfloat16"
+    kv_dtype: str | None = None
+    published: str = ""
+    layout_only: bool = False
     seed: int = 0
     pretrained: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -47,6 +59,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.dtype not in ITEMSIZE:
             raise UserError(f"model.dtype: {self.dtype!r} is not one of {', '.join(ITEMSIZE)}")
+        if self.kv_dtype is not None and self.kv_dtype not in KV_ITEMSIZE:
+            raise UserError(f"model.kv_dtype: {self.kv_dtype!r} is not one of {', '.join(KV_ITEMSIZE)}, or null")
         if self.sizes and self.size not in self.sizes:
             raise UserError(f"model.size: {self.size!r} is not one of {', '.join(self.sizes)} (model {self.name})")
         if not self.model_type:
@@ -58,27 +72,48 @@ class ModelSpec:
         if (word := values.pop("layers", None)) is not None:
             values["layer_types"] = layer_types(word)
             values["num_hidden_layers"] = len(values["layer_types"])
+        if (word := values.pop("indexers", None)) is not None:
+            values["indexer_types"] = written_out(word, _INDEXER_LETTERS, "indexers")
         return values
 
 
 def layer_types(word: str) -> list[str]:
-    """Layer types of a word: F full, L linear, S sliding; "LLLF*6 LLF" is six times LLLF, then LLF.
+    """Layer types of a word: F full, L linear, S sliding, …; "LLLF*6 LLF" is six times LLLF, then LLF.
 
     Raises:
         UserError: for any other letter or form.
     """
-    letters = ""
+    return written_out(word, _LAYER_LETTERS, "layers")
+
+
+def written_out(word: str, letters: Mapping[str, str], key: str) -> list[str]:
+    """The names behind the letters of a word whose parts may have a count: "LLLF*6 LLF".
+
+    Raises:
+        UserError: naming the key, for any other letter or form.
+    """
+    found = ""
     for part in word.split():
-        match = re.fullmatch(r"([FLS]+)(?:\*(\d+))?", part)
+        match = re.fullmatch(rf"([{''.join(letters)}]+)(?:\*(\d+))?", part)
         if match is None:
-            raise UserError(f"layers: {part!r} is not letters of F, L, S with an optional *count")
-        letters += match[1] * int(match[2] or 1)
-    return [_LAYER_LETTERS[letter] for letter in letters]
+            raise UserError(f"{key}: {part!r} is not letters of {', '.join(letters)} with an optional *count")
+        found += match[1] * int(match[2] or 1)
+    return [letters[letter] for letter in found]
 
 
 @cache
 def names() -> list[str]:
-    """The architectures that have a file in conf/model and sizes of their own."""
+    """The architectures of the paper: those of conf/model that have sizes of their own and are not younger than it."""
+    return [name for name in _sized() if not preset("model", name).get("published")]
+
+
+@cache
+def names_of_today() -> list[str]:
+    """The models of conf/model that were published since the paper, or that it does not name."""
+    return [name for name in _sized() if preset("model", name).get("published")]
+
+
+def _sized() -> list[str]:
     return [name for name in choices("model") if "sizes" in preset("model", name)]
 
 
