@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments import spread
+from repro.experiments import table6_emulated as emulated
 from repro.experiments import table6_simulated as simulated
-from repro.experiments.base import EQUATIONS, HOMOGENEOUS, SIMULATED, Context, Experiment, Outcome
+from repro.experiments.base import EQUATIONS, HOMOGENEOUS, SIMULATED, WIRE, Context, Experiment, Outcome
 from repro.experiments.deployment import check_deployment, deployment, latencies, operating_points, profile_files
 from repro.paper import tables, text
 from repro.paper.quantity import Quantity
@@ -65,12 +66,13 @@ class Options:
     """Effort on each tier.
 
     `draws` from within the rounding of the paper's inputs give tier `model` its spread (0 varies the interpolation alone); tier
-    `simulate` runs `requests` per simulation and `seeds` simulations per value.
+    `simulate` runs `requests` per simulation and `seeds` simulations per value; `emulate` has its own.
     """
 
     draws: int = 8
     requests: int = 30_000
     seeds: int = 4
+    emulate: emulated.Emulated = field(default_factory=emulated.Emulated)
 
     def __post_init__(self) -> None:
         if self.draws < 0:
@@ -96,6 +98,8 @@ def run(context: Context) -> Outcome:
     settings = context.settings
     if settings.tier == "simulate":
         return simulated.run(context, simulated.Effort(context.options.requests, context.options.seeds))
+    if settings.tier == "emulate":
+        return emulated.run(context, context.options.emulate)
     base, papers = deployment(settings), spread.is_papers(settings)
     readings: dict[Lengths, Settings] = {
         lengths: replace(settings, policy=replace(settings.policy, lengths=lengths)) for lengths in READINGS
@@ -196,6 +200,7 @@ EXPERIMENT = Experiment(
             "options.requests",
             "options.seeds",
         ),
+        "emulate": (*SIMULATED, HOMOGENEOUS, *WIRE, "options.emulate"),
     },
     run=run,
     figures={"table6": draw},
@@ -203,5 +208,8 @@ EXPERIMENT = Experiment(
     check=check_deployment,
     effort=("seed", "options"),
     inputs=profile_files,
-    tier_figures={"simulate": {"table6_simulated": simulated.draw_loads}},
+    tier_figures={
+        "simulate": {"table6_simulated": simulated.draw_loads},
+        "emulate": {"table6_emulated": emulated.draw},
+    },
 )

@@ -156,3 +156,31 @@ def placement(name: str) -> Placement:
     if name not in PLACEMENTS:
         raise UserError(f"policy.placement: {name!r} is unknown; accepted: {', '.join(PLACEMENTS)}")
     return PLACEMENTS[name]()
+
+
+class FewestHeld:
+    """The decode instance that holds fewest requests, of equals the lowest id: which one takes a KVCache before it is sent there."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, int] = {}
+
+    def add(self, instance: int) -> None:
+        """Let an instance take requests."""
+        self._held[instance] = 0
+
+    def remove(self, instance: int) -> None:
+        """Give an instance no more requests."""
+        self._held.pop(instance, None)
+
+    def take(self) -> int | None:
+        """Give a request to an instance and return its id; None where there is none."""
+        if not self._held:
+            return None
+        instance = min(self._held, key=lambda one: (self._held[one], one))
+        self._held[instance] += 1
+        return instance
+
+    def release(self, instance: int) -> None:
+        """A request has left an instance."""
+        if instance in self._held:
+            self._held[instance] -= 1

@@ -37,17 +37,22 @@ class _Times:
         self._parts.append(np.array([(row[_ARRIVAL], row[_FINISH]) for row in rows]))
 
     def growth(self) -> float:
-        """Growth of the number in the system per arrival, between the second and the last quarter of the run."""
+        """Growth of the number in the system per arrival."""
         times = np.concatenate(self._parts)
-        arrivals, finishes = np.sort(times[:, 0]), np.sort(times[:, 1][np.isfinite(times[:, 1])])
-        end = arrivals[-1]
+        return growth_of(times[:, 0], times[:, 1])
 
-        def level(low: float, high: float) -> float:
-            at = np.linspace(low * end, high * end, 400)
-            return float(np.mean(np.searchsorted(arrivals, at) - np.searchsorted(finishes, at)))
 
-        between = np.searchsorted(arrivals, 0.875 * end) - np.searchsorted(arrivals, 0.375 * end)
-        return (level(0.75, 1.0) - level(0.25, 0.5)) / max(float(between), 1.0)
+def growth_of(arrival_s: NDArray[np.float64], finish_s: NDArray[np.float64]) -> float:
+    """Growth of the number in the system per arrival, between the second and the last quarter of a run; unfinished are nan."""
+    arrivals, finishes = np.sort(arrival_s), np.sort(finish_s[np.isfinite(finish_s)])
+    end = arrivals[-1]
+
+    def level(low: float, high: float) -> float:
+        at = np.linspace(low * end, high * end, 400)
+        return float(np.mean(np.searchsorted(arrivals, at) - np.searchsorted(finishes, at)))
+
+    between = np.searchsorted(arrivals, 0.875 * end) - np.searchsorted(arrivals, 0.375 * end)
+    return (level(0.75, 1.0) - level(0.25, 0.5)) / max(float(between), 1.0)
 
 
 def growth(spec: SimulationSpec, requests: Iterable[RequestBatch]) -> float:
@@ -74,13 +79,14 @@ def lambda_max(
     """
 
     def of_seed(seed: int) -> float:
-        return _bisect(lambda rate: growth(spec, requests(rate, seed)) <= TOLERANCE, guess_per_s, width)
+        return sum(bisect(lambda rate: growth(spec, requests(rate, seed)) <= TOLERANCE, guess_per_s, width)) / 2
 
     return Estimate.of([of_seed(seed) for seed in seeds])
 
 
-def _bisect(stable: Callable[[float], bool], guess: float, width: float) -> float:
-    low, high = guess * 0.9, guess * 1.1
+def bisect(stable: Callable[[float], bool], guess: float, width: float, near: float = 0.1) -> tuple[float, float]:
+    """The highest rate that is `stable` and the lowest that is not, within `width` of each other, looked for around a guess."""
+    low, high = guess * (1 - near), guess * (1 + near)
     while not stable(low):
         low, high = low * 0.8, low
     while stable(high):
@@ -88,4 +94,4 @@ def _bisect(stable: Callable[[float], bool], guess: float, width: float) -> floa
     while high - low > width * low:
         middle = (low + high) / 2
         low, high = (middle, high) if stable(middle) else (low, middle)
-    return (low + high) / 2
+    return low, high

@@ -20,6 +20,10 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
     ("sensitivity", "model"): ["options.draws=12"],
     ("models", "model"): ["model=[kimi_linear,qwen3_235b]"],
     ("table6", "simulate"): ["options.requests=1000", "options.seeds=2"],
+    ("table6", "emulate"): [
+        "options.emulate.requests=100", "options.emulate.search_requests=100", "options.emulate.search_width=0.2",
+        "options.emulate.time_scale=100", "options.emulate.cases=[prfaas_pd]", "cluster.pd.instances=2", "cluster.prfaas.instances=1",
+    ],
     ("ablation", "simulate"): _STUDY,
     ("agentic", "simulate"): [*_STUDY, "options.warmup_s=20"],
     ("bandwidth_drop", "simulate"): [

@@ -1,0 +1,226 @@
+"""A deployment that really runs: its instances as processes, a router in charge, open-loop load, KVCache over the emulated link.
+
+Tier `emulate` replays the profiles: what is real is the scheduler's clock, the messages, the sockets, TCP and the link. One `play` is one
+run of a simulated deployment's spec on the live system, so the same value, and the same requests, can be simulated and served.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from repro.errors import UserError
+from repro.link import Link, LinkSpec, open_link
+from repro.processes import Ended
+from repro.serving.faults import FaultSchedule, LiveFault
+from repro.serving.fleet import Fleet, LocalLauncher, Place
+from repro.serving.instance import InstanceConfig
+from repro.serving.load import LoadGenerator
+from repro.serving.messages import FromInstance, Report
+from repro.serving.router import Router
+from repro.serving.scale import Scale
+from repro.simulate.spec import SimulationSpec
+from repro.transport import TransportSpec
+from repro.workload.stream import RequestBatch
+
+#: After the last arrival: so long, unscaled, a run waits for what is under way.
+DRAIN_S = 600.0
+#: Requests that one run may have.
+_NUMBERS = 10_000_000
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What KVCache crosses, and how: the configured link, its transport, and in how many pieces a request goes."""
+
+    link: LinkSpec
+    transport: TransportSpec
+    pieces: int
+    scale: Scale
+
+
+@dataclass(frozen=True)
+class Played:
+    """A run on the live system. `requests` is unscaled; lateness is in seconds of this machine."""
+
+    requests: pd.DataFrame
+    late_p99_s: float
+    timer_mean_s: float
+    timer_p99_s: float
+    cpu_s: float
+    wall_s: float
+    wire_bytes: int
+    payload_bytes: int
+    unfinished: int
+    overloaded: bool
+    samples: pd.DataFrame
+    events: tuple[tuple[float, str], ...]
+
+    @property
+    def wire_overhead(self) -> float:
+        """TCP payload on the link ÷ KVCache − 1; nan where nothing crossed."""
+        return self.wire_bytes / self.payload_bytes - 1 if self.payload_bytes else math.nan
+
+
+@dataclass(frozen=True)
+class _Reported:
+    """What all instances have sent and used since they were started."""
+
+    wire_bytes: int = 0
+    cpu_s: float = 0.0
+
+
+class Deployment:
+    """A running fleet of one spec on an open link; `play` runs one stream of requests through it, any number of times."""
+
+    def __init__(self, spec: SimulationSpec, wire: Wire, link: Link, log_directory: Path, seed: int) -> None:
+        if len(spec.pd) != 1 or len(spec.prfaas) > 1:
+            raise UserError("cluster: the live system serves one PD cluster and at most one PrfaaS cluster")
+        self.spec = spec
+        self._wire = wire
+        self._router: Router | None = None
+        self._fleet = Fleet(LocalLauncher(link, log_directory), self._heard, self._ended)
+        self._deaths: list[tuple[str, Ended]] = []
+        self._next_number = 0
+        self._reported = _Reported()
+        launcher = LocalLauncher(link, log_directory)
+        pd = spec.pd[0]
+        places = [Place("pd0", index, "decode") for index in range(pd.n_p + pd.n_d)]
+        profiles: dict[str, Any] = {"pd0": pd.profile}
+        if spec.prfaas:
+            places += [Place("prfaas0", index, "prefill") for index in range(spec.prfaas[0].instances)]
+            profiles["prfaas0"] = spec.prfaas[0].profile
+        self.configs = {
+            place: InstanceConfig(
+                place.name,
+                profiles[place.cluster],
+                wire.transport,
+                launcher.host(place) if place.side == "decode" else None,
+                wire.scale.time,
+                wire.scale.bytes,
+                wire.pieces,
+                seed + number,
+            )
+            for number, place in enumerate(places)
+        }
+
+    def __enter__(self) -> Deployment:
+        self._fleet.__enter__()
+        try:
+            self._fleet.start(self.configs)
+        except BaseException as error:
+            self._fleet.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def __exit__(self, *exit_: Any) -> None:
+        self._fleet.__exit__(*exit_)
+
+    @property
+    def scale(self) -> Scale:
+        """α and β."""
+        return self._wire.scale
+
+    @property
+    def fleet(self) -> Fleet:
+        """Its instances."""
+        return self._fleet
+
+    def _heard(self, name: str, said: FromInstance) -> None:
+        if (router := self._router) is not None:
+            router.heard(name, said)
+
+    def _ended(self, name: str, how: Ended) -> None:
+        self._deaths.append((name, how))
+        if (router := self._router) is not None:
+            router.ended(name, how)
+
+    def play(
+        self,
+        batches: Iterable[RequestBatch],
+        *,
+        faults: Sequence[LiveFault] = (),
+        drain_s: float = DRAIN_S,
+        limit_requests: int = 20_000,
+    ) -> Played:
+        """Serve a stream of requests from an empty system, and wait up to `drain_s`, unscaled, for what is under way after the last."""
+        spec, fleet = self.spec, self._fleet
+        fleet.wait()
+        prfaas = spec.prfaas[0] if spec.prfaas else None
+        link_bps = self._wire.link.rate_bps or math.inf
+        before = self._reported
+        scale = replace(self._wire.scale, origin_s=time.monotonic() + 0.2)
+        router = self._router = Router(
+            spec.scheduler, spec.pd[0], prfaas, scale, link_bps=link_bps, limit_requests=limit_requests
+        )
+        # Numbers are used once, so that what an instance still says of an earlier run is nobody's.
+        first, self._next_number = self._next_number, self._next_number + _NUMBERS
+        load = LoadGenerator(batches, scale, router.submit, first)
+        router.scheduler.cover(max((batch.longest_tokens() for batch in load.batches), default=1))
+        began_s = time.monotonic()
+        router.start(fleet, scale)
+        load.start()
+        try:
+            with FaultSchedule(faults, fleet, scale, self._replace):
+                while not load.join(0.2):
+                    if router.overloaded:
+                        load.stop()
+                        break
+                if not router.overloaded:
+                    router.drain(load.count, drain_s / scale.time)
+            wall_s = time.monotonic() - began_s
+            after = self._reported = self._report(router)
+        finally:
+            load.stop()
+            unfinished = router.close()
+            self._router = None
+        late = [one for said in router.lateness.values() for one in said]
+        timers = sum(one.timers for one in late) or 1
+        requests = router.requests()
+        requests["id"] -= first
+        return Played(
+            requests,
+            late_p99_s=float(np.quantile(load.late_s, 0.99)) if len(load.late_s) else math.nan,
+            timer_mean_s=sum(one.mean_s * one.timers for one in late) / timers,
+            timer_p99_s=max((one.p99_s for one in late), default=math.nan),
+            cpu_s=after.cpu_s - before.cpu_s,
+            wall_s=wall_s,
+            wire_bytes=after.wire_bytes - before.wire_bytes,
+            payload_bytes=int(requests["payload_bytes"].sum()),
+            unfinished=unfinished,
+            overloaded=router.overloaded,
+            samples=pd.DataFrame([vars(sample) for sample in router.samples]),
+            events=tuple(router.events),
+        )
+
+    def _replace(self, name: str) -> None:
+        self._fleet.replace(name, next(config for place, config in self.configs.items() if place.name == name))
+
+    def _report(self, router: Router) -> _Reported:
+        """Let every instance that lives say what it has sent and how late it was."""
+        router.sending.clear()
+        wanted = {name for name in self._fleet.names if self._fleet.is_alive(name)}
+        self._fleet.tell_all(Report())
+        until_s = time.monotonic() + 5.0
+        while not wanted <= router.sending.keys() and time.monotonic() < until_s:
+            time.sleep(0.01)
+        said = list(router.sending.values())
+        late = [one[-1] for one in list(router.lateness.values())]
+        return _Reported(sum(one.wire_bytes for one in said), sum(one.cpu_s for one in late))
+
+
+@contextmanager
+def deployed(spec: SimulationSpec, wire: Wire, log_directory: Path, run: str, seed: int = 0) -> Iterator[Deployment]:
+    """Open the scaled link and start the deployment on it."""
+    with open_link(wire.link, run=run, time_scale=wire.scale.time, byte_scale=wire.scale.bytes) as link:
+        link.start()
+        with Deployment(spec, wire, link, log_directory, seed) as running:
+            yield running

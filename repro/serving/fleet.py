@@ -1,0 +1,241 @@
+"""The instances of a deployment as processes: started on their sides of the link, connected, watched, and gone when it is over.
+
+PrfaaS instances stand on the link's prefill side, PD instances on its decode side; only KVCache crosses. A `Launcher` says how an instance
+is started, so that the same deployment runs as processes of this machine or wherever else something can start them.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from repro.configuration import plain
+from repro.errors import UserError
+from repro.link import Link, Side
+from repro.processes import Child, Ended, Message
+from repro.serving import messages as say
+from repro.serving.instance import InstanceConfig
+
+_START_TIMEOUT_S = 120.0
+#: One thread per instance: a dozen instances share the cores of a laptop, and none of them computes.
+_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
+@dataclass(frozen=True)
+class Place:
+    """An instance of the deployment: its pool's cluster ("prfaas0", "pd0"), its index there, and the link's side that it stands on."""
+
+    cluster: str
+    index: int
+    side: Side
+
+    @property
+    def name(self) -> str:
+        """In messages, logs and records."""
+        return f"{self.cluster}.{self.index}"
+
+
+class Launcher(Protocol):
+    """Starts an instance somewhere; `hear` gets what it says and `ended` the news of its end, in threads of the launcher's."""
+
+    def start(
+        self, place: Place, config: InstanceConfig, hear: Callable[[Message], None], ended: Callable[[Ended], None]
+    ) -> Child:
+        """Start it."""
+        ...
+
+    def host(self, place: Place) -> str:
+        """The address that an instance there receives on."""
+        ...
+
+    def dial(self, port: int) -> tuple[str, int]:
+        """Where the prefill side reaches that port of the decode side, through the link."""
+        ...
+
+
+class LocalLauncher:
+    """Processes of this machine, each in the network of its side of an open link."""
+
+    def __init__(self, link: Link, log_directory: Path) -> None:
+        self._link = link
+        self._log_directory = log_directory
+
+    def start(
+        self, place: Place, config: InstanceConfig, hear: Callable[[Message], None], ended: Callable[[Ended], None]
+    ) -> Child:
+        """Start the instance's process."""
+        child = Child(
+            f"instance {place.name}",
+            self._link.command(place.side, [sys.executable, "-m", "repro.serving.instance"]),
+            hear=lambda message, _beside: hear(message),
+            environment=_ENVIRONMENT,
+            stderr=self._log_directory / f"{place.name}.log",
+        )
+        child.on_end(ended)
+        child.send("config", **plain(config))
+        return child
+
+    def host(self, place: Place) -> str:
+        """The side's address on the link."""
+        return self._link.listen_host(place.side)
+
+    def dial(self, port: int) -> tuple[str, int]:
+        """Through the link."""
+        return self._link.dial(port)
+
+
+class Fleet:
+    """All instances, by name; a context manager, after which every one is gone.
+
+    `heard(name, said)` gets what instances say and `ended(name, how)` the news of an end; both are called in the launcher's threads.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        heard: Callable[[str, say.FromInstance], None],
+        ended: Callable[[str, Ended], None],
+    ) -> None:
+        self._launcher = launcher
+        self._heard = heard
+        self._ended = ended
+        self._children: dict[str, Child] = {}
+        self._places: dict[str, Place] = {}
+        self._ports: dict[str, int] = {}
+        self._changed = threading.Condition()
+        self._connections = set[tuple[str, str]]()
+        self._failure: Ended | None = None
+        self._serving = False
+        self._coming = set[str]()
+
+    def start(self, places: Mapping[Place, InstanceConfig]) -> None:
+        """Start all instances at once and connect every PrfaaS instance to every PD instance; returns when they serve.
+
+        Raises:
+            UserError: naming an instance that ended or did not come up in time.
+        """
+        for place, config in places.items():
+            self._start(place, config)
+        senders = [place for place in places if place.side == "prefill"]
+        receivers = [place for place in places if place.side == "decode"]
+        self._wait(lambda: all(place.name in self._ports for place in places), "start")
+        for place in receivers:
+            self._connect(place.name, senders)
+        wanted = {(one.name, other.name) for one in senders for other in receivers}
+        self._wait(lambda: wanted <= self._connections, "connect")
+        self._serving = True
+
+    def _start(self, place: Place, config: InstanceConfig) -> None:
+        self._places[place.name] = place
+        self._children[place.name] = self._launcher.start(
+            place, config, partial(self._hear, place.name), partial(self._end, place.name)
+        )
+
+    def _connect(self, receiver: str, senders: list[Place]) -> None:
+        host, port = self._launcher.dial(self._ports[receiver])
+        for place in senders:
+            self.tell(place.name, say.Connect(receiver, host, port))
+
+    def replace(self, name: str, config: InstanceConfig) -> None:
+        """Start an instance anew in place of one that has ended or is silent; once it is connected, `Ready` is heard of it."""
+        self._children[name].kill()
+        with self._changed:
+            self._ports.pop(name, None)
+            self._connections = {pair for pair in self._connections if name not in pair}
+            self._coming.add(name)
+        self._start(self._places[name], config)
+
+    def tell(self, name: str, said: say.ToInstance) -> None:
+        """Give an instance a message; one that has ended does not hear it."""
+        self._children[name].send(**say.fields(said))
+
+    def tell_all(self, said: say.ToInstance) -> None:
+        """Give every instance a message."""
+        for name in self._children:
+            self.tell(name, said)
+
+    def pid(self, name: str) -> int:
+        """The process of an instance."""
+        return self._children[name].pid
+
+    def wait(self) -> None:
+        """Wait until everyone who was started anew serves.
+
+        Raises:
+            UserError: where somebody does not in time.
+        """
+        self._wait(lambda: not self._coming, "come back")
+
+    def is_alive(self, name: str) -> bool:
+        """Whether an instance's process has neither ended nor been taken for dead."""
+        return self._children[name].ended is None
+
+    @property
+    def names(self) -> list[str]:
+        """All instances."""
+        return list(self._places)
+
+    def _hear(self, name: str, message: Message) -> None:
+        said = say.from_instance(message)
+        ready = []
+        with self._changed:
+            if isinstance(said, say.Ready):
+                self._ports[name] = said.port
+                if name in self._coming:
+                    self._reconnect(self._places[name])
+            elif isinstance(said, say.Connected):
+                self._connections.add((name, said.name))
+            ready = [one for one in self._coming if one in self._ports and self._is_connected(self._places[one])]
+            self._coming.difference_update(ready)
+            self._changed.notify_all()
+        if not isinstance(said, say.Ready | say.Connected):
+            self._heard(name, said)
+        for one in ready:
+            self._heard(one, say.Ready(self._ports[one]))
+
+    def _reconnect(self, place: Place) -> None:
+        others = [one for one in self._places.values() if one.side != place.side and one.name in self._ports]
+        if place.side == "decode":
+            self._connect(place.name, others)
+        else:
+            for other in others:
+                self._connect(other.name, [place])
+
+    def _is_connected(self, place: Place) -> bool:
+        others = [one.name for one in self._places.values() if one.side != place.side and one.name in self._ports]
+        pairs = ((place.name, one) if place.side == "prefill" else (one, place.name) for one in others)
+        return all(pair in self._connections for pair in pairs)
+
+    def _end(self, name: str, how: Ended) -> None:
+        with self._changed:
+            if not self._serving:
+                self._failure = self._failure or how
+            self._changed.notify_all()
+        self._ended(name, how)
+
+    def _wait(self, done: Callable[[], bool], what: str) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or done(), _START_TIMEOUT_S)
+            if self._failure is not None:
+                raise UserError(str(self._failure))
+            if not done():
+                raise UserError(f"fleet: not every instance could {what} within {_START_TIMEOUT_S:g} s")
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        children = list(self._children.values())
+        if kind is None:
+            for child in children:
+                child.ask_to_stop()
+            for child in children:
+                child.wait(3.0)
+        for child in children:
+            child.kill()

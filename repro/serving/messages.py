@@ -1,0 +1,170 @@
+"""What router and instances say to each other: small typed messages. They carry token counts and names, never a prompt or state.
+
+On the channel a message is a JSON object whose `kind` names its type; one of another form is refused by name. Times are CLOCK_MONOTONIC in
+seconds, which all processes of a machine share. A request that is tried again has another `attempt`, so that what an earlier one still says
+can be told from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from repro.processes import Message
+
+
+class Said(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
+    """Any of them."""
+
+
+# To an instance.
+
+
+class Connect(Said, frozen=True):
+    """Decode instance `name` receives there, across the link."""
+
+    name: str
+    host: str
+    port: int
+
+
+class Prefill(Said, frozen=True):
+    """Prefill a request, and send its KVCache of `kv_bytes` to decode instance `to`; with none it stays in the cluster, whose own network
+    is no bottleneck (equation 4).
+    """
+
+    request: int
+    attempt: int
+    input_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    kv_bytes: float
+    to: str | None
+
+
+class Decode(Said, frozen=True):
+    """Decode a request whose KVCache is in this cluster already."""
+
+    request: int
+    attempt: int
+    input_tokens: int
+    output_tokens: int
+
+
+class Forget(Said, frozen=True):
+    """Give a request up; nothing more is said of it."""
+
+    request: int
+    attempt: int
+
+
+class Slow(Said, frozen=True):
+    """From now on everything takes `factor` times as long: a fault."""
+
+    factor: float
+
+
+# From an instance.
+
+
+class Ready(Said, frozen=True):
+    """It serves; `port` is where a decode instance receives, 0 at a PrfaaS instance."""
+
+    port: int
+
+
+class Connected(Said, frozen=True):
+    """Its connections to decode instance `name` are open."""
+
+    name: str
+
+
+class Prefilled(Said, frozen=True):
+    """A prefill began and ended."""
+
+    request: int
+    attempt: int
+    start_s: float
+    end_s: float
+
+
+class Delivered(Said, frozen=True):
+    """A request's KVCache of `payload_bytes` on the link is there whole; it waits for the batch or has joined it."""
+
+    request: int
+    attempt: int
+    at_s: float
+    payload_bytes: int
+
+
+class Undelivered(Said, frozen=True):
+    """A transfer that failed."""
+
+    request: int
+    attempt: int
+    why: str
+
+
+class Decoding(Said, frozen=True):
+    """A request joined the batch at `joined_s` and its first token came."""
+
+    request: int
+    attempt: int
+    joined_s: float
+    first_s: float
+
+
+class Finished(Said, frozen=True):
+    """A request's last token."""
+
+    request: int
+    attempt: int
+    at_s: float
+
+
+class Sending(Said, frozen=True):
+    """A prefill instance's egress since its start: bytes acknowledged and waiting, TCP's smoothed RTT (0 without a connection)."""
+
+    at_s: float
+    acked_bytes: int
+    resent_bytes: int
+    waiting_bytes: int
+    wire_bytes: int
+    rtt_s: float
+
+
+class Lateness(Said, frozen=True):
+    """By how much timers came late since the last report: their number, mean and 99th percentile; and all CPU seconds that were used."""
+
+    timers: int
+    mean_s: float
+    p99_s: float
+    cpu_s: float
+
+
+class Report(Said, frozen=True):
+    """Ask for `Sending` and `Lateness`."""
+
+
+ToInstance = Connect | Prefill | Decode | Forget | Slow | Report
+FromInstance = Ready | Connected | Prefilled | Delivered | Undelivered | Decoding | Finished | Sending | Lateness
+
+
+def fields(said: Said) -> dict[str, Any]:
+    """The message as `Child.send` and `Parent.send` take it: `kind` and the fields."""
+    found = msgspec.to_builtins(said)
+    assert isinstance(found, dict)
+    return found
+
+
+def to_instance(message: Message) -> ToInstance:
+    """Read what an instance is told. Raises ValueError (msgspec.ValidationError) for anything else."""
+    found: ToInstance = msgspec.convert(message, ToInstance)
+    return found
+
+
+def from_instance(message: Message) -> FromInstance:
+    """Read what an instance said. Raises ValueError (msgspec.ValidationError) for anything else."""
+    found: FromInstance = msgspec.convert(message, FromInstance)
+    return found
