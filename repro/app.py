@@ -7,13 +7,10 @@ is the run directory.
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import signal
 import sys
-import traceback
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +18,7 @@ from repro.errors import UserError, writing
 from repro.presets import CONF, GLOBAL_GROUPS, choices, groups
 
 _TERMINATED = "terminated"
+_DRY_RUN = "--dry-run"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,6 +62,7 @@ def _help() -> str:
         "       python -m repro -m experiment=<a>,<b> [<key>=<value>,<value> …]                 a sweep",
         "       python -m repro bench=<name> [overrides]                                        a benchmark",
         "       python -m repro sweep=<name> [overrides]                                        a sweep from conf/sweep",
+        "       python -m repro --dry-run …                                                     what would run, and what is done",
         "       python -m repro --cfg job [overrides]                                           print the composed configuration",
         "       python -m repro <verb> …                                                        a tool",
     ]
@@ -83,52 +82,58 @@ def _hydra(arguments: list[str]) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
-    from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
-    from repro.composition import explain, register
+    from repro import composition, runner
+    from repro.sweeps import definition, run
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as exceptions, to be said in one line
-    arguments = _in_order(arguments)
-    register()
-    folder = _sweep_folder(arguments)
+    dry = _DRY_RUN in arguments
+    flags, words = _parted([argument for argument in arguments if argument != _DRY_RUN])
+    multirun = {"-m", "--multirun"} & set(flags)
+    if multirun or any(word.startswith("sweep=") and word != "sweep=null" for word in words):
+        if other := set(flags) - multirun:
+            raise UserError(f"{other.pop()}: does not go with a sweep; accepted: {_DRY_RUN}, or one run")
+        sweep = definition.read(words)
+        with writing(sweep.folder):
+            return run.dry_run(sweep) if dry else run.run(sweep, ["repro", *arguments])
+    if dry:
+        prepared = runner.prepare(composition.compose(words))
+        print("done" if prepared.finished() else "to run", file=sys.stderr)
+        print(prepared.directory.path)
+        return 0
     mistakes: list[UserError] = []
 
     def job(composed: Any) -> None:
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            _sweep_job(composed)
-            return
         try:
-            _job(composed)
+            record = runner.run(composition.of(composed, HydraConfig.get().overrides.task), ["repro", *arguments])
         except UserError as error:  # Hydra would put a line of its own before it
             mistakes.append(error)
+            return
+        print(runner.summary(record))
+        print(record.path, flush=True)
 
+    composition.register()
     application = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)
-    before, sys.argv = sys.argv, ["repro", *arguments, f"hydra.sweep.dir='{folder}'"]
+    before, sys.argv = sys.argv, ["repro", *flags, *map(composition.forced, words)]
     try:
-        with writing(folder):
-            application()
+        application()
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
+        raise UserError(composition.explain(error)) from error
     finally:
         sys.argv = before
     if mistakes:
         raise mistakes[0]
-    return _sweep_summary(folder) if folder.exists() else 0
+    return 0
 
 
-def _in_order(arguments: list[str]) -> list[str]:
-    """Options before overrides, the one order that Hydra's parser takes.
-
-    An experiment's own options may be set whether its file names them or leaves them at their defaults: the schema knows
-    them all, Hydra only the file. So they are forced.
+def _parted(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Options, and overrides.
 
     Raises:
         UserError: for what is neither an option nor an override; Hydra would answer with a page of usage.
     """
     from hydra._internal.utils import get_args_parser
-
-    from repro.composition import forced
 
     parser = get_args_parser()
 
@@ -145,64 +150,4 @@ def _in_order(arguments: list[str]) -> list[str]:
             raise UserError(
                 f"{word!r}: neither a verb nor key=value; verbs: {', '.join(verbs()) or 'none'}; see --help"
             )
-    return [*(word for word in arguments if word not in overrides), *map(forced, overrides)]
-
-
-def _sweep_folder(arguments: list[str]) -> Path:
-    """A folder for this sweep alone, even when two start in the same second."""
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if "hydra.sweep.dir" in given:
-        return Path(given["hydra.sweep.dir"].strip("'\""))
-    return Path(given.get("results", "results").strip("'\""), "sweeps", f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
-
-
-def _job(composed: Any) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
-    from repro import composition, runner
-
-    record = runner.run(composition.of(composed, HydraConfig.get().overrides.task), _command())
-    print(runner.summary(record))
-    print(record.path, flush=True)
-
-
-def _command() -> list[str]:
-    """What was typed, for the record: without the sweep's folder, which `_hydra` adds."""
-    return [argument for argument in sys.argv if not argument.startswith("hydra.sweep.dir=")]
-
-
-def _sweep_job(composed: Any) -> None:
-    """One job of a sweep: its failure is written down and must not keep the others from running."""
-    from hydra.core.hydra_config import HydraConfig
-
-    configuration = HydraConfig.get()
-    outcome: dict[str, Any] = {"overrides": list(configuration.overrides.task)}
-    try:
-        from repro import composition, runner
-
-        # The job's own overrides are the command that repeats it, whichever process it runs in.
-        outcome["path"] = str(
-            runner.run(composition.of(composed, outcome["overrides"]), ["repro", *outcome["overrides"]]).path
-        )
-    except UserError as error:
-        outcome["error"] = str(error)
-        print(f"error: {' '.join(outcome['overrides'])}: {error}", file=sys.stderr)
-    except Exception as error:
-        outcome["error"] = f"{type(error).__name__}: {error}"
-        traceback.print_exc()
-    folder = Path(configuration.sweep.dir) / str(configuration.job.num)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "outcome.json").write_text(json.dumps(outcome, indent=1) + "\n")
-    print(outcome.get("path", f"failed: {outcome.get('error')}"), flush=True)
-
-
-def _sweep_summary(folder: Path) -> int:
-    outcomes = [
-        json.loads(path.read_text()) for path in sorted(folder.glob("*/outcome.json"), key=lambda p: int(p.parent.name))
-    ]
-    failed = [outcome for outcome in outcomes if "error" in outcome]
-    print(f"sweep: {len(outcomes) - len(failed)} of {len(outcomes)} runs finished", file=sys.stderr)
-    for outcome in failed:
-        print(f"  failed: {' '.join(outcome['overrides'])}: {outcome['error']}", file=sys.stderr)
-    print(folder)
-    return 1 if failed or not outcomes else 0
+    return [word for word in arguments if word not in overrides], overrides

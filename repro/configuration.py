@@ -22,6 +22,12 @@ from repro.errors import UserError
 T = TypeVar("T")
 
 
+@cache
+def _hints(spec: Any) -> dict[str, Any]:
+    """A spec's types by field, resolved once."""
+    return get_type_hints(spec)
+
+
 class Value:
     """A frozen dataclass that keeps cached properties: only its fields are pickled, and the rest is derived anew where it arrives."""
 
@@ -32,7 +38,7 @@ class Value:
 @cache
 def twin(spec: type) -> type:
     """A mutable dataclass with the fields of the frozen one, for Hydra's ConfigStore; nested specs become twins as well."""
-    hints = get_type_hints(spec)
+    hints = _hints(spec)
     fields: list[tuple[str, Any, Any]] = []
     for item in dataclasses.fields(spec):
         value: Any
@@ -89,7 +95,7 @@ def build(spec: type[T], values: Mapping[str, Any], key: str = "") -> T:
             A spec that fills several nodes says with `NODE` which of them its own checks name, in place of which `key` is named.
     """
     assert dataclasses.is_dataclass(spec)
-    hints = get_type_hints(spec)
+    hints = _hints(spec)
     known = {item.name: item for item in dataclasses.fields(spec)}
     unknown = [name for name in values if name not in known]
     if unknown:
@@ -128,7 +134,7 @@ def accepted(spec: type, key: str) -> str:
         if get_origin(hint) in (Union, types.UnionType):
             hint = next(argument for argument in get_args(hint) if argument is not type(None))
         if dataclasses.is_dataclass(hint):
-            hint = get_type_hints(hint).get(name, Any)
+            hint = _hints(typing.cast(Any, hint)).get(name, Any)
         elif get_args(hint):
             hint = get_args(hint)[0 if get_origin(hint) is tuple else -1]
     return _describe(hint)

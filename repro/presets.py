@@ -6,6 +6,8 @@ here, through Hydra, so that a file means the same wherever it is read: numbers,
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,13 @@ def runs() -> list[str]:
     return [*choices("experiment"), *(f"{_BENCH}{choice}" for choice in choices("bench"))]
 
 
+@cache
 def groups() -> list[str]:
     """The groups of `conf/`, without Hydra's own."""
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 
 
+@cache
 def choices(group: str) -> dict[str, str]:
     """Every choice of a group and the line that says what it is, from the comments at the head of its file."""
     found = {}
@@ -58,7 +62,17 @@ def choices(group: str) -> dict[str, str]:
 
 
 def preset(group: str, choice: str) -> dict[str, Any]:
-    """The values of one choice of a group as plain dictionaries, lists and numbers.
+    """The values of one choice of a group as plain dictionaries, lists and numbers; read once.
+
+    Raises:
+        UserError: naming the choices that exist.
+    """
+    return copy.deepcopy(_read(group, choice))
+
+
+@cache
+def _read(group: str, choice: str) -> dict[str, Any]:
+    """One choice's file.
 
     Raises:
         UserError: naming the choices that exist.

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,10 @@ class Prepared:
     other_configuration: tuple[str, ...] = ()
     parts: tuple[Prepared, ...] = ()
     unread: tuple[str, ...] = ()
+
+    def finished(self) -> bool:
+        """Whether it has run to its end, and all its parts, with the code as it is now."""
+        return self.directory.finished() and all(part.finished() for part in self.parts)
 
 
 def prepare(composition: Composition) -> Prepared:
@@ -142,9 +147,7 @@ def _other_configuration(
     experiment: base.Experiment, settings: Settings, configuration: Mapping[str, Any]
 ) -> tuple[str, ...]:
     """Keys in which a run differs from what its experiment's file says, effort and descriptions aside."""
-    usual = compose([typed(experiment.name), f"tier={settings.tier}"]).settings
-    usual = replace(usual, options=plain(build(experiment.options, usual.options, "options")))
-    own, papers = flat(configuration), flat(base.restricted(plain(usual), experiment, settings.tier))
+    own, papers = flat(configuration), _usual(experiment.name, settings.tier)
     aside = (*PRESENTATION, *experiment.effort, "parts")
     found = {key for key in {**own, **papers} if own.get(key) != papers.get(key)}
     return tuple(
@@ -155,6 +158,15 @@ def _other_configuration(
             and not any(key == out or key.startswith(f"{out}.") for out in aside)
         )
     )
+
+
+@cache
+def _usual(name: str, tier: str) -> dict[str, Any]:
+    """What an experiment reads on a tier when nothing is set, by dotted key."""
+    experiment = base.load(name)
+    usual = compose([typed(name), f"tier={tier}"]).settings
+    usual = replace(usual, options=plain(build(experiment.options, usual.options, "options")))
+    return flat(base.restricted(plain(usual), experiment, tier))
 
 
 def flat(values: Mapping[str, Any], key: str = "") -> dict[str, Any]:
@@ -172,14 +184,23 @@ def run(composition: Composition, command: list[str], progress: Progress = to_st
     Raises:
         UserError: from the experiment; FAILED.json then says the same.
     """
-    return _run(prepare(composition), command, progress)
+    return run_prepared(prepare(composition), command, progress)
 
 
-def _run(prepared: Prepared, command: list[str], progress: Progress) -> Record:
+def run_prepared(prepared: Prepared, command: list[str], progress: Progress, *, bare: bool = False) -> Record:
+    """Run what is prepared, or find that it has run; a `bare` run leaves figures, report and tracker to the sweep that it belongs to.
+
+    A bare run that is asked for again by itself gets them then, from its record.
+    """
     experiment, settings, directory = prepared.experiment, prepared.settings, prepared.directory
-    if directory.finished() and all(part.directory.finished() for part in prepared.parts):
-        progress(f"{settings.name}: already done, nothing to run")
-        return Record(directory.path)
+    if prepared.finished():
+        record = Record(directory.path)
+        if not bare:
+            progress(f"{settings.name}: already done, nothing to run")
+            if not (directory.path / document.PAGE).is_file():
+                with tracking.Mirror(settings.tracking, directory.path) as mirror:
+                    _present(prepared, record, mirror)
+        return record
     if prepared.unread:
         progress(f"{settings.name}: tier={settings.tier} does not read {', '.join(prepared.unread)} of what was chosen")
     started = time.monotonic()
@@ -189,7 +210,7 @@ def _run(prepared: Prepared, command: list[str], progress: Progress) -> Record:
         except OSError as error:
             raise UserError(f"results: {settings.results} cannot be written ({error.strerror})") from error
         with writing(directory.path), tracking.Mirror(settings.tracking, directory.path) as mirror:
-            if settings.tier not in MEASURED_TIERS and not experiment.timed and not prepared.parts:
+            if settings.tier not in MEASURED_TIERS and not experiment.timed and not prepared.parts and not bare:
                 mirror.load()
             context = base.Context(
                 settings, prepared.options, directory.path, lambda line: progress(f"{settings.name}: {line}")
@@ -209,11 +230,8 @@ def _run(prepared: Prepared, command: list[str], progress: Progress) -> Record:
                 found = {"finding": experiment.finding(record), "hinges_on": experiment.hinges_on}
                 directory.add_provenance(found)
                 record = Record(directory.path)
-            figures = draw(experiment, record)
-            group, choice = choice_of(settings.name)
-            question = choices(group)[choice]
-            document.write(directory.path, settings.name, question, [record, *parts_of(record)])
-            mirror.log(record, dict(prepared.configuration), figures)
+            if not bare:
+                _present(prepared, record, mirror)
         directory.complete()
         forget(directory.path)
     except BaseException as error:
@@ -235,13 +253,22 @@ def _after_interrupt(prepared: Prepared) -> str:
     return f"{name}: the next call starts it afresh"
 
 
+def _present(prepared: Prepared, record: Record, mirror: tracking.Mirror) -> None:
+    """Figures, report and tracker of a run, from its record."""
+    name = prepared.settings.name
+    figures = draw(prepared.experiment, record)
+    group, choice = choice_of(name)
+    document.write(record.path, name, choices(group)[choice], [record, *parts_of(record)])
+    mirror.log(record, dict(prepared.configuration), figures)
+
+
 def _run_parts(prepared: Prepared, context: base.Context, progress: Progress) -> base.Outcome:
     """Run or find every part of a composite; its own record holds where they are."""
     rows = []
     for index, part in enumerate(prepared.parts, 1):
         name = part.settings.name
         context.progress(f"[{index}/{len(prepared.parts)}] {name}: {choices('experiment')[name]}")
-        record = _run(part, ["repro", f"experiment={name}"], progress)
+        record = run_prepared(part, ["repro", f"experiment={name}"], progress)
         rows.append({"experiment": name, "path": os.path.relpath(record.path, context.folder)})
     return base.Outcome([], {"parts": pd.DataFrame(rows)})
 

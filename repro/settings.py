@@ -10,6 +10,7 @@ from repro.link.spec import LinkSpec
 from repro.models.spec import ModelSpec
 from repro.profiles.cluster import ClusterSpec, CostSpec
 from repro.record.tracking import TrackingSpec
+from repro.report.sweep_spec import SweepSpec
 from repro.scheduling.spec import PolicySpec
 from repro.transport.spec import TransportSpec
 from repro.workload.spec import WorkloadSpec
@@ -25,7 +26,7 @@ class Settings:
     of them. `profile` replaces the profiles of both clusters by one that was
     measured; `options` is the experiment's own part, checked against the dataclass that the experiment declares.
     `label` names the run directory beside its hash and changes nothing else; so many `processes` simulate a study's points, null
-    for one per core.
+    for one per core. `sweep` says what a sweep draws of its points.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Settings:
     label: str | None = None
     results: str = "results"
     processes: int | None = None
+    sweep: SweepSpec = field(default_factory=SweepSpec)
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,4 +59,4 @@ class Settings:
 
 
 #: Keys that say where a run is written and shown, and cannot change its outcome. Every experiment takes them.
-PRESENTATION = ("tracking", "label", "results", "processes")
+PRESENTATION = ("tracking", "label", "results", "processes", "sweep")

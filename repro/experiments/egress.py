@@ -24,7 +24,7 @@ _PAPER_BPS = {
 
 
 def run(context: Context) -> Outcome:
-    """B_out of 64 instances for every model and length, and of the case study scaled to a datacenter."""
+    """B_out of 64 instances for every model and length, how many instances the link carries, and the case study scaled to a datacenter."""
     instances = text.FLEET_GPUS / text.FLEET_GPUS_PER_INSTANCE
     table = implied_prefill(context.settings.model.values())
     table["egress_bps"] = instances * table["phi_kv_bps"]
@@ -35,6 +35,17 @@ def run(context: Context) -> Outcome:
         )
         for row in each(table)
     ]
+    if context.settings.link.rate_bps is not None:
+        rows += [
+            context.metric(
+                f"{row.model} {row.label}, this link",
+                "instances_per_link",
+                context.settings.link.rate_bps / row.phi_kv_bps,
+                "instances",
+                "computed",
+            )
+            for row in each(table)
+        ]
     if "ring_2_5_1t" in context.settings.model:
         rows.append(_datacenter(context))
     base = deployment(context.settings)

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
 from repro.experiments.deployment import latencies, operating_points
-from repro.profiles.base import INTERPOLATIONS
+from repro.profiles.base import INTERPOLATIONS, PhaseProfile
 from repro.profiles.calibration import FAMILIES
 from repro.profiles.presets import PaperInputs
 from repro.scheduling.latency import PrefillLatency
@@ -35,15 +36,23 @@ def is_papers(settings: Settings) -> bool:
 def variants(base: Deployment, draws: int, rng: np.random.Generator) -> Iterator[tuple[str, Deployment]]:
     """`base` with the paper's inputs as printed and as drawn, under every interpolation; the name says which interpolation."""
     for index in range(draws + 1):
-        inputs = PaperInputs.draw(None if index == 0 else rng)
-        for family in FAMILIES:
-            prfaas, pd = inputs.h200(), inputs.h20(family)
+        for family, prfaas, pd in _printed() if index == 0 else _profiles(PaperInputs.draw(rng)):
             for interpolation in INTERPOLATIONS:
                 # The workload stays the user's own; only the calibration sees the drawn one.
                 yield (
                     f"{interpolation}, {family}",
                     replace(base, prfaas=prfaas.with_interpolation(interpolation), pd=pd),
                 )
+
+
+def _profiles(inputs: PaperInputs) -> tuple[tuple[str, PhaseProfile, PhaseProfile], ...]:
+    """Both clusters' profiles under each family of H20's curve."""
+    return tuple((family, inputs.h200(), inputs.h20(family)) for family in FAMILIES)
+
+
+@cache
+def _printed() -> tuple[tuple[str, PhaseProfile, PhaseProfile], ...]:
+    return _profiles(PaperInputs.draw())
 
 
 def quantities(

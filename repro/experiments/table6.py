@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -132,6 +133,7 @@ def run(context: Context) -> Outcome:
     return Outcome(rows, saved)
 
 
+@cache
 def _calibration() -> pd.DataFrame:
     """Every calibrating value: printed, fitted, and predicted from the others, for both families of curve."""
     inputs, rows = PaperInputs.draw(), []

@@ -7,6 +7,7 @@ gets its spread.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,7 @@ class PaperInputs:
         )  # fmt: skip
 
 
+@cache
 def _presets() -> dict[str, PhaseProfile]:
     printed = PaperInputs.draw()
     return {"paper_1t_h200": printed.h200(), "paper_1t_h20": printed.h20()}

@@ -39,6 +39,10 @@ def configuration_hash(configuration: Mapping[str, Any], inputs: Iterable[Path] 
     return digest.hexdigest()[:12]
 
 
+class BusyError(UserError):
+    """Another process is writing this run directory."""
+
+
 @dataclass(frozen=True)
 class Record:
     """A finished run, read-only: what figures, comparisons and reports are made from."""
@@ -89,7 +93,7 @@ class RunDirectory:
         """Take the directory, clear what a failed or cut run left, and write what is known before the run.
 
         Raises:
-            UserError: if another process is running the same configuration.
+            BusyError: if another process is running the same configuration.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._take()
@@ -163,7 +167,7 @@ class RunDirectory:
                 raise BlockingIOError
         except BlockingIOError as error:
             lock.close()
-            raise UserError(
+            raise BusyError(
                 f"{self.path}: another process is running this configuration; wait for it or stop it"
             ) from error
         self._lock = lock

@@ -21,6 +21,7 @@ _PACKAGES = (
 PROJECT = Path(__file__).resolve().parents[2]
 
 
+@cache
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=20, check=True)
@@ -41,6 +42,7 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
+@cache
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -49,6 +51,7 @@ def _cpu() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+@cache
 def _gpus() -> list[str]:
     try:
         done = subprocess.run(
@@ -60,6 +63,7 @@ def _gpus() -> list[str]:
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
+@cache
 def _packages() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:

@@ -15,6 +15,8 @@ import pandas as pd
 from repro.record.directory import Record
 from repro.report.comparison import compare, percent, readable
 
+#: The report's name in a run directory.
+PAGE = "report.html"
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -83,6 +85,6 @@ def write(folder: Path, title: str, question: str, records: Sequence[Record]) ->
     ]  # fmt: skip
     environment = _environment()
     (folder / "report.md").write_text(environment.get_template("report.md.j2").render(context))
-    page = folder / "report.html"
+    page = folder / PAGE
     page.write_text(environment.get_template("report.html.j2").render(context))
     return page

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import matplotlib as mpl
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -83,6 +84,28 @@ def save(figure: Figure, stem: Path, *, for_print: bool) -> Path:
     png = stem.with_suffix(".png")
     figure.savefig(png, metadata={"Software": None})
     return png
+
+
+_SCALES: dict[str, tuple[tuple[float, str], ...]] = {
+    "bit/s": ((1e12, "Tbps"), (1e9, "Gbps"), (1e6, "Mbps"), (1e3, "kbps")),
+    "bytes": ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")),
+    "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
+}
+_KEY_UNITS = {"bps": "bit/s", "bytes": "bytes", "s": "s", "tokens": "tokens", "usd": "USD"}
+
+
+def scaled(unit: str, largest: float) -> tuple[float, str]:
+    """The factor and name of the unit in which an axis reads well up to `largest`."""
+    for factor, name in _SCALES.get(unit, ()):
+        if largest >= factor:
+            return factor, name
+    return 1.0, unit
+
+
+def scaled_key(key: str, values: pd.Series) -> tuple[float, str]:
+    """`scaled` for values of a key of the configuration, whose last word is its unit."""
+    unit = _KEY_UNITS.get(key.rpartition("_")[2], "")
+    return scaled(unit, float(values.abs().max()))
 
 
 def tokens_axis(axis: Axes) -> None:

@@ -7,10 +7,13 @@ nobody waits: prefill on the side that the threshold chooses.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
+from repro.profiles.base import PrefillCurve
 from repro.scheduling.throughput import Deployment
+from repro.workload.lengths import LengthDistribution
 
 
 @dataclass(frozen=True)
@@ -23,16 +26,22 @@ class PrefillLatency:
 
 def prefill_latency(deployment: Deployment, threshold_tokens: float) -> PrefillLatency:
     """T_prefill of a request that is prefilled by PrfaaS when longer than the threshold, else by a PD-P instance."""
-    law = deployment.lengths
+    return _latency(deployment.lengths, deployment.prfaas.prefill, deployment.pd.prefill, float(threshold_tokens))
+
+
+@lru_cache(maxsize=256)
+def _latency(
+    law: LengthDistribution, prfaas: PrefillCurve, pd: PrefillCurve, threshold_tokens: float
+) -> PrefillLatency:
     p = float(law.fraction_above(threshold_tokens))
     mean = 0.0
     if p > 0:
-        mean += p * float(law.expectation_above(deployment.prfaas.prefill_s, threshold_tokens))
+        mean += p * float(law.expectation_above(prfaas, threshold_tokens))
     if p < 1:
-        mean += (1 - p) * float(law.expectation_below(deployment.pd.prefill_s, threshold_tokens))
+        mean += (1 - p) * float(law.expectation_below(pd, threshold_tokens))
     tokens, mass = law.atoms()
     offloaded = tokens > threshold_tokens
-    seconds = np.where(offloaded, deployment.prfaas.prefill_s(tokens), deployment.pd.prefill_s(tokens))
+    seconds = np.where(offloaded, prfaas(tokens), pd(tokens))
     order = np.argsort(seconds)
     reached = np.cumsum(mass[order])
     return PrefillLatency(mean, float(np.interp(0.9 * reached[-1], reached - mass[order] / 2, seconds[order])))

@@ -8,13 +8,14 @@ everything is (naive heterogeneous PD).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repro.errors import UserError
-from repro.profiles.base import PhaseProfile
+from repro.profiles.base import KVSize, PhaseProfile, PrefillCurve
 from repro.workload.lengths import LengthDistribution
 
 FloatArray = NDArray[np.float64]
@@ -95,28 +96,61 @@ def at_thresholds(deployment: Deployment, threshold_tokens: ArrayLike, lengths: 
     """Equations 3 and 4 for every threshold at once, the latter per PD-P instance."""
     tokens = np.atleast_1d(np.asarray(threshold_tokens, dtype=np.float64))
     law, prfaas, pd = deployment.lengths, deployment.prfaas, deployment.pd
-    long_tokens, short_tokens = law.mean_above(tokens), law.mean_below(tokens)
-    if lengths == "representative":
-        long_s, long_bytes = prfaas.prefill_s(long_tokens), prfaas.kv_bytes(long_tokens)
-        short_s = pd.prefill_s(short_tokens)
-    else:
-        long_s = law.expectation_above(prfaas.prefill_s, tokens)
-        long_bytes = law.expectation_above(prfaas.kv_bytes, tokens)
-        short_s = law.expectation_below(pd.prefill_s, tokens)
-    long_s = np.where(np.isfinite(long_tokens), long_s, np.nan)
-    short_s = np.where(np.isfinite(short_tokens), short_s, np.nan)
-    prefill_rate = deployment.n_prfaas / long_s
-    egress_rate = deployment.egress_bps / (8 * long_bytes)
+    sides = _sides(law, prfaas.prefill, prfaas.kv, pd.prefill, tokens.tobytes(), lengths)
+    prefill_rate = deployment.n_prfaas / sides.long_s
+    egress_rate = deployment.egress_bps / (8 * sides.long_bytes)
     return Thresholds(
         tokens=tokens,
-        offload_fraction=law.fraction_above(tokens),
-        l_long_tokens=long_tokens,
-        l_short_tokens=short_tokens,
+        offload_fraction=sides.offload_fraction,
+        l_long_tokens=sides.long_tokens,
+        l_short_tokens=sides.short_tokens,
         prfaas_per_s=np.minimum(prefill_rate, egress_rate),
         prfaas_prefill_per_s=prefill_rate,
         prfaas_egress_per_s=egress_rate,
-        pd_prefill_per_instance_per_s=1 / short_s,
+        pd_prefill_per_instance_per_s=1 / sides.short_s,
     )
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """What lies above and below each threshold: lengths, times and bytes; of no link and no number of instances."""
+
+    offload_fraction: FloatArray
+    long_tokens: FloatArray
+    short_tokens: FloatArray
+    long_s: FloatArray
+    long_bytes: FloatArray
+    short_s: FloatArray
+
+
+# Kept, because the points of a sweep over links, splits and prices ask for the same ones.
+@lru_cache(maxsize=256)
+def _sides(
+    law: LengthDistribution, prfaas: PrefillCurve, kv: KVSize, pd: PrefillCurve, thresholds: bytes, lengths: Lengths
+) -> _Sides:
+    tokens = np.frombuffer(thresholds, dtype=np.float64)
+    long_tokens, short_tokens = law.mean_above(tokens), law.mean_below(tokens)
+    if lengths == "representative":
+        long_s, long_bytes, short_s = prfaas(long_tokens), kv(long_tokens), pd(short_tokens)
+    else:
+        long_s, long_bytes = law.expectation_above(prfaas, tokens), law.expectation_above(kv, tokens)
+        short_s = law.expectation_below(pd, tokens)
+    found = _Sides(
+        law.fraction_above(tokens),
+        long_tokens,
+        short_tokens,
+        np.where(np.isfinite(long_tokens), long_s, np.nan),
+        np.asarray(long_bytes),
+        np.where(np.isfinite(short_tokens), short_s, np.nan),
+    )
+    for values in vars(found).values():
+        values.flags.writeable = False
+    return found
+
+
+@lru_cache(maxsize=256)
+def _bytes_above(law: LengthDistribution, kv: KVSize, threshold_tokens: float) -> float:
+    return float(law.expectation_above(kv, threshold_tokens))
 
 
 def decode_per_instance(deployment: Deployment) -> float:
@@ -169,12 +203,7 @@ def evaluate(deployment: Deployment, threshold_tokens: float, n_p: int, n_d: int
     sustained = stages.lambda_max(p)
     egress = 0.0
     if p > 0:
-        egress = (
-            sustained
-            * p
-            * 8
-            * float(deployment.lengths.expectation_above(deployment.prfaas.kv_bytes, threshold_tokens))
-        )
+        egress = sustained * p * 8 * _bytes_above(deployment.lengths, deployment.prfaas.kv, threshold_tokens)
     return OperatingPoint(
         threshold_tokens=float(threshold_tokens),
         n_prfaas=deployment.n_prfaas,

@@ -30,6 +30,10 @@ _BINS = 4096
 class LengthDistribution(Protocol):
     """What the throughput model may ask of a distribution of uncached input lengths in tokens."""
 
+    def __hash__(self) -> int:
+        """A value, so that what is derived from it can be kept."""
+        ...
+
     @property
     def minimum_tokens(self) -> float:
         """Shortest length."""
