@@ -36,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt as stop:
         reason = str(stop) or "interrupted"
         print("; ".join([f"error: {reason}", *getattr(stop, "__notes__", [])]), file=sys.stderr)

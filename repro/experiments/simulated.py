@@ -245,7 +245,10 @@ def compare(
     *,
     bin_s: float = 10.0,
 ) -> Outcome:
-    """All cases on the same requests: means over seeds, differences to the baseline within seeds, and both over time."""
+    """All cases on the same requests: means over seeds, differences to the baseline within seeds, and both over time.
+
+    The values of each seed are kept as `samples`, so that this study can be compared with another one seed by seed.
+    """
     first = context.settings.seed
     points = {}
     for one in comparisons:
@@ -257,6 +260,7 @@ def compare(
     rows: list[Metric] = []
     series: list[pd.DataFrame] = []
     controls: list[pd.DataFrame] = []
+    samples: list[dict[str, Any]] = []
     kept: pd.DataFrame | None = None
     for one in comparisons:
         found: dict[str, list[Mapping[str, float]]] = {case: [] for case in one.cases}
@@ -272,10 +276,17 @@ def compare(
                     flagged[case] = flagged.get(case, 0) + 1
                 if kept is None:
                     kept = run.requests
+        samples += [
+            {"case": one.prefix + case, "seed": seed, "metric": metric, "value": own[metric]}
+            for case, runs in found.items()
+            for seed, own in zip(seeds_of(context, seeds), runs, strict=True)
+            for metric in _UNITS
+        ]
         rows += _rows(context, found, dict.fromkeys(found, one.baseline) | dict(one.against), one.prefix)
         for case, runs in flagged.items():
             rows.append(context.metric(one.prefix + case, "runs_cut_or_unfinished", runs, "runs", "simulated", n=seeds))
-    return Outcome(rows, {"series": pd.concat(series), "controls": pd.concat(controls)}, requests=kept)
+    tables = {"series": pd.concat(series), "controls": pd.concat(controls), "samples": pd.DataFrame(samples)}
+    return Outcome(rows, tables, requests=kept)
 
 
 def _rows(

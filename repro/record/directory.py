@@ -23,7 +23,7 @@ import pandas as pd
 import yaml
 
 from repro.errors import UserError, writing
-from repro.record import metrics, provenance
+from repro.record import metrics, provenance, secrets
 from repro.record.metrics import Metric
 from repro.record.requests import validate
 
@@ -102,7 +102,9 @@ class RunDirectory:
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
         with writing(self.path):
-            (self.path / "config.yaml").write_text(yaml.safe_dump(dict(configuration), sort_keys=False))
+            (self.path / "config.yaml").write_text(
+                yaml.safe_dump(secrets.redacted(dict(configuration)), sort_keys=False)
+            )
         self._write_json("provenance.json", provenance.collect(command, seeds))
 
     def write_metrics(self, rows: Iterable[Metric]) -> None:
@@ -146,7 +148,7 @@ class RunDirectory:
         partial = self.path / f".{name}.partial"
         try:
             with writing(self.path), partial.open("w") as file:
-                json.dump(value, file, indent=1)
+                json.dump(secrets.redacted(value), file, indent=1)
                 file.write("\n")
                 file.flush()
                 os.fsync(file.fileno())

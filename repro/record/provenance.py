@@ -18,6 +18,9 @@ _PACKAGES = (
     "seaborn", "zstandard", "lz4", "xxhash", "flash-linear-attention", "mooncake-transfer-engine-non-cuda", "nixl", "numba",
 )  # fmt: skip
 
+#: The version of a record's form; see `repro.record.checking`.
+SCHEMA = 2
+
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -84,6 +87,7 @@ def collect(command: list[str], seeds: dict[str, int]) -> dict[str, Any]:
     diff = _git("diff", "HEAD")
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
+        "schema": SCHEMA,
         "command": command,
         "git": {
             "commit": (_git("rev-parse", "HEAD") or "").strip() or None,

@@ -6,6 +6,8 @@
   is zero there is no logarithm, and the interval begins at zero; that of a share ends at one.
 - A difference may have either sign and keeps Student's interval; it is paired, value by value, where both sides met the same requests.
 - A quantile has the interval of the bias-corrected bootstrap, and no value at all from fewer samples than put one beyond it.
+- Warm-up is cut where the standard error of what is left is smallest (MSER-5, White 1997), where nobody says how long it takes.
+- How many repeats a difference needs follows from how paired differences scatter: power 0.8 at the interval's confidence.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 CONFIDENCE = 0.95
+#: The chance to see a difference that is there, for which the number of repeats is stated.
+POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -93,3 +97,36 @@ def _half_width(data: NDArray[np.float64]) -> float:
 def quantile(values: NDArray[np.float64], fraction: float) -> float:
     """A quantile; nan where there are fewer samples than put one beyond it (100 for P99)."""
     return float(np.quantile(values, fraction)) if len(values) * (1 - fraction) > 1 - 1e-9 else math.nan
+
+
+def least_samples(fraction: float) -> int:
+    """How many samples a quantile needs: so many that one lies beyond it (100 for P99)."""
+    return math.ceil(1 / (1 - fraction) - 1e-9)
+
+
+def warm_up(values: ArrayLike) -> int:
+    """How many of the first values of a series to cut by MSER-5: batches of five, and the cut after which the standard error is smallest.
+
+    Never more than half is cut; where the rule would, the series has not settled, and -1 says so.
+    """
+    data = np.asarray(values, np.float64)
+    batches = data[: len(data) // 5 * 5].reshape(-1, 5).mean(axis=1)
+    if len(batches) < 4:
+        return 0
+    errors = [float(batches[cut:].var() / (len(batches) - cut)) for cut in range(len(batches) - 1)]
+    best = int(np.argmin(errors))
+    return 5 * best if best <= len(batches) // 2 else -1
+
+
+def repeats_for(scatter: float, difference: float) -> int:
+    """How many paired repeats show a `difference` of values that scatter with that standard deviation; 2 at least."""
+    if not (difference > 0 and math.isfinite(scatter)):
+        raise ValueError(f"difference {difference} and scatter {scatter} give no number of repeats")
+    wanted = float(ndtri((1 + CONFIDENCE) / 2) + ndtri(POWER)) * scatter / difference
+    repeats = max(2, math.ceil(wanted**2))
+    while repeats < 30:  # few repeats have Student's wider interval
+        t = float(stdtrit(repeats - 1, (1 + CONFIDENCE) / 2) + stdtrit(repeats - 1, POWER))
+        if (t * scatter / difference) ** 2 <= repeats:
+            break
+        repeats += 1
+    return repeats

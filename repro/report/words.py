@@ -33,7 +33,9 @@ _NAMES: Mapping[str, str] = MappingProxyType({
     "naive": "naive heterogeneous", "deployment": "deployment",
 })  # fmt: skip
 
-_READINGS = {"representative": "at representative lengths", "true_mean": "by true means"}
+_READINGS = {"representative": "at representative lengths", "true_mean": "by true means",
+    "model_true_mean": "by the model's true means", "model_representative": "by the model at representative lengths",
+}  # fmt: skip
 
 
 def label(name: str) -> str:

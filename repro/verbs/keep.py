@@ -6,13 +6,13 @@ and claims rest on must not change its meaning by the way. `--replace` says that
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from repro.arguments import Parser
 from repro.errors import UserError
 from repro.record.directory import REFERENCE, Record
 from repro.runner import flat, parts_of
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
     A benchmark's record goes to results/reference/<benchmark>/<its folder's name>.
     """
-    parser = argparse.ArgumentParser(prog="keep", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="keep", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIRECTORY")
     parser.add_argument(
         "--replace",

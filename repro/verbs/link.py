@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 
+from repro.arguments import Parser
 from repro.composition import compose
 from repro.errors import UserError
 from repro.link import leftovers
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
     """The tool's entry; returns the exit code."""
     split = argv.index("--") if "--" in argv else len(argv)
     own, command = argv[:split], argv[split + 1 :]
-    parser = argparse.ArgumentParser(prog="python -m repro link", description=__doc__, formatter_class=_Plain)
+    parser = Parser(prog="python -m repro link", description=__doc__, formatter_class=_Plain)
     parser.add_argument("action", choices=("up", "check", "exec", "clean"))
     parser.add_argument("link", nargs="*", help="a preset of conf/link and key=value changes to it")
     parser.add_argument("--run", default=f"link-{os.getpid()}", help="the run's name (default: by process)")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repro.record.request_metrics import over_runs
-from repro.record.statistics import Estimate, quantile
+from repro.record.statistics import Estimate, least_samples, quantile, repeats_for, warm_up
 
 POSITIVE = st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=6)
 
@@ -79,3 +79,35 @@ def test_a_quantiles_bootstrap_interval_covers_it_as_often_as_it_says() -> None:
         found = Estimate.of_quantile(rng.exponential(size=200), 0.9, seed)
         hits += found.low <= truth <= found.high
     assert 51 <= hits <= 60
+
+
+def test_a_percentile_needs_one_sample_beyond_it() -> None:
+    for fraction, least in ((0.5, 2), (0.9, 10), (0.99, 100), (0.999, 1000)):
+        assert least_samples(fraction) == least
+        values = np.arange(least, dtype=np.float64)
+        assert np.isfinite(quantile(values, fraction))
+        assert np.isnan(quantile(values[:-1], fraction))
+
+
+def test_mser5_cuts_the_transient_and_not_what_has_settled() -> None:
+    rng = np.random.default_rng(0)
+    settled = rng.normal(10, 1, 1000)
+    assert warm_up(settled) <= 200
+    rising = np.concatenate([np.linspace(0, 10, 100), settled])
+    assert 70 <= warm_up(rising) <= 130
+    assert warm_up(np.linspace(0, 100, 500)) == -1, "what never settles says so"
+    assert warm_up([1.0, 2.0]) == 0
+
+
+def test_the_stated_number_of_repeats_finds_the_difference_four_times_of_five() -> None:
+    rng = np.random.default_rng(1)
+    scatter, difference = 1.0, 0.8
+    repeats = repeats_for(scatter, difference)
+    found = 0
+    for _ in range(2000):
+        estimate = Estimate.of_signed(list(rng.normal(difference, scatter, repeats)))
+        found += estimate.low > 0
+    assert 0.77 < found / 2000 < 0.86
+    assert repeats_for(1.0, 0.1) > 700
+    with pytest.raises(ValueError, match="no number of repeats"):
+        repeats_for(1.0, 0.0)
