@@ -233,8 +233,8 @@ def _set_by_file(group: str, choice: str) -> list[str]:
         return []
     found = [key for key in _leaves(file.config) if key != "name"] if isinstance(file.config, DictConfig) else []
     for default in file.defaults_list or []:
-        if group := getattr(default, "group", None):
-            found.append(str(group).strip("/"))
+        if other := getattr(default, "group", None):
+            found.append(str(other).strip("/"))
     return [key for key in found if not key.startswith("hydra")]
 
 

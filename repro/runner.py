@@ -32,6 +32,11 @@ Progress = Callable[[str], None]
 MEASURED_TIERS = ("emulate", "execute")
 
 
+def takes_times(settings: Settings) -> bool:
+    """Whether a run's results are times of this machine, so that nothing may run beside it."""
+    return settings.tier in MEASURED_TIERS or base.load(settings.name).timed
+
+
 def to_stderr(line: str) -> None:
     """Progress belongs on stderr: the last line of stdout is the run directory."""
     print(line, file=sys.stderr, flush=True)
@@ -54,6 +59,11 @@ class Prepared:
     other_configuration: tuple[str, ...] = ()
     parts: tuple[Prepared, ...] = ()
     unread: tuple[str, ...] = ()
+
+    @property
+    def times(self) -> bool:
+        """Whether its results are times of this machine, so that nothing may run beside it."""
+        return takes_times(self.settings)
 
     def finished(self) -> bool:
         """Whether it has run to its end, and all its parts, with the code as it is now."""
@@ -210,7 +220,7 @@ def run_prepared(prepared: Prepared, command: list[str], progress: Progress, *, 
         except OSError as error:
             raise UserError(f"results: {settings.results} cannot be written ({error.strerror})") from error
         with writing(directory.path), tracking.Mirror(settings.tracking, directory.path) as mirror:
-            if settings.tier not in MEASURED_TIERS and not experiment.timed and not prepared.parts and not bare:
+            if not prepared.times and not prepared.parts and not bare:
                 mirror.load()
             context = base.Context(
                 settings, prepared.options, directory.path, lambda line: progress(f"{settings.name}: {line}")

@@ -71,7 +71,7 @@ def attempt(point: Point, progress: runner.Progress = lambda line: None) -> Ende
             return Ended(point.number, "found", path)
         if failure := _failed_since(prepared.directory.path, point.since):
             return Ended(point.number, "failed", path, failure)
-        with machine(alone=prepared.settings.tier in runner.MEASURED_TIERS):
+        with machine(alone=prepared.times):
             runner.run_prepared(prepared, ["repro", *point.words], progress, bare=True)
     except BusyError:
         return Ended(point.number, "busy", path)

@@ -72,8 +72,14 @@ def run(sweep: Sweep, command: list[str]) -> int:
             record.announce(sweep)
             points.warm(corners[0])
             progress = _Progress(len(names), names)
-            for end in _ended(sweep, _tiers(sweep, compose)):
-                progress.take(end)
+            try:
+                for end in _ended(sweep, _tiers(sweep, compose)):
+                    progress.take(end)
+            except KeyboardInterrupt as stop:
+                stop.add_note(
+                    f"{len(progress.ended)} of {len(names)} points are done, and the same words go on from there"
+                )
+                raise
             ended = [progress.ended[number] for number in range(len(names))]
             folder = record.write(sweep, settings, ended, command)
         finally:
@@ -114,9 +120,9 @@ def _name(sweep: Sweep, words: Sequence[str]) -> str:
 
 
 def _tiers(sweep: Sweep, compose: points.Compose) -> dict[int, bool]:
-    """Whether each point takes times; the tier is a choice, so only what chooses is looked at."""
+    """Whether each point takes times; what chooses experiment and tier decides it."""
     choosing = [
-        index for index, axis in enumerate(sweep.axes) if axis.key.lstrip("+") in ("experiment", "tier", "sweep")
+        index for index, axis in enumerate(sweep.axes) if axis.key.lstrip("+") in ("experiment", "bench", "tier")
     ]
     offset = len(sweep.words) + len(sweep.how)
     known: dict[tuple[str, ...], bool] = {}
@@ -125,7 +131,7 @@ def _tiers(sweep: Sweep, compose: points.Compose) -> dict[int, bool]:
         chosen = tuple(words[offset + index] for index in choosing)
         if chosen not in known:
             try:
-                known[chosen] = compose(words).settings.tier in runner.MEASURED_TIERS
+                known[chosen] = runner.takes_times(compose(words).settings)
             except UserError:
                 known[chosen] = False  # it will be said when the point is tried
         found[number] = known[chosen]

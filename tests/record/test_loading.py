@@ -94,7 +94,9 @@ def rewrite(run: Path, old: str, new: str, *, twice: bool = False) -> None:
 
 
 def test_no_secret_enters_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    secret = "-".join(("correct", "horse", "battery"))  # in pieces, for a record holds uncommitted changes such as this line
+    secret = "-".join(
+        ("correct", "horse", "battery")
+    )  # in pieces, for a record holds uncommitted changes such as this line
     monkeypatch.setenv("SERVICE_API_KEY", secret)
     directory = RunDirectory(tmp_path / "run")
     directory.begin({"name": "x", "note": secret}, ["repro", f"a=hf_{'b' * 34}"], {})
