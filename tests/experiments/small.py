@@ -8,7 +8,7 @@ from pathlib import Path
 from repro.experiments import base
 from repro.presets import runs, typed
 
-_STUDY = ["options.seeds=2", "options.duration_s=110"]
+_STUDY = ["options.seeds=2", "options.duration_s=60", "options.warmup_s=10"]
 _BRIEFLY = [
     "options.only=[tcp]", "options.connections=[1]", "options.seconds=0.2", "options.warm_s=0.1", "options.repeats=1",
     "options.piece_bytes=1048576",
@@ -25,25 +25,28 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "options.emulate.time_scale=100", "options.emulate.cases=[prfaas_pd]", "cluster.pd.instances=2", "cluster.prfaas.instances=1",
     ],
     ("ablation", "simulate"): _STUDY,
-    ("agentic", "simulate"): [*_STUDY, "options.warmup_s=20"],
+    ("agentic", "simulate"): _STUDY,
     ("bandwidth_drop", "simulate"): [
-        *_STUDY, "options.at_s=60", "options.for_s=20", "options.recovery_s=20", "options.loads=[0.7]", "options.dropped_bps=[4e9]",
+        *_STUDY, "options.at_s=30", "options.for_s=20", "options.recovery_s=10", "options.loads=[0.7]", "options.dropped_bps=[4e9]",
     ],
     ("burst", "simulate"): _STUDY,
-    ("link_flap", "simulate"): [*_STUDY, "options.every_s=40"],
+    ("link_flap", "simulate"): [*_STUDY, "options.every_s=25"],
     ("output_length", "simulate"): [*_STUDY, "options.means=[256]"],
     ("scale", "simulate"): ["options.factors=[1,2]", "options.minimum_requests=300"],
-    ("shift", "simulate"): [*_STUDY, "options.at_s=50"],
+    ("shift", "simulate"): ["options.seeds=2", "options.duration_s=70", "options.at_s=30"],
     ("simulation", "simulate"): _STUDY,
     ("trace", "simulate"): ["options.trace=TRACE"],
     ("split", "execute"): [
         "model=[kimi_linear,qwen3_235b]", "options.input_tokens=[40]", "options.chunk_tokens=16", "options.repeats=2",
         "options.output_tokens=3",
     ],
-    ("overlap", "execute"): ["options.input_tokens=[70]", "options.chunk_tokens=32", "options.repeats=2", "options.link_to_phi=[2.0]"],
+    ("overlap", "execute"): [
+        "model=kimi_linear", "options.input_tokens=[70]", "options.chunk_tokens=32", "options.repeats=2", "options.link_to_phi=[2.0]",
+    ],
     ("codecs", "execute"): ["options.prompts=1", "options.prompt_tokens=48", "options.following_tokens=4"],
     ("profile", "execute"): [
-        "options.first_tokens=16", "options.last_tokens=64", "options.repeats=3", "options.batches=[1,2]", "options.contexts=[16]",
+        "model=qwen3_235b",
+        "options.first_tokens=16", "options.last_tokens=64", "options.repeats=3", "options.batches=[1]", "options.contexts=[16]",
         "options.decode_steps=2",
     ],
     ("table2", "execute"): ["options.lengths=[16,32]"],
