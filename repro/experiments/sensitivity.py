@@ -175,8 +175,8 @@ def run(context: Context) -> Outcome:
     rows = [context.metric(case, "lambda_max", number, "req/s", "computed") for case, number in found.items()]
     for case, (throughput, money) in gains.items():
         rows += [
-            context.metric(case, "throughput_gain", throughput, "×", "computed"),
-            context.metric(case, "equal_cost_gain", money, "×", "computed"),
+            context.metric(case, "throughput_ratio", throughput, "", "computed"),
+            context.metric(case, "equal_cost_ratio", money, "", "computed"),
         ]
     bars = []
     for name, ends in ranges(options).items():
@@ -187,7 +187,7 @@ def run(context: Context) -> Outcome:
     )
     others = moved(base, replace(settings, policy=other), {}, decode).gains()
     rows += [
-        context.metric(f"{case}.{other.lengths}", "throughput_gain", throughput, "×", "computed")
+        context.metric(f"{case}.{other.lengths}", "throughput_ratio", throughput, "", "computed")
         for case, (throughput, _) in others.items()
     ]
     reading = others["homogeneous_pd"]
@@ -217,9 +217,9 @@ def run(context: Context) -> Outcome:
                     case, metric, float(np.mean(gained[:, index, axis] > 1 + 1e-9)), "", "computed", n=options.draws
                 )
             )
-        for axis, metric in enumerate(("drawn_gain", "drawn_equal_cost_gain")):
+        for axis, metric in enumerate(("drawn_ratio", "drawn_equal_cost_ratio")):
             low, median, high = np.quantile(gained[:, index, axis], (0.05, 0.5, 0.95))
-            rows.append(context.metric(case, metric, median, "×", "computed", interval=(low, high), n=options.draws))
+            rows.append(context.metric(case, metric, median, "", "computed", interval=(low, high), n=options.draws))
     return Outcome(rows, {"tornado": pd.DataFrame(bars, columns=columns)})
 
 
@@ -246,8 +246,8 @@ def finding(record: Record) -> str:
     table, bars = record.metrics, record.table("tornado").dropna()
     most = max(each(bars), key=lambda bar: abs(bar.gain_at_high - bar.gain_at_low))
     low, high = sorted((most.gain_at_low, most.gain_at_high))
-    gain, money = value(table, "throughput_gain", "homogeneous_pd"), value(table, "equal_cost_gain", "homogeneous_pd")
-    by_mean = table[table["case"].str.startswith("load_balanced") & (table["metric"] == "throughput_gain")]["value"]
+    gain, money = value(table, "throughput_ratio", "homogeneous_pd"), value(table, "equal_cost_ratio", "homogeneous_pd")
+    by_mean = table[table["case"].str.startswith("load_balanced") & (table["metric"] == "throughput_ratio")]["value"]
     ahead = value(table, "probability_ahead_at_equal_cost", "homogeneous_pd")
     worth = [100 * (gained - 1) for gained in (by_mean.min(), by_mean.max())]
     return (
@@ -273,7 +273,7 @@ def draw_tornado(record: Record) -> Figure:
     figure, axes = style.panels(2, height_in=4.6, width_in=8.0, sharey=True)
     names = [LABELS[row.input] + (f"  × {row.low:g}–{row.high:g}" if row.low == row.low else "") for row in each(bars)]
     for axis, kind, metric, title in (
-        (axes[0], "gain", "throughput_gain", "On as many GPUs"), (axes[1], "money", "equal_cost_gain", "At equal cost"),
+        (axes[0], "gain", "throughput_ratio", "On as many GPUs"), (axes[1], "money", "equal_cost_ratio", "At equal cost"),
     ):  # fmt: skip
         usual = value(record.metrics, metric, "homogeneous_pd")
         for index, row in enumerate(each(bars)):
@@ -295,14 +295,14 @@ def draw_baselines(record: Record) -> Figure:
     table = record.metrics
     figure, (left, right) = style.panels(2, height_in=3.6, width_in=8.0, sharey=True)
     for shift, colour, label, probability, gain, drawn in (
-        (0.18, style.BLUE, "on as many GPUs", "probability_ahead", "throughput_gain", "drawn_gain"),
+        (0.18, style.BLUE, "on as many GPUs", "probability_ahead", "throughput_ratio", "drawn_ratio"),
         (
             -0.18,
             style.ORANGE,
             "at equal cost",
             "probability_ahead_at_equal_cost",
-            "equal_cost_gain",
-            "drawn_equal_cost_gain",
+            "equal_cost_ratio",
+            "drawn_equal_cost_ratio",
         ),
     ):
         for index, case in enumerate(reversed(BASELINES)):

@@ -83,7 +83,7 @@ def test_an_experiment_runs_draws_and_reads_what_it_declares(
     assert figures == set(experiment.figures_for(tier))
     assert (record.path / "report.html").is_file()
     assert experiment.parts or len(record.metrics)
-    rows = record.metrics.astype({"unit": str})
+    rows = record.metrics.fillna({"unit": ""})
     undescribed = {(row.metric, row.unit) for row in each(rows) if unknown(row.metric, row.unit, METRICS)}
     assert not undescribed, "not in docs/metrics.md, or with another unit"
 

@@ -47,11 +47,39 @@ def test_sensitivity_names_the_longest_bar_of_its_tornado(sensitivity: Record) -
     assert longest == "prfaas_prefill"
     assert "T_prefill on PrfaaS" in sensitivity.provenance["finding"]
     assert (bars.loc["price_ratio", "gain_at_low"], bars.loc["price_ratio", "gain_at_high"]) == pytest.approx(
-        [value(sensitivity.metrics, "throughput_gain", "homogeneous_pd")] * 2
+        [value(sensitivity.metrics, "throughput_ratio", "homogeneous_pd")] * 2
     ), "a price moves no throughput"
     assert bars.loc["price_ratio", "money_at_high"] < 1 < bars.loc["price_ratio", "money_at_low"]
 
 
 def test_sensitivity_ends_where_both_accelerators_prefill_alike(tmp_path: Path) -> None:
     alike = study(tmp_path, "experiment=sensitivity", "options.draws=1", "cluster.prfaas.profile=paper_1t_h20")
-    assert value(alike.metrics, "throughput_gain", "homogeneous_pd") < 1.05
+    assert value(alike.metrics, "throughput_ratio", "homogeneous_pd") < 1.05
+
+
+@pytest.fixture(scope="module")
+def cost_map(tmp_path_factory: pytest.TempPathFactory) -> Record:
+    return study(tmp_path_factory.mktemp("results"), "experiment=cost_map", "options.budgets=[1.0]")
+
+
+def test_at_the_break_even_price_of_a_gigabyte_both_deployments_cost_the_same(cost_map: Record, tmp_path: Path) -> None:
+    price = value(cost_map.metrics, "break_even_egress_usd_per_gb", "prfaas_pd")
+    at_it = study(tmp_path, "experiment=cost", f"cost.usd_per_egress_gb={price}").metrics
+    assert value(at_it, "cost_per_mtok_usd", "prfaas_pd") == pytest.approx(
+        value(at_it, "cost_per_mtok_usd", "homogeneous_pd")
+    )
+    assert f"{price:.4f} USD per GB" in cost_map.provenance["finding"]
+
+
+def test_hours_are_cheapest_where_the_day_is_night_and_dearest_where_it_is_not(cost_map: Record) -> None:
+    table, day = cost_map.metrics, cost_map.table("day")
+    cost = {hours: value(table, "cost_per_mtok_usd", f"by the hour, region {hours:+d} h") for hours in (0, 12)}
+    assert cost[12] < value(table, "cost_per_mtok_usd", "PrfaaS by the hour, flat price") < cost[0]
+    assert day["usd_0"].mean() == pytest.approx(day["usd_12"].mean()) == pytest.approx(8 * 4.0), (
+        "the mean is the flat price"
+    )
+    assert value(table, "prfaas_instance_hours_share") == pytest.approx(day["n_prfaas"].sum() / (24 * 4))
+    saved = 1 - value(table, "cost_per_mtok_usd", "PrfaaS by the hour, flat price") / value(
+        table, "cost_per_mtok_usd", "PrfaaS all day"
+    )
+    assert f"saves {100 * saved:.0f} %" in cost_map.provenance["finding"]
