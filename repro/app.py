@@ -69,7 +69,7 @@ def _help() -> str:
         "       python -m repro --cfg job [overrides]                                           print the composed configuration",
         "       python -m repro <verb> …                                                        a tool",
     ]
-    width = max(map(len, choices("experiment"))) + 2
+    width = max(len(name) for group in (*GLOBAL_GROUPS, "model") for name in choices(group)) + 2
     for title, group in (("experiments", "experiment"), ("benchmarks", "bench"), ("sweeps", "sweep")):
         lines += ["", f"{title}:", *(f"  {name:<{width}}{line}" for name, line in choices(group).items())]
     lines += ["", "groups:"]

@@ -136,23 +136,42 @@ def test_every_accepted_key_changes_some_result(name: str, tier: str, tmp_path: 
     experiment = base.load(name)
     prepared = runner.prepare(compose(words(name, tier, tmp_path)))
     values = plain(prepared.settings)
-    usual = outcome(values, tmp_path)
-    # In another folder, for a study finds finished points again beside its own.
-    assert outcome(values, tmp_path / "again") == usual, "a run repeats itself"
-    mute = []
+    changes = {}
     for key, value in leaves(prepared.configuration):
         last = key.rpartition(".")[2]
         if key.split(".")[0] in base._ALWAYS or last in base.DESCRIPTIONS or silenced(name, tier, key):
             continue
         new = other(key, value)
-        if new is None or new == value or not experiment.reads_key(key, tier):
-            continue
+        if new is not None and new != value and experiment.reads_key(key, tier):
+            changes[key] = new
+    if not changes:
+        return  # of models alone, which the next test changes
+    usual = outcome(values, tmp_path)
+    # In another folder, for a study finds finished points again beside its own.
+    assert outcome(values, tmp_path / "again") == usual, "a run repeats itself"
+    mute = []
+    for key, new in changes.items():
         try:
             if outcome(changed(values, key, new), tmp_path) == usual:
                 mute.append(key)
         except UserError:
             continue  # refused: not ignored
     assert not mute, "accepted, and without any effect"
+
+
+@pytest.mark.parametrize(
+    ("name", "tier"), [one for one in CLOCKLESS if base.load(one[0]).reads_key("model", one[1])], ids=str
+)
+def test_another_model_changes_the_result_or_is_refused_by_name(name: str, tier: str, tmp_path: Path) -> None:
+    found = set()
+    for model in ("kimi_linear", "qwen3_235b"):
+        small = [word for word in words(name, tier, tmp_path) if not word.startswith("model=")]
+        try:
+            found.add(outcome(plain(runner.prepare(compose([*small, f"model={model}"])).settings), tmp_path))
+        except UserError as error:
+            found.add(str(error))
+    assert len(found) == 2
+    assert not [said for said in found if " " in said and not said.startswith("model")]
 
 
 #: Parts of the scheduler, on studies in which they come to act: bursts on a link that drops and fails, and outputs twice as long.
