@@ -73,8 +73,8 @@ class Agreement:
 
     `logits_error` is the greatest difference of a logit in standard deviations of the reference's; `tolerance` what the precision
     explains of it. `ties` is 1 where the token that differs was as good within the tolerance: what follows it is another text.
-    `unsplit_error` is the same difference from the unsplit run of equal chunks, in which every sum has the same order: it may be
-    `unsplit_tolerance`, 0 on a CPU, and shows a lost state that a low precision would hide. None where no such run went before.
+    `unsplit_error` is the same difference from an unsplit run of equal chunks, in which every sum has the same order: it may be
+    `unsplit_tolerance`, 0 on a CPU, and shows a lost state that a low precision would hide. None where there is no such run.
     """
 
     logits_error: float

@@ -74,7 +74,6 @@ class _Decoding:
     token: int
     seen_tokens: int
     prefix: Prefix
-    is_split: bool = True
     tokens: list[int] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
 
@@ -208,20 +207,27 @@ class TorchEngine:
         return cache, end_s
 
     def prefill_and_join(self, request: Request, log: SpanLog) -> None:
-        """Prefill a request into this process's own batch: the unsplit run."""
+        """Prefill a request into this process's own batch: the unsplit run, and T_prefill where nothing is captured."""
         cache = new_cache(self._model)
         with _LayerClock(self._model, request, self._chunk_tokens, log) as clock:
             ids, chunk_tokens = self._ids(request), self._chunk_tokens
             chunked_prefill(self._model, ids, chunk_tokens, cache, on_chunk=lambda start, *_: clock.chunk(start))
         self._copies.computed()
-        self._batch[request.request_id] = _Decoding(
-            cache, request.prompt[-1], request.state_tokens, Prefix(), is_split=False
-        )
+        self._batch[request.request_id] = _Decoding(cache, request.prompt[-1], request.state_tokens, Prefix())
 
     def reference(self, request: Request) -> None:
-        """Let the model's own `generate` answer, for later answers to a request of that id to be held against."""
+        """Let the model's own `generate` answer, for later answers to a request of that id to be held against.
+
+        It answers here in chunks as well, unsplit: of the same order of sums as what comes split or from another process.
+        """
         ids = torch.tensor([request.prompt], device=self._spec.device)
         self._references[request.request_id] = generate(self._model, ids, request.output_tokens)
+        cache, _ = chunked_prefill(self._model, self._ids(request), self._chunk_tokens)
+        unsplit = _Decoding(cache, request.prompt[-1], request.state_tokens, Prefix())
+        for _ in range(request.output_tokens):
+            self._advance(unsplit, keep=True)
+        logits = torch.stack(unsplit.logits).float().cpu()
+        self._unsplit[request.request_id] = Reference(tuple(unsplit.tokens), logits)
 
     def agreement(self, request_id: int) -> Agreement | None:
         """How the answer to a request that has left compares with its reference; None where it has none."""
@@ -230,15 +236,10 @@ class TorchEngine:
     def _compared(self, request_id: int, decoding: _Decoding) -> Agreement:
         tolerance = tolerance_of(self._model)
         found = compare(self._references[request_id], decoding.tokens, decoding.logits, tolerance)
-        if not decoding.is_split:
-            logits = torch.stack(decoding.logits).float().cpu()
-            self._unsplit[request_id] = Reference(tuple(decoding.tokens), logits)
-        elif (unsplit := self._unsplit.get(request_id)) is not None:
-            # The kernels of an accelerator may choose another order of sums in another process.
-            exact = next(self._model.parameters()).device.type == "cpu"
-            split = compare(unsplit, decoding.tokens, decoding.logits, 0.0 if exact else tolerance)
-            found = replace(found, unsplit_error=split.logits_error, unsplit_tolerance=split.tolerance)
-        return found
+        # The kernels of an accelerator may choose another order of sums in another process.
+        exact = next(self._model.parameters()).device.type == "cpu"
+        split = compare(self._unsplit[request_id], decoding.tokens, decoding.logits, 0.0 if exact else tolerance)
+        return replace(found, unsplit_error=split.logits_error, unsplit_tolerance=split.tolerance)
 
     def reserve(self, request: Request) -> int:
         """Tokens whose growing state is here, and stays until the request has left; 0 where nothing is kept."""
@@ -303,20 +304,22 @@ class TorchEngine:
             held = [replace(state, tensor=tensor) for state, tensor in zip(prefix.states, on_device, strict=True)]
         return restore([*held, *states], self._config, handover.input_tokens - 1, self._spec.device)
 
-    @torch.no_grad()
     def step(self) -> list[tuple[int, int]]:
         """One greedy token for every request of the batch: (request id, token)."""
-        stepped = []
         for request_id, decoding in self._batch.items():
-            ids = torch.tensor([[decoding.token]], device=self._spec.device)
-            logits = forward(self._model, ids, decoding.cache, decoding.seen_tokens)[0]
-            decoding.token = int(logits.argmax())
-            decoding.seen_tokens += 1
-            if request_id in self._references:
-                decoding.tokens.append(decoding.token)
-                decoding.logits.append(logits)
-            stepped.append((request_id, decoding.token))
-        return stepped
+            self._advance(decoding, keep=request_id in self._references)
+        return [(request_id, decoding.token) for request_id, decoding in self._batch.items()]
+
+    @torch.no_grad()
+    def _advance(self, decoding: _Decoding, *, keep: bool) -> None:
+        """One greedy token; `keep` it with its logits."""
+        ids = torch.tensor([[decoding.token]], device=self._spec.device)
+        logits = forward(self._model, ids, decoding.cache, decoding.seen_tokens)[0]
+        decoding.token = int(logits.argmax())
+        decoding.seen_tokens += 1
+        if keep:
+            decoding.tokens.append(decoding.token)
+            decoding.logits.append(logits)
 
     def leave(self, request_id: int) -> None:
         """Drop a request and its cache, of which the prefix cache may keep its prompt's blocks."""

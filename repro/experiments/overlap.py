@@ -5,7 +5,8 @@ Equation 3 takes a minimum and does not add the times, because a transfer that o
 the link is the slower of the two. Here that is held against real processes: Φ_kv is measured first, without a link;
 then links of a multiple of it are made, and the same prompts are served in bulk and layer-wise. The lower bound is
 that of `repro.serving.bound`, with the *undisturbed* T_prefill: timed on the worker that prefills, with nothing
-captured or sent. What a mode adds to T_prefill is therefore part of its ratio, and stands beside it as the slowdown.
+captured or sent. What a mode adds to T_prefill is therefore part of its ratio, and stands beside it as the slowdown. Layer-wise is
+compared with bulk by pairs of the same prompt, one right after the other.
 
 A last chunk's state cannot leave before the last chunk, and recurrent states are final only then. The bound knows
 neither: the gap that this leaves is part of the ratio.
@@ -63,7 +64,7 @@ class OverlapOptions:
 
     input_tokens: tuple[int, ...] = (4097, 2049)
     output_tokens: int = 4
-    repeats: int = 3
+    repeats: int = 5
     link_to_phi: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     chunk_tokens: int = 256
     threads: int = 1
@@ -149,7 +150,8 @@ def link_metrics(context: Context, model: ModelRun, link: str, length: int) -> l
             row(context, case, "ttft_bound_ratio", [served.ttft_s / model.bound_s(served) for served in found], ""),
             row(context, case, "prefill_slowdown", [model.slowdown(served) for served in found], ""),
         ]
-    return rows
+    ratios = model.paired_ratios("layerwise", "bulk", length)
+    return [*rows, row(context, f"{link}/layerwise", "ttft_to_bulk", ratios, "")]
 
 
 def overlap_rows(model: ModelRun, multiple: float, length: int) -> list[dict[str, object]]:

@@ -88,6 +88,11 @@ class ModelRun:
             step_s=unsplit.tpot_s if served.request.output_tokens > 1 else unsplit.first_step_s,
         )
 
+    def paired_ratios(self, mode: str, other: str, input_tokens: int) -> list[float]:
+        """TTFT in one mode ÷ in another, of the same prompt in the same repeat."""
+        other_s = {served.request.request_id: served.ttft_s for served in self.served(other, input_tokens)}
+        return [served.ttft_s / other_s[served.request.request_id] for served in self.served(mode, input_tokens)]
+
     def agreements(self, mode: str) -> list[Agreement]:
         """How each answer compares with the model's own `generate`."""
         return [served.agreement for served in self.runs[mode].served if served.agreement is not None]
@@ -215,9 +220,8 @@ def serve(
 ) -> ModelRun:
     """Serve the same requests in every mode on one pair of workers, after a warm-up that is not recorded.
 
-    Before each repeat its prefills are timed alone, on the worker that prefills.
-
-    Each repeat goes through all modes before the next begins, so that what else the machine does hits all modes alike.
+    Each repeat goes through all modes before the next begins, each time in another order, so that what else the machine does
+    hits all modes alike. Before and after it, its prefills are timed alone, on the worker that prefills; the mean of both counts.
     The link has been checked.
     """
     name = engine.model.name
@@ -241,15 +245,23 @@ def serve(
         origin_s = now_s()
         link.start()
         for number, requests in enumerate(repeats, start=1):
-            alone_s |= system.prefill_alone(requests)
-            for mode in modes:
+            before_s = system.prefill_alone(requests)
+            for mode in in_turn(modes, number):
                 # Each mode with a cache of its own: a prompt must not find what another mode left of it.
                 salted = [replace(request, cache_salt=mode) for request in requests]
                 runs[mode].append(system.serve(salted, mode))
+            after_s = system.prefill_alone(requests)
+            alone_s |= {request_id: (before_s[request_id] + after_s[request_id]) / 2 for request_id in before_s}
             context.progress(f"{name}: {', '.join(modes)} served, {number} of {len(repeats)}")
     layout = model_layout(engine.model)
     whole = {mode: joined(parts) for mode, parts in runs.items()}
     return ModelRun(name, layout, whole, origin_s, link.measured["forward"], codec, admission, alone_s, ran_on)
+
+
+def in_turn(modes: Sequence[str], number: int) -> Sequence[str]:
+    """The modes in the order of that repeat: each comes first once before one does again."""
+    first = (number - 1) % len(modes)
+    return [*modes[first:], *modes[:first]]
 
 
 def match_metrics(context: Context, model: ModelRun, case: str, mode: str) -> list[Metric]:

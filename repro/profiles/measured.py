@@ -13,7 +13,6 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata, util
 from typing import Any, Final
 
 import numpy as np
@@ -24,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repro.errors import UserError
 from repro.models.layout import StateLayout
+from repro.models.observed import kernels_called
 from repro.models.prefill import chunked_prefill, forward
 from repro.profiles.base import DecodeStep, KVSize, PhaseProfile, PrefillCurve
 from repro.record.statistics import Estimate
@@ -119,7 +119,7 @@ def measure(
     prefill, stopped = _prefill_timings(model, spec, progress, clock, deadline)
     decode = list(_decode_timings(model, spec, progress, clock, deadline))
     per_token, per_pair = count_flops(bare)
-    return Measurement(tuple(prefill), tuple(decode), ceilings, per_token, per_pair, kernels_of(model), stopped)
+    return Measurement(tuple(prefill), tuple(decode), ceilings, per_token, per_pair, kernels_of(model, spec), stopped)
 
 
 def time_prefill(
@@ -265,17 +265,21 @@ def count_flops(bare: torch.nn.Module, lengths: tuple[int, int] = (64, 128)) -> 
     return float(per_token), max(float(per_pair), 0.0)
 
 
-def kernels_of(model: torch.nn.Module) -> dict[str, str]:
-    """Which implementations ran: attention, experts, and the linear layers' kernels that transformers picks up by itself."""
+@torch.no_grad()
+def kernels_of(model: torch.nn.Module, spec: ProfileSpec) -> dict[str, str]:
+    """Attention and experts as configured, and the kernels that a prefill and a decode step call when they are watched."""
     config: Any = model.config
-    kernels = {
+    ids = _prompt(model, 1, spec.first_tokens)
+    with kernels_called() as prefill:
+        cache = _prefill(model, ids, spec)
+    with kernels_called() as decode:
+        forward(model, ids[:, :1], cache, spec.first_tokens)
+    return {
         "attention": str(getattr(config, "_attn_implementation", "unknown")),
         "experts": str(getattr(config, "_experts_implementation", "none")),
+        "prefill": ", ".join(sorted(prefill)),
+        "decode": ", ".join(sorted(decode)),
     }
-    for package, module in (("flash-linear-attention", "fla"), ("causal-conv1d", "causal_conv1d")):
-        found = util.find_spec(module) is not None
-        kernels[package] = metadata.version(package) if found else "not installed: PyTorch reference"
-    return kernels
 
 
 def fit_decode(timings: tuple[Timing, ...], slo_tokens_per_s: float) -> DecodeStep:

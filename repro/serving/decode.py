@@ -2,9 +2,7 @@
 
 One thread takes requests from the transport and brings their state to the device, beside the batch that is running; the
 main thread restores them and steps the batch. A request joins only when its manifest is complete, never on part of its
-state. A request that comes as a prompt, from the supervisor, is prefilled here: the unsplit run, with the same engine,
-chunks and order of operations as the split one, but its state never leaves the process. Prefill goes before decode
-steps, as in a server without chunked mixing.
+state.
 
 A request that arrives whole may still be none: state of another model, a codec's output that does not decode, a
 hand-over that is no hand-over. It is refused by name, and the batch goes on.
@@ -16,19 +14,21 @@ import queue
 import threading
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from repro import configuration
 from repro.engine.base import Handover, Request
-from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
+from repro.engine.memory import keep_freed_memory
+from repro.engine.spans import Span, SpanLog, now_s
 from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.errors import UserError
 from repro.kvcache import codecs
 from repro.kvcache.frames import CodecId, Manifest, Piece
 from repro.kvcache.state import State
+from repro.models.observed import kernels_called
 from repro.processes import Message, Parent, place, placed, run_worker
 from repro.serving.devices import seen
-from repro.serving.running_batch import RunningBatch
+from repro.serving.running_batch import RunningBatch, report
 from repro.transport import Received, TransportSpec, open_receiver
 
 
@@ -49,6 +49,7 @@ class DecodeConfig:
 def work(parent: Parent, config: Message) -> None:
     """Listen, build the model, then serve until told to stop."""
     spec = configuration.build(DecodeConfig, {key: value for key, value in config.items() if key != "kind"})
+    kept = keep_freed_memory()
     receiver = open_receiver(spec.transport, spec.host, own_process=spec.transport_process)
     with placed(spec.cores):  # threads of PyTorch's pool stay where the first of them was started
         engine = TorchEngine(spec.engine)
@@ -66,7 +67,7 @@ def work(parent: Parent, config: Message) -> None:
 
     threading.Thread(target=receive, name="receive", daemon=True).start()
     parent.deliver(inbox.put)
-    parent.send("ready", port=receiver.port, admission=engine.admission.record(), seen=seen(spec.engine.device))
+    parent.send("ready", port=receiver.port, admission=engine.admission.record(), seen=seen(spec.engine.device, kept))
     place(spec.cores)
     while True:
         while not batch or not inbox.empty():
@@ -89,27 +90,19 @@ def work(parent: Parent, config: Message) -> None:
                 request = Request.from_json(item["request"])
                 engine.reference(request)
                 parent.send("referenced", request_id=request.request_id)
-            else:
-                _prefill_here(Request.from_json(item["request"]), engine, batch, parent, log)
+            elif item["kind"] == "observe":
+                _observe(Request.from_json(item["request"]), engine, parent)
         for generation in batch.step():
-            agreement = engine.agreement(generation.handover.request_id)
-            parent.send(
-                "finished",
-                request_id=generation.handover.request_id,
-                agreement=None if agreement is None else asdict(agreement),
-                tokens=generation.tokens,
-                times_s=generation.times_s,
-                spans=spans_to_json(log.take()),
-            )
+            report(generation, engine, parent, log)
 
 
-def _prefill_here(request: Request, engine: TorchEngine, batch: RunningBatch, parent: Parent, log: SpanLog) -> None:
-    start_s = now_s()
-    engine.prefill_and_join(request, log)
-    end_s = now_s()
-    log.add(Span("prefill", request.request_id, start_s, end_s))
-    batch.admit(Handover.of(request))
-    parent.send("prefilled", request_id=request.request_id, start_s=start_s, end_s=end_s)
+def _observe(request: Request, engine: TorchEngine, parent: Parent) -> None:
+    """Note which kernels a decode step calls. The batch is empty: whoever asks has no request under way."""
+    engine.prefill_and_join(request, SpanLog())
+    with kernels_called() as called:
+        engine.step()
+    engine.leave(request.request_id)
+    parent.send("observed", request_id=request.request_id, kernels=sorted(called))
 
 
 @dataclass(frozen=True)

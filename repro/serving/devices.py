@@ -56,10 +56,11 @@ def hand_out_devices(
     return {side: _given(numbers[side]) for side in asked}
 
 
-def seen(device: str) -> dict[str, Any]:
-    """What this process computes on, and how many GPUs it could: for the record of a run."""
+def seen(device: str, memory_kept: bool) -> dict[str, Any]:
+    """What this process computes on, how many GPUs it could, and whether its allocator keeps freed memory: for a run's record."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
-    return {"device": device, "name": name, "visible_gpus": torch.cuda.device_count()}
+    return {"device": device, "name": name, "visible_gpus": torch.cuda.device_count(),
+            "freed_memory": "kept" if memory_kept else "as the C library does"}  # fmt: skip
 
 
 def _one(side: str, devices: Sequence[str]) -> str:

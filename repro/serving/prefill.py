@@ -4,6 +4,9 @@ It prefills one request after another and gives every piece of state to the tran
 moment it is final, so the link carries it while later layers and chunks are computed (§3.3); in bulk, all pieces wait
 for the end of prefill. That is the only difference between the two modes, which makes them comparable.
 
+A request of mode `unsplit` is prefilled and decoded here, with the same engine, chunks and order of operations as a split one, but its
+state never leaves the process. Prefill goes before decode steps, as in a server without chunked mixing.
+
 With a prefix cache (§3.2) only what no earlier prompt left is computed, and all that the decode side does not hold is sent.
 """
 
@@ -16,13 +19,15 @@ from dataclasses import dataclass, field
 
 from repro import configuration
 from repro.engine.base import Request
-from repro.engine.observed import kernels_called
+from repro.engine.memory import keep_freed_memory
 from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
 from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.kvcache.codecs import CodecSpec, encode
 from repro.kvcache.frames import CodecId, FrameHeader, Manifest, Piece
+from repro.models.observed import kernels_called
 from repro.processes import Message, Parent, background, place, placed, run_worker
 from repro.serving.devices import seen
+from repro.serving.running_batch import RunningBatch, prefill_here, report
 from repro.transport import Sender, SenderProcess, TransferFailed, TransportSpec, open_sender
 
 
@@ -78,34 +83,50 @@ class _Outbox:
 def work(parent: Parent, config: Message) -> None:
     """Build the model, connect when told where to, then serve until told to stop."""
     spec = configuration.build(PrefillConfig, {key: value for key, value in config.items() if key != "kind"})
+    kept = keep_freed_memory()
     with placed(spec.cores):  # threads of PyTorch's pool stay where the first of them was started
         engine = TorchEngine(spec.engine)
     log = SpanLog()
+    batch = RunningBatch(engine, log)
     address = parent.read()
     if address["kind"] == "stop":
         return
     sender = open_sender(spec.transport, (address["host"], address["port"]), own_process=spec.transport_process)
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     parent.deliver(inbox.put)
-    parent.send("ready", seen=seen(spec.engine.device))
+    parent.send("ready", seen=seen(spec.engine.device, kept))
     place(spec.cores)
-    while (message := inbox.get())["kind"] != "stop":
-        request = Request.from_json(message["request"])
-        if message["kind"] == "observe":
-            with kernels_called() as called:
-                engine.prefill_and_join(request, log)
-            engine.leave(request.request_id)
-            log.take()
-            parent.send("observed", request_id=request.request_id, kernels=sorted(called))
-            continue
-        if message["kind"] == "alone":
-            _time_alone(request, engine, parent, log)
-            continue
-        try:
-            _serve(request, message, engine, sender, spec, parent, log)
-        except TransferFailed as error:  # in the middle of prefill: the rest of it would be computed for nobody
-            parent.send("undelivered", request_id=error.request_id, error=str(error))
-    sender.close()
+    while True:
+        while not batch or not inbox.empty():
+            message = inbox.get()
+            if message["kind"] == "stop":
+                sender.close()
+                return
+            request = Request.from_json(message["request"])
+            if message["kind"] == "observe":
+                _observe(request, engine, parent)
+            elif message["kind"] == "alone":
+                _time_alone(request, engine, parent, log)
+            elif message["kind"] == "reference":
+                engine.reference(request)
+                parent.send("referenced", request_id=request.request_id)
+            elif message["mode"] == "unsplit":
+                prefill_here(request, engine, batch, parent, log)
+            else:
+                try:
+                    _serve(request, message, engine, sender, spec, parent, log)
+                except TransferFailed as error:  # in the middle of prefill: the rest of it would be computed for nobody
+                    parent.send("undelivered", request_id=error.request_id, error=str(error))
+        for generation in batch.step():
+            report(generation, engine, parent, log)
+
+
+def _observe(request: Request, engine: TorchEngine, parent: Parent) -> None:
+    """Note which kernels a prefill calls."""
+    with kernels_called() as called:
+        engine.prefill_and_join(request, SpanLog())
+    engine.leave(request.request_id)
+    parent.send("observed", request_id=request.request_id, kernels=sorted(called))
 
 
 def _time_alone(request: Request, engine: TorchEngine, parent: Parent, log: SpanLog) -> None:

@@ -6,10 +6,12 @@ The engine steps each request on its own cache, so a request's tokens cannot dep
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
-from repro.engine.base import DecodeEngine, Handover
-from repro.engine.spans import Span, SpanLog, now_s
+from repro.engine.base import DecodeEngine, Handover, Request
+from repro.engine.spans import Span, SpanLog, now_s, spans_to_json
+from repro.engine.torch_engine import TorchEngine
+from repro.processes import Parent
 
 
 @dataclass
@@ -59,3 +61,26 @@ class RunningBatch:
             del self._running[request_id]
             self._engine.leave(request_id)
         return finished
+
+
+def report(finished: Generation, engine: TorchEngine, parent: Parent, log: SpanLog) -> None:
+    """Tell the supervisor a request's tokens and times, and how they compare with the model's own `generate`."""
+    agreement = engine.agreement(finished.handover.request_id)
+    parent.send(
+        "finished",
+        request_id=finished.handover.request_id,
+        agreement=None if agreement is None else asdict(agreement),
+        tokens=finished.tokens,
+        times_s=finished.times_s,
+        spans=spans_to_json(log.take()),
+    )
+
+
+def prefill_here(request: Request, engine: TorchEngine, batch: RunningBatch, parent: Parent, log: SpanLog) -> None:
+    """The unsplit run: prefill a request into this process's own batch, with nothing captured or sent."""
+    start_s = now_s()
+    engine.prefill_and_join(request, log)
+    end_s = now_s()
+    log.add(Span("prefill", request.request_id, start_s, end_s))
+    batch.admit(Handover.of(request))
+    parent.send("prefilled", request_id=request.request_id, start_s=start_s, end_s=end_s)

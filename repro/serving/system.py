@@ -248,16 +248,21 @@ class System:
         return self._workers[side].pid
 
     def reference(self, requests: Sequence[Request]) -> None:
-        """Let the decode worker's model answer with its own `generate`: what these ids are answered with later is held against it."""
+        """Let each worker's model answer with its own `generate`: what these ids are answered with later is held against it."""
         for request in requests:
-            self._workers["decode"].send("reference", request=request.as_json())
-            self._supervisor.expect("referenced", 1, self._request_timeout_s)
+            for side in SIDES:
+                self._workers[side].send("reference", request=request.as_json())
+            self._supervisor.expect("referenced", len(SIDES), self._request_timeout_s)
 
     def observe(self, request: Request) -> None:
-        """Let the prefill worker note which kernels a prefill calls; `seen` holds them from then on."""
-        self._workers["prefill"].send("observe", request=request.as_json())
-        (event,) = self._supervisor.expect("observed", 1, self._request_timeout_s)
-        self.seen["prefill"]["kernels"] = event.message["kernels"]
+        """Let each worker note which kernels a prefill and a decode step call; `seen` holds them from then on.
+
+        No request may be under way.
+        """
+        for side in SIDES:
+            self._workers[side].send("observe", request=request.as_json())
+            (event,) = self._supervisor.expect("observed", 1, self._request_timeout_s)
+            self.seen[side]["kernels"] = event.message["kernels"]
 
     def prefill_alone(self, requests: Sequence[Request]) -> dict[int, float]:
         """T_prefill in seconds by request: measured where prefill runs, with nothing captured, sent or decoded meanwhile."""
@@ -271,7 +276,7 @@ class System:
     def serve(self, requests: Sequence[Request], mode: str, in_flight: int = 1) -> Run:
         """Serve `requests` in their order, `in_flight` of them at a time, and return when the last is finished.
 
-        In mode `unsplit` the decode worker prefills by itself and nothing crosses the link.
+        In mode `unsplit` the prefill worker decodes as well and nothing crosses the link.
         """
         if mode not in MODES:
             raise UserError(f"mode: {mode!r} is unknown; accepted: {', '.join(MODES)}")
@@ -292,7 +297,7 @@ class System:
                 if increments:
                     decode.send("reserve", request=request.as_json())
                 else:
-                    (decode if mode == "unsplit" else prefill).send("request", request=request.as_json(), mode=mode)
+                    prefill.send("request", request=request.as_json(), mode=mode)
             event = self._supervisor.next_event(self._request_timeout_s)
             of_request = heard.get(event.message["request_id"])
             if of_request is None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from repro.engine.base import Request
-from repro.experiments.split_model import ModelRun, model_layout
+from repro.experiments.split_model import ModelRun, in_turn, model_layout
 from repro.models import spec as models
 from repro.serving.system import Served
 
@@ -54,3 +54,14 @@ def test_a_request_that_found_a_prefix_is_held_against_its_own_t_prefill() -> No
     cached = served("layerwise", prefill_s=0.5, cached_tokens=50)
     run = model_run(served("unsplit", prefill_s=1.0), cached)
     assert run.bound_s(cached) == pytest.approx(0.5 + STEP_S)
+
+
+def test_every_mode_comes_first_and_last_as_often_as_the_others() -> None:
+    orders = [in_turn(("unsplit", "bulk", "layerwise"), number) for number in (1, 2, 3)]
+    assert {order[0] for order in orders} == {order[-1] for order in orders} == {"unsplit", "bulk", "layerwise"}
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+
+
+def test_layerwise_is_compared_with_bulk_by_pairs_of_the_same_prompt() -> None:
+    run = model_run(served("bulk", prefill_s=1.19), served("layerwise", prefill_s=0.89))
+    assert run.paired_ratios("layerwise", "bulk", 100) == pytest.approx([0.75])

@@ -61,6 +61,7 @@ def test_a_measured_profile_is_saved_by_name_and_read_back(tmp_path):
     model = spec.load("qwen3_235b")
     ticks = itertools.count()
     measurement = measure(build(model), build(model, "meta"), options, lambda line: None, lambda: 0.001 * next(ticks))
+    assert "sdpa_attention_forward" in measurement.kernels["prefill"]
     assert [t.tokens for t in measurement.prefill] == [16, 32]
     assert [(t.tokens, t.batch) for t in measurement.decode] == [(16, 1), (16, 2)]
     assert all(t.seconds == pytest.approx(0.001) for t in (*measurement.prefill, *measurement.decode))

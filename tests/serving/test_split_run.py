@@ -88,6 +88,23 @@ def test_everything_that_an_unsplit_run_needs_stays_in_its_process(system: Syste
     assert all(served.total_kv_bytes == 0 for served in run.served)
 
 
+def test_the_unsplit_run_is_the_prefill_worker_s(unsplit: Run) -> None:
+    for served in unsplit.served:
+        number = served.request.request_id
+        assert unsplit.timeline.of("prefill", "prefill", number)
+        assert unsplit.timeline.of("prefill", "decode", number)
+    assert "decode" not in {worker for worker, spans in unsplit.timeline.spans.items() if spans}
+
+
+def test_each_worker_names_the_kernels_that_it_called(system: System) -> None:
+    system.observe(requests((70,))[0])
+    prefill, decode = ({name.rpartition(".")[2] for name in system.seen[side]["kernels"]} for side in SIDES)
+    assert "torch_chunk_kda" in prefill or "chunk_kda" in " ".join(prefill)
+    assert "recurrent" in " ".join(decode)
+    assert prefill != decode
+    assert {system.seen[side]["freed_memory"] for side in SIDES} == {"kept"}
+
+
 def test_shipped_bytes_equal_the_layouts_and_the_wire_carries_little_more(layerwise: Run) -> None:
     layout = layout_of("kimi_linear", "tiny")
     for served in layerwise.served:

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from repro.engine.observed import kernels_called
 from repro.models import spec as models
 from repro.models.build import build
+from repro.models.observed import kernels_called
 
 
 def called(name: str, attention: str) -> set[str]:
