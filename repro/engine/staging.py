@@ -15,7 +15,7 @@ from __future__ import annotations
 import queue
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -116,6 +116,37 @@ class CudaCopies:
     def computed(self) -> None:
         """As in `Copies`."""
         torch.cuda.current_stream(self._device).synchronize()
+
+
+class SpreadCopies:
+    """For a model that lies on several devices: each tensor goes by the copies of the device that it lies on."""
+
+    def __init__(self, parts: Mapping[torch.device, Copies]) -> None:
+        self.parts = parts
+        self._first = next(iter(parts.values()))
+
+    def to_host(self, source: torch.Tensor, target: torch.Tensor, *, changes: bool) -> Callable[[], None]:
+        """As in `Copies`."""
+        return self.parts[source.device].to_host(source, target, changes=changes)
+
+    def to_device(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """As in `Copies`, to the first device."""
+        return self._first.to_device(sources)
+
+    def lock(self, memory: memoryview) -> None:
+        """As in `Copies`: what is page-locked for one device is so for all."""
+        self._first.lock(memory)
+
+    def computed(self) -> None:
+        """As in `Copies`."""
+        for copies in self.parts.values():
+            copies.computed()
+
+
+def copies_over(devices: Collection[torch.device]) -> Copies:
+    """The copies of one device, or of several."""
+    parts = {device: copies_of(str(device)) for device in devices}
+    return SpreadCopies(parts) if len(parts) > 1 else next(iter(parts.values()))
 
 
 def copies_of(device: str) -> Copies:

@@ -27,14 +27,14 @@ from repro.engine.base import Emit, Handover, Prefilled, Request
 from repro.engine.gate import Admission, admit
 from repro.engine.reference import Agreement, Reference, compare, generate, tolerance_of
 from repro.engine.spans import Span, SpanLog, now_s
-from repro.engine.staging import Staging, copies_of
+from repro.engine.staging import Staging, copies_over
 from repro.errors import UserError
 from repro.kvcache.capture import LayerwiseCapture, decoder_layers
 from repro.kvcache.frames import Piece
 from repro.kvcache.prefix import Prefix, PrefixCache, PrefixCacheSpec, grows
 from repro.kvcache.state import Cache, Outline, State, layout, restore, seal
 from repro.kvcache.tensors import tensor_of
-from repro.models.build import build
+from repro.models.build import build_over
 from repro.models.prefill import chunked_prefill, forward, new_cache
 from repro.models.spec import ModelSpec
 
@@ -44,6 +44,7 @@ class EngineSpec:
     """Which model, where, and how it prefills. Both sides build the model from this, so their weights are equal.
 
     `chunk_tokens` bounds prefill's memory and is the grain in which attention state leaves; `threads` is per worker.
+    The model's layers are spread over `device` and `more_devices`; random weights are drawn on the device `weights_drawn_on`.
     `staging_bytes` of host memory, page-locked where there is a GPU, hold what is on its way to the link.
     """
 
@@ -51,8 +52,15 @@ class EngineSpec:
     chunk_tokens: int = 256
     threads: int = 1
     device: str = "cpu"
+    more_devices: tuple[str, ...] = ()
+    weights_drawn_on: str | None = None
     staging_bytes: int = 256 << 20
     prefix_cache: PrefixCacheSpec = field(default_factory=PrefixCacheSpec)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """All devices that the model lies on."""
+        return (self.device, *self.more_devices)
 
     def __post_init__(self) -> None:
         for name in ("chunk_tokens", "threads", "staging_bytes"):
@@ -85,7 +93,7 @@ _ADMITTED: dict[str, Admission] = {}
 def _admission(spec: EngineSpec, model: torch.nn.Module) -> Admission:
     if spec.model.pretrained is not None:  # a folder may hold something else the next time
         return admit(model)
-    identity = json.dumps([asdict(spec.model), spec.device], sort_keys=True)
+    identity = json.dumps([asdict(spec.model), spec.device, spec.more_devices], sort_keys=True)
     if identity not in _ADMITTED:
         _ADMITTED[identity] = admit(model)
     return _ADMITTED[identity]
@@ -99,7 +107,7 @@ class TorchEngine:
             raise UserError(f"engine.device: {spec.device} asked for, but torch sees no GPU; cpu is accepted")
         torch.set_num_threads(spec.threads)
         self._spec = spec
-        self._model = build(spec.model, spec.device)
+        self._model = build_over(spec.model, spec.devices, spec.weights_drawn_on)
         self.admission = _admission(spec, self._model)
         if spec.prefix_cache.capacity_bytes and not self.admission.chunked:
             raise UserError(
@@ -111,7 +119,8 @@ class TorchEngine:
         self._unsplit: dict[int, Reference] = {}
         self._agreements: dict[int, Agreement] = {}
         self._config = cast(PreTrainedConfig, self._model.config)
-        self._copies = copies_of(spec.device)
+        self._device_of = [_device_of(layer, spec.device) for layer in decoder_layers(self._model)]
+        self._copies = copies_over(dict.fromkeys(self._device_of))
         self._batch: dict[int, _Decoding] = {}
         self._reserved: dict[int, Prefix] = {}
 
@@ -188,7 +197,7 @@ class TorchEngine:
 
             cache = None
             if cached < tokens:
-                cache = restore(prefix.states, self._config, cached, self._spec.device)
+                cache = restore(prefix.states, self._config, cached, dict(enumerate(self._device_of)))
                 # The clock's hooks come first, so that a layer's time is over before its state is put.
                 with (
                     _LayerClock(self._model, request, self._chunk_tokens, log) as clock,
@@ -302,7 +311,7 @@ class TorchEngine:
                 )
             on_device = self._copies.to_device([state.tensor for state in prefix.states])
             held = [replace(state, tensor=tensor) for state, tensor in zip(prefix.states, on_device, strict=True)]
-        return restore([*held, *states], self._config, handover.input_tokens - 1, self._spec.device)
+        return restore([*held, *states], self._config, handover.input_tokens - 1, dict(enumerate(self._device_of)))
 
     def step(self) -> list[tuple[int, int]]:
         """One greedy token for every request of the batch: (request id, token)."""
@@ -331,6 +340,12 @@ class TorchEngine:
 
     def _ids(self, request: Request) -> torch.Tensor:
         return torch.tensor([request.prompt[:-1]], device=self._spec.device)
+
+
+def _device_of(layer: torch.nn.Module, otherwise: str) -> torch.device:
+    """Where a decoder layer computes, and its state grows."""
+    parameter = next(layer.parameters(), None)
+    return torch.device(otherwise) if parameter is None else parameter.device
 
 
 class _LayerClock:

@@ -241,7 +241,7 @@ def serve(
         for requests in repeats:
             system.reference(requests)
         admission = system.admission
-        ran_on = {side: {"given": devices[side].outside, **found} for side, found in system.seen.items()}
+        ran_on = {side: {"given": devices[side].record(), **found} for side, found in system.seen.items()}
         origin_s = now_s()
         link.start()
         for number, requests in enumerate(repeats, start=1):

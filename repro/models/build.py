@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from repro.errors import UserError
 from repro.models.spec import ModelSpec
+from repro.models.spread import spread, spread_map
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -59,6 +60,21 @@ def _is_read(config: PreTrainedConfig, key: str) -> bool:
     return any(word.search(path.read_text(encoding="utf-8")) for path in package.glob("*.py"))
 
 
+def build_over(spec: ModelSpec, devices: Sequence[str], drawn_on: str | None = None) -> torch.nn.Module:
+    """The model on one device, or spread over several. Random weights are drawn on `drawn_on`, by default the one device or the CPU.
+
+    Kinds of devices draw different weights from one seed: whoever compares two of them lets both draw on the same.
+    """
+    if len(devices) == 1 and (drawn_on in (None, devices[0]) or spec.pretrained is not None):
+        return build(spec, devices[0])
+    if len(devices) == 1:
+        return build(spec, drawn_on or "cpu").to(devices[0])
+    placement = spread_map(build(spec, "meta"), devices)
+    if spec.pretrained is not None:
+        return _load(spec.pretrained, _DTYPES[spec.dtype], placement)
+    return spread(build(spec, drawn_on or "cpu"), placement)
+
+
 def build(spec: ModelSpec, device: str | torch.device = "cpu") -> torch.nn.Module:
     """The model in evaluation mode on `device`; on "meta" without weights, else seeded or loaded.
 
@@ -93,7 +109,7 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu") -> torch.nn.Modul
     return _quiet(model)
 
 
-def _load(source: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+def _load(source: str, dtype: torch.dtype, device: str | dict[str, str]) -> torch.nn.Module:
     if device == "meta":
         with torch.device("meta"):
             return _quiet(_from_config(AutoConfig.from_pretrained(source), dtype))

@@ -67,7 +67,7 @@ def work(parent: Parent, config: Message) -> None:
 
     threading.Thread(target=receive, name="receive", daemon=True).start()
     parent.deliver(inbox.put)
-    parent.send("ready", port=receiver.port, admission=engine.admission.record(), seen=seen(spec.engine.device, kept))
+    parent.send("ready", port=receiver.port, admission=engine.admission.record(), seen=seen(spec.engine.devices, kept))
     place(spec.cores)
     while True:
         while not batch or not inbox.empty():

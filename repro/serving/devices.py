@@ -24,18 +24,25 @@ _REFUSED = ("mps", "xpu")
 
 @dataclass(frozen=True)
 class WorkerDevices:
-    """`devices` of one worker: one of cpu, cuda, cuda:<number> and auto, which is a GPU where there is one left, else cpu."""
+    """`devices` of one worker: one of cpu, cuda, cuda:<number> and auto, which is a GPU where there is one left, else cpu.
+
+    Over several cuda:<number> the layers of its model are spread.
+    """
 
     devices: tuple[str, ...] = ("cpu",)
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a worker is given: the `device` by its name within the worker, by its name here, and the environment that hides all else."""
+    """What a worker is given: devices by their names within the worker, and here, and the environment that hides all others."""
 
-    device: str
-    outside: str
+    devices: tuple[str, ...]
+    outside: tuple[str, ...]
     environment: Mapping[str, str]
+
+    def record(self) -> str:
+        """The devices as they are called here."""
+        return ", ".join(self.outside)
 
 
 def hand_out_devices(
@@ -47,27 +54,35 @@ def hand_out_devices(
         UserError: naming the key, where a device does not exist, is refused, or would be shared without being asked for.
     """
     count = torch.cuda.device_count() if gpus is None else gpus
-    asked = {"prefill": _one("prefill", prefill), "decode": _one("decode", decode)}
-    numbers: dict[str, int | None] = {}
+    asked = {"prefill": _accepted("prefill", prefill), "decode": _accepted("decode", decode)}
+    numbers: dict[str, list[int]] = {}
     # Who asks for a device by its number comes before who takes what is left.
-    for side in sorted(asked, key=lambda side: asked[side] in ("auto", "cuda")):
-        taken = [number for number in numbers.values() if number is not None]
-        numbers[side] = _number(side, asked[side], count, taken, share=share)
+    for side in sorted(asked, key=lambda side: asked[side][0] in ("auto", "cuda")):
+        taken = [number for found in numbers.values() for number in found]
+        found = [_number(side, device, count, taken, share=share) for device in asked[side]]
+        numbers[side] = [number for number in found if number is not None]
     return {side: _given(numbers[side]) for side in asked}
 
 
-def seen(device: str, memory_kept: bool) -> dict[str, Any]:
+def seen(devices: Sequence[str], memory_kept: bool) -> dict[str, Any]:
     """What this process computes on, how many GPUs it could, and whether its allocator keeps freed memory: for a run's record."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
-    return {"device": device, "name": name, "visible_gpus": torch.cuda.device_count(),
+    names = [torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu" for device in devices]
+    return {"devices": list(devices), "names": names, "visible_gpus": torch.cuda.device_count(),
             "freed_memory": "kept" if memory_kept else "as the C library does"}  # fmt: skip
 
 
-def _one(side: str, devices: Sequence[str]) -> str:
+def _accepted(side: str, devices: Sequence[str]) -> Sequence[str]:
     key = f"options.{side}.devices"
-    if len(devices) != 1:
-        raise UserError(f"{key}: {len(devices)} devices; accepted: one, a worker's model lies on one device")
-    (device,) = devices
+    if not devices or len(set(devices)) < len(devices):
+        raise UserError(f"{key}: {list(devices)}; accepted: one device or more, each once")
+    for device in devices:
+        _check(key, device)
+        if len(devices) > 1 and not device.startswith("cuda:"):
+            raise UserError(f"{key}: {device} among {len(devices)}; accepted of several: cuda:<number>")
+    return devices
+
+
+def _check(key: str, device: str) -> None:
     kind, _, number = device.partition(":")
     if kind in _REFUSED:
         raise UserError(
@@ -75,7 +90,6 @@ def _one(side: str, devices: Sequence[str]) -> str:
         )
     if device not in ("cpu", "cuda", "auto") and not (kind == "cuda" and number.isdecimal()):
         raise UserError(f"{key}: {device!r}; {_ACCEPTED}")
-    return device
 
 
 def _number(side: str, device: str, count: int, taken: Sequence[int], *, share: bool) -> int | None:
@@ -98,12 +112,15 @@ def _number(side: str, device: str, count: int, taken: Sequence[int], *, share: 
     return number
 
 
-def _given(number: int | None) -> Given:
-    if number is None:
-        return Given("cpu", "cpu", dict.fromkeys(_VISIBLE, ""))
+def _given(numbers: Sequence[int]) -> Given:
+    if not numbers:
+        return Given(("cpu",), ("cpu",), dict.fromkeys(_VISIBLE, ""))
     environment = {}
     for variable in _VISIBLE:
         # What this process sees may itself be a choice of the machine's.
         inherited = [one for one in os.environ.get(variable, "").split(",") if one]
-        environment[variable] = inherited[number] if number < len(inherited) else str(number)
-    return Given("cuda:0", f"cuda:{number}", environment)
+        environment[variable] = ",".join(
+            inherited[number] if number < len(inherited) else str(number) for number in numbers
+        )
+    inside = tuple(f"cuda:{place}" for place in range(len(numbers)))
+    return Given(inside, tuple(f"cuda:{number}" for number in numbers), environment)

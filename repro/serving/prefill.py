@@ -94,7 +94,7 @@ def work(parent: Parent, config: Message) -> None:
     sender = open_sender(spec.transport, (address["host"], address["port"]), own_process=spec.transport_process)
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     parent.deliver(inbox.put)
-    parent.send("ready", seen=seen(spec.engine.device, kept))
+    parent.send("ready", seen=seen(spec.engine.devices, kept))
     place(spec.cores)
     while True:
         while not batch or not inbox.empty():

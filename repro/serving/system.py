@@ -241,7 +241,14 @@ class System:
         self.seen["prefill"] = connected.message["seen"]
 
     def _engine_of(self, side: Side) -> EngineSpec:
-        return replace(self._engine, device=self._devices[side].device) if side in self._devices else self._engine
+        if side not in self._devices:
+            return self._engine
+        first, *more = self._devices[side].devices
+        # What a seed draws on a GPU is not what it draws on the CPU, and a spread model is drawn there.
+        alike = all(len(given.devices) == 1 for given in self._devices.values()) and (
+            len({given.devices[0].partition(":")[0] for given in self._devices.values()}) == 1
+        )
+        return replace(self._engine, device=first, more_devices=tuple(more), weights_drawn_on=None if alike else "cpu")
 
     def pid(self, side: Side) -> int:
         """The process of that side's worker."""

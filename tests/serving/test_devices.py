@@ -4,6 +4,8 @@ On a machine with two GPUs the whole of it is shown by
 
     python -m repro experiment=split options.prefill.devices=[cuda:0] options.decode.devices=[cuda:1]
 
+and, with three, a prefill that is spread over two of them by `options.prefill.devices=[cuda:0,cuda:1]`,
+
 whose provenance holds, under `devices`, what each worker saw.
 """
 
@@ -27,7 +29,7 @@ def visible(prefill: str, decode: str, gpus: int, *, share: bool = False) -> dic
         done = subprocess.run(
             [sys.executable, "-c", PRINT], env=dict(given.environment), capture_output=True, text=True
         )
-        found[side] = (done.stdout.strip("\n"), given.device)
+        found[side] = (done.stdout.strip("\n"), given.devices[0])
     return found
 
 
@@ -46,6 +48,16 @@ def test_numbers_count_within_what_this_process_may_see(monkeypatch: pytest.Monk
     assert [found[side].environment["CUDA_VISIBLE_DEVICES"] for side in ("prefill", "decode")] == ["7", "4"]
 
 
+def test_a_worker_over_several_gpus_sees_them_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,9")
+    found = hand_out_devices(["cuda:2", "cuda:0"], ["auto"], share=False, gpus=3)
+    assert found["prefill"].environment["CUDA_VISIBLE_DEVICES"] == "9,4"
+    assert found["prefill"].devices == ("cuda:0", "cuda:1")
+    assert found["decode"].environment["CUDA_VISIBLE_DEVICES"] == "7"
+    with pytest.raises(UserError, match="cuda:0 is the other worker's"):
+        hand_out_devices(["cuda:2", "cuda:0"], ["cuda:0"], share=False, gpus=3)
+
+
 def test_a_worker_on_the_cpu_sees_no_gpu_at_all() -> None:
     assert visible("cpu", "auto", gpus=0) == {"prefill": (" ", "cpu"), "decode": (" ", "cpu")}
     assert visible("cpu", "cuda", gpus=1)["prefill"] == (" ", "cpu")
@@ -56,7 +68,7 @@ def test_a_shared_gpu_must_be_asked_for(devices: tuple[str, str]) -> None:
     with pytest.raises(UserError, match=r"options\.\w+\.devices: cuda:0 is the other worker's.*options\.share_device"):
         hand_out_devices(devices[:1], devices[1:], share=False, gpus=1)
     found = hand_out_devices(devices[:1], devices[1:], share=True, gpus=1)
-    assert {given.outside for given in found.values()} == {"cuda:0"}
+    assert {given.outside for given in found.values()} == {("cuda:0",)}
 
 
 @pytest.mark.parametrize(
@@ -66,8 +78,12 @@ def test_a_shared_gpu_must_be_asked_for(devices: tuple[str, str]) -> None:
         (["xpu:0"], "options.prefill.devices: xpu:0; times would be those of launches"),
         (["cuda:2"], "options.prefill.devices: cuda:2; accepted: cuda:0 to cuda:1"),
         (["gpu"], "options.prefill.devices: 'gpu'; accepted: cpu, cuda"),
-        (["cuda:0", "cuda:1"], "options.prefill.devices: 2 devices; accepted: one"),
-        ([], "options.prefill.devices: 0 devices"),
+        (["cuda:0", "cpu"], "options.prefill.devices: cpu among 2; accepted of several: cuda:<number>"),
+        (
+            ["cuda:0", "cuda:0"],
+            "options.prefill.devices: ['cuda:0', 'cuda:0']; accepted: one device or more, each once",
+        ),
+        ([], "options.prefill.devices: []; accepted: one device or more"),
     ],
 )
 def test_what_no_worker_can_compute_on_is_refused_by_its_key(devices: list[str], words: str) -> None:

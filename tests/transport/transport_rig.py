@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 
 from repro.kvcache.frames import DType, Manifest, Piece, StateKind
-from repro.transport import Received, Receiver, Sender, TransportSpec
+from repro.transport import Received, Receiver, ReceiverLimits, Sender, TransportSpec
 
 
 def make_request(request_id: int, sizes: list[int], seed: int = 0) -> tuple[list[Piece], Manifest]:
@@ -140,3 +140,24 @@ class Path:
         self._listener.close()
         self.open.set()
         self.reset()
+
+
+def small_spec() -> TransportSpec:
+    """Small segments and short patience, so that a test sees in a moment what a link shows in a minute."""
+    return TransportSpec(
+        connections=4,
+        secret="open sesame",
+        segment_bytes=256 << 10,
+        turn_bytes=1 << 20,
+        heartbeat_s=0.1,
+        stall_s=0.5,
+        deadline_s=20,
+        connect_timeout_s=5,
+        limits=ReceiverLimits(
+            window_bytes=4 << 20,
+            prefault_bytes=1 << 20,
+            handshake_timeout_s=0.5,
+            segment_timeout_s=2,
+            session_timeout_s=5,
+        ),
+    )
