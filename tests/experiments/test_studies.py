@@ -83,3 +83,19 @@ def test_hours_are_cheapest_where_the_day_is_night_and_dearest_where_it_is_not(c
         table, "cost_per_mtok_usd", "PrfaaS all day"
     )
     assert f"saves {100 * saved:.0f} %" in cost_map.provenance["finding"]
+
+
+def test_the_gain_ends_at_the_outputs_that_the_finding_names(tmp_path: Path) -> None:
+    small = ["options.medians_tokens=[2e4]", "options.outputs_tokens=[1024]"]
+    record = study(tmp_path, "experiment=long_contexts", *small)
+    even = value(record.metrics, "break_even_output_tokens")
+    assert f"outputs of {even:,.0f} tokens" in record.provenance["finding"]
+    beyond, before = (
+        study(tmp_path, "experiment=long_contexts", *small, f"workload.output_tokens={round(even * factor)}")
+        for factor in (1.02, 0.98)
+    )
+    ratio = "throughput_ratio"
+    assert value(beyond.metrics, ratio, "configured") <= 1 + 1e-9 < value(before.metrics, ratio, "configured")
+    gains = record.metrics[record.metrics["metric"] == ratio].set_index("case")["value"]
+    assert f"{gains.max():.2f} times" in record.provenance["finding"]
+    assert gains.idxmin() == "reasoning, 32K out", "PrfaaS's instances do not decode"
