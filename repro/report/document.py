@@ -1,51 +1,28 @@
-"""report.html and report.md of one or several runs: claims, figures, every value, provenance. One file each, no remote asset, no script."""
+"""report.html and report.md of one or several runs: what was found, claims, figures, every value, provenance."""
 
 from __future__ import annotations
 
-import base64
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import pandas as pd
 
 from repro.record.directory import Record
+from repro.record.metrics import each
+from repro.report import page
 from repro.report.comparison import compare, percent, readable
+from repro.report.page import PAGE, Cell, Column, Line, Picture, Section, Table
+from repro.report.words import label
 
-#: The report's name in a run directory.
-PAGE = "report.html"
-_TEMPLATES = Path(__file__).parent / "templates"
+__all__ = ["PAGE", "write"]
 
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure for the report: its title, and its PNG."""
-
-    title: str
-    path: Path
-
-    @property
-    def data_uri(self) -> str:
-        """The picture inside the page."""
-        return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode()
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    environment.filters["readable"] = readable
-    environment.filters["percent"] = percent
-    return environment
-
-
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): item for key, item in row.items()} for row in table.to_dict("records")]
+_INPUT = (
+    "Input: the paper's value was used to calibrate an input, or is repeated from it, so agreement confirms nothing. The interval is the "
+    "spread over the rounding of the paper's inputs and the choice of interpolation where a value is computed, and of 95 % where it is "
+    "measured or simulated."
+)
 
 
 def write(folder: Path, title: str, question: str, records: Sequence[Record]) -> Path:
@@ -53,38 +30,87 @@ def write(folder: Path, title: str, question: str, records: Sequence[Record]) ->
 
     Args:
         folder: where the reports go; the first record's provenance is the report's own.
+        title: the experiment's name.
         question: the experiment's one line.
         records: the runs to report, each with its figures already drawn.
     """
     claims = compare(records)
-    pictures = [
-        Picture(f"{record.configuration['name']}: {path.stem}", path)
+    counts = ", ".join(f"{count} {name}" for name, count in claims["verdict"].value_counts().items())
+    sections = [
+        Section("Claims", (f"{counts}. {_INPUT}",), (), (_claims(claims),)) if len(claims) else Section("Claims"),
+        Section("Figures", (), pictures(records)),
+        Section(
+            "Values", (), (), [_values(record, open=len(records) == 1) for record in records if len(record.metrics)]
+        ),
+    ]
+    provenance = page.provenance_rows(records[0].provenance)
+    for record in records[1:]:
+        if link := record.provenance.get("link"):
+            provenance.append((f"link of {record.configuration['name']}", json.dumps(link)))
+    return page.write(folder, title, question, sections, provenance, _findings(records))
+
+
+def pictures(records: Sequence[Record]) -> list[Picture]:
+    """The figures that the records have drawn."""
+    return [
+        Picture(f"{record.configuration['name']}: {label(path.stem)}", path)
         for record in records
         for path in sorted((record.path / "figures").glob("*.png"))
     ]
-    runs = [
-        {
-            "name": record.configuration["name"], "tier": record.configuration["tier"], "folder": record.path.name,
-            "elapsed_s": record.provenance.get("elapsed_s", math.nan), "metrics": _rows(record.metrics),
-            "link": record.provenance.get("link"),
-        }
-        for record in records
+
+
+def _findings(records: Sequence[Record]) -> list[Line]:
+    lines = []
+    for record in records:
+        known = record.provenance
+        if known.get("finding"):
+            lines.append(Line(known["finding"], "finding"))
+            command = f"python -m repro experiment={record.configuration['name']} …"
+            lines.append(Line(f"It hinges on this: {known['hinges_on']} With your own numbers:", code=command))
+    return lines
+
+
+def _claims(claims: pd.DataFrame) -> Table:
+    columns = [
+        Column("claim"), Column("paper", True), Column("ours", True), Column("verdict"), Column("deviation", True),
+        Column("interval", True), Column("tolerance", True), Column("where"), Column("run"),
     ]  # fmt: skip
-    context = {
-        "title": title, "question": question, "claims": _rows(claims), "pictures": pictures, "runs": runs,
-        "counts": {name: int(count) for name, count in claims["verdict"].value_counts().items()} if len(claims) else {},
-        "provenance": records[0].provenance, "isfinite": math.isfinite,
-    }  # fmt: skip
-    context["findings"] = [
-        {
-            "sentence": record.provenance["finding"], "hinges_on": record.provenance["hinges_on"],
-            "command": f"python -m repro experiment={record.configuration['name']} …",
-        }
-        for record in records
-        if record.provenance.get("finding")
+    rows = [
+        [
+            Cell(row.statement), Cell.of(readable(row.paper, row.unit), row.paper), Cell.of(readable(row.ours, row.unit), row.ours),
+            Cell(row.verdict, kind=row.verdict.partition(" ")[0]), Cell.of(percent(row.deviation_pct), row.deviation_pct),
+            Cell(_interval(row.low, row.high, row.unit)), Cell(row.tolerance), Cell(row.where),
+            Cell(f"{row.experiment}, {row.tier}: {row.source}", link=f"#{page.anchor(f'{row.experiment}, tier {row.tier}')}"),
+        ]
+        for row in each(claims)
     ]  # fmt: skip
-    environment = _environment()
-    (folder / "report.md").write_text(environment.get_template("report.md.j2").render(context))
-    page = folder / PAGE
-    page.write_text(environment.get_template("report.html.j2").render(context))
-    return page
+    return Table(columns, rows)
+
+
+def _values(record: Record, *, open: bool) -> Table:
+    configuration, known = record.configuration, record.provenance
+    elapsed = known.get("elapsed_s", math.nan)
+    took = f", {elapsed:.1f} s" if math.isfinite(elapsed) else ""
+    columns = [
+        Column("case"), Column("metric"), Column("value", True), Column("interval", True), Column("n", True), Column("paper", True),
+        Column("deviation", True), Column("source"),
+    ]  # fmt: skip
+    rows = []
+    for row in each(record.metrics):
+        unit = row.unit if isinstance(row.unit, str) else ""
+        rows.append([
+            Cell(str(row.case)), Cell(row.metric), Cell.of(readable(row.value, unit), row.value),
+            Cell(_interval(row.ci_low, row.ci_high, unit)), Cell.of(str(row.n), row.n), Cell.of(readable(row.paper, unit), row.paper),
+            Cell.of(percent(row.deviation_pct), row.deviation_pct), Cell(row.source),
+        ])  # fmt: skip
+    caption = f"{configuration['name']}, tier {configuration['tier']}: {len(rows)} values, run {record.path.name}{took}"
+    return Table(columns, rows, caption, open, "python -m " + " ".join(_command(known.get("command", []))))
+
+
+def _command(words: Sequence[str]) -> list[str]:
+    """A command as it would be typed, whichever path the program was started by."""
+    return ["repro", *(word for word in words[1:] if not word.startswith("hydra."))]
+
+
+def _interval(low: float, high: float, unit: str) -> str:
+    return f"{readable(low, unit)} to {readable(high, unit)}" if math.isfinite(low) else "–"

@@ -26,4 +26,12 @@ def redraw(record: Record, folder: Path, figures: Figures, *, for_print: bool = 
     """These figures of one record into `folder`; returns the PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
     with style.applied():
-        return [style.save(draw(record), folder / name, for_print=for_print) for name, draw in figures.items()]
+        return [
+            style.save(draw(record), folder / name, _about(record, name), for_print=for_print)
+            for name, draw in figures.items()
+        ]
+
+
+def _about(record: Record, name: str) -> style.About:
+    experiment, tier = record.configuration["name"], record.configuration["tier"]
+    return style.About(f"{experiment}: {name}", f"tier {tier}, run {record.path.parent.name}/{record.path.name}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,12 +78,29 @@ def panels(
     return figure, [axis for row in axes for axis in row]
 
 
-def save(figure: Figure, stem: Path, *, for_print: bool) -> Path:
-    """PNG, and PDF where it is for print, without dates, so that the same record gives the same bytes; returns the PNG's path."""
+@dataclass(frozen=True)
+class About:
+    """What a figure's file says of itself: its title, and the tier and run that it was drawn from."""
+
+    title: str
+    source: str
+
+
+def save(figure: Figure, stem: Path, about: About, *, for_print: bool) -> Path:
+    """PNG, with a PDF where it is for print and an SVG where it is for a page; returns the PNG's path.
+
+    Without dates, so that the same record gives the same bytes.
+    """
     if for_print:
-        figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
+        figure.savefig(
+            stem.with_suffix(".pdf"), metadata={"CreationDate": None, "Title": about.title, "Subject": about.source}
+        )
+    else:
+        figure.savefig(
+            stem.with_suffix(".svg"), metadata={"Date": None, "Title": about.title, "Description": about.source}
+        )
     png = stem.with_suffix(".png")
-    figure.savefig(png, metadata={"Software": None})
+    figure.savefig(png, metadata={"Software": None, "Title": about.title, "Description": about.source})
     return png
 
 

@@ -7,26 +7,103 @@ from pathlib import Path
 
 import pandas as pd
 
+from repro.presets import choices
 from repro.record.directory import Record
-from repro.report import style, sweep_figures
+from repro.report import page, style, sweep_figures
+from repro.report.comparison import readable
+from repro.report.page import Cell, Column, Picture, Section, Table
 from repro.report.sweep_spec import SweepSpec
+from repro.report.words import label, value_label
+
+#: More rows than these make a page that nobody reads; the table itself has them all.
+_MOST_ROWS = 400
 
 
 def write(record: Record, spec: SweepSpec) -> Path:
     """Draw the figures and write report.html and report.md into the sweep's folder; returns the HTML."""
-    table = pd.read_parquet(record.path / "metrics.parquet")
+    table, points = pd.read_parquet(record.path / "metrics.parquet"), pd.read_csv(record.path / "points.csv")
+    axes = axes_of(record, points)
     drawn = []
     with style.applied():
         folder = record.path / "figures"
         folder.mkdir(exist_ok=True)
-        for name, figure in sweep_figures.figures(table, axes_of(record), spec).items():
-            drawn.append(style.save(figure, folder / name, for_print=False))
-    page = record.path / "report.html"
-    page.write_text("<!doctype html>\n")
-    return page
+        for name, figure in sweep_figures.figures(table, axes, spec).items():
+            about = style.About(label(name), f"sweep {record.path.name}")
+            drawn.append(Picture(label(name), style.save(figure, folder / name, about, for_print=False)))
+    name = record.configuration["sweep"]
+    question = choices("sweep").get(name, "") if name else f"{len(points)} points: {' × '.join(map(label, axes))}."
+    sections = [
+        Section("Figures", (), drawn),
+        Section(
+            "Values",
+            (_kept(table, drawn),),
+            (),
+            [_values(table, points, axes, picture.path.stem, spec) for picture in drawn],
+        ),
+        Section("Points", _failures(points), (), (_points(points, axes),)),
+    ]
+    provenance = page.provenance_rows(record.provenance)
+    return page.write(record.path, name or record.path.name.rpartition("-")[0], question, sections, provenance)
 
 
-def axes_of(record: Record) -> dict[str, Sequence[object]]:
+def axes_of(record: Record, points: pd.DataFrame) -> dict[str, Sequence[object]]:
     """The sweep's axes with their values as they stand in its table of points."""
-    points = pd.read_csv(record.path / "points.csv")
     return {key: list(dict.fromkeys(points[key])) for key in record.configuration["axes"] if key in points}
+
+
+def _kept(table: pd.DataFrame, drawn: Sequence[Picture]) -> str:
+    return (
+        f"{len(drawn)} of {table['metric'].nunique()} metrics are drawn and listed here; metrics.parquet holds all {len(table)} values. "
+        "Other figures: the same words with sweep.metrics=[…]."
+    )
+
+
+def _values(
+    table: pd.DataFrame, points: pd.DataFrame, axes: dict[str, Sequence[object]], metric: str, spec: SweepSpec
+) -> Table:
+    drawn = sweep_figures.select(table, metric, axes, spec.cases)
+    rows = table[table["metric"] == metric]
+    unit = str(rows["unit"].iloc[0]) if len(rows) and isinstance(rows["unit"].iloc[0], str) else ""
+    cases = list(dict.fromkeys(drawn.table["case"]))
+    rows = rows.assign(case=sweep_figures.cases_without_axes(rows, axes))
+    wide = rows[rows["case"].isin(cases)].pivot(index="point", columns="case", values="value")
+    found = []
+    for number, values in wide.iterrows():
+        own = points[points["point"] == number].iloc[0]
+        found.append([
+            *(_axis(key, own[key]) for key in axes),
+            *(Cell.of(readable(float(values[case]), unit), float(values[case])) for case in cases),
+        ])  # fmt: skip
+    columns = [*(Column(label(key)) for key in axes), *(Column(label(case), True) for case in cases)]
+    caption = f"{label(metric)}: {len(found)} points"
+    return Table(columns, found[:_MOST_ROWS], caption, open=len(found) <= 60)
+
+
+def _axis(key: str, value: object) -> Cell:
+    if isinstance(value, (int, float)):
+        return Cell(value_label(key, float(value)), float(value))
+    return Cell(label(str(value)))
+
+
+def _failures(points: pd.DataFrame) -> list[str]:
+    failed = int((points["state"] == "failed").sum())
+    return [f"{failed} of {len(points)} points failed; the same words run them again."] if failed else []
+
+
+def _points(points: pd.DataFrame, axes: dict[str, Sequence[object]]) -> Table:
+    columns = [
+        Column("point", True),
+        *(Column(label(key)) for key in axes),
+        Column("state"),
+        Column("run"),
+        Column("error"),
+    ]
+    rows = [
+        [
+            Cell.of(str(row["point"]), row["point"]), *(_axis(key, row[key]) for key in axes), Cell(row["state"], kind=row["state"]),
+            Cell(str(row["path"]).removeprefix("../../"), link=str(row["path"])),
+            Cell(row["error"] if isinstance(row["error"], str) else ""),
+        ]
+        for row in points.head(_MOST_ROWS).to_dict("records")
+    ]  # fmt: skip
+    return Table(columns, rows, f"Points: {len(points)}", open=len(points) <= 60)

@@ -55,7 +55,7 @@ def figures(table: pd.DataFrame, axes: Mapping[str, Sequence[object]], spec: Swe
 def select(table: pd.DataFrame, metric: str, axes: Mapping[str, Sequence[object]], cases: Sequence[str]) -> Drawn:
     """One metric's values as means over seeds; cases that another point lacks stay."""
     rows = table[table["metric"] == metric]
-    rows = rows.assign(case=_without_axes(rows, axes))
+    rows = rows.assign(case=cases_without_axes(rows, axes))
     chosen = [case for case in cases if case in set(rows["case"])] or _telling(rows)[:MOST_CASES]
     rows = rows[rows["case"].isin(chosen)]
     varied = [key for key, values in axes.items() if len(values) > 1 and key != "seed"]
@@ -76,7 +76,7 @@ def select(table: pd.DataFrame, metric: str, axes: Mapping[str, Sequence[object]
     return Drawn(metric, unit, pd.DataFrame(found, columns=columns), tuple(ordered[:3]), held)
 
 
-def _without_axes(rows: pd.DataFrame, axes: Mapping[str, Sequence[object]]) -> list[str]:
+def cases_without_axes(rows: pd.DataFrame, axes: Mapping[str, Sequence[object]]) -> list[str]:
     """Cases without the point's own text values of axes: `ring 32K` and `kimi 32K` are one case of a sweep over models."""
     texts = [key for key, values in axes.items() if key in rows and not _numbers(values)]
     found = []

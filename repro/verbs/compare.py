@@ -52,7 +52,9 @@ def main(argv: list[str]) -> int:
     digest = hashlib.sha256("\n".join([*options.sides, *options.metric]).encode()).hexdigest()[:12]
     folder = options.results / "comparisons" / digest
     with writing(folder):
-        comparison_document.write(folder, sides, together)
+        changes = [_changes(sides[0], other) for other in sides[1:]]
+        page = comparison_document.write(folder, sides, together, changes)
+    print(f"report: {page}")
     print(folder)
     return 0
 

@@ -1,0 +1,105 @@
+"""Reports: one file that asks for nothing outside it, with the same words in HTML and Markdown; figures twice are the same bytes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from repro import app
+from repro.experiments import base
+from repro.record.directory import Record
+from repro.report import document, page
+from repro.report.figures import redraw
+from repro.report.page import Cell, Column, Line, Section, Table
+
+REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a committed record with its figures drawn anew."""
+    run = tmp_path_factory.mktemp("run") / "table6" / "model"
+    shutil.copytree(REFERENCE / "table6" / "model", run)
+    record = Record(run)
+    redraw(record, run / "figures", base.load("table6").figures_for("model"))
+    return document.write(run, "table6", "A question?", [record])
+
+
+def test_a_report_is_one_file_that_asks_for_nothing_outside_it(report: Path) -> None:
+    text = report.read_text()
+    without_figures = re.sub(r"data:[^\"]+", "", text)
+    assert "http" not in without_figures
+    assert '<link rel="stylesheet' not in text
+    assert not re.search(r"<script[^>]+src=", text)
+    assert "data:image/svg+xml;base64," in text
+
+
+def test_a_claim_leads_to_its_run_and_that_to_its_command(report: Path) -> None:
+    text = report.read_text()
+    targets = set(re.findall(r'href="#([^"]+)"', text))
+    assert "table6-tier-model" in targets
+    assert targets <= set(re.findall(r'id="([^"]+)"', text))
+    assert re.search(r"<pre><code>python -m repro experiment=table6", text)
+
+
+def test_markdown_has_the_words_of_the_page(report: Path) -> None:
+    markdown = report.with_name("report.md").read_text()
+    assert "PrfaaS-PD sustains 3.24 req/s." in markdown
+    assert "| claim | paper | ours | verdict |" in markdown
+    assert "- commit: " in markdown
+
+
+def test_texts_are_escaped_and_numbers_sort_as_numbers(tmp_path: Path) -> None:
+    table = Table(
+        [Column("a"), Column("b", True)], [[Cell("<b>|"), Cell.of("1.5 Gbps", 1.5e9)]], "All: 1", code="x < y"
+    )
+    text = page.write(
+        tmp_path, "t<i>", "q", [Section("S", ("<p>",), (), (table,))], [("k", "v")], [Line("f", "finding")]
+    ).read_text()
+    assert "&lt;b&gt;|" in text
+    assert "t&lt;i&gt;" in text
+    assert 'data-order="1500000000.0"' in text
+    assert "\\|" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["table6", "cost"])
+def test_a_figure_drawn_twice_is_the_same_file_and_says_what_it_is_of(tmp_path: Path, name: str) -> None:
+    record = Record(REFERENCE / name / "model")
+    drawn = base.load(name).figures_for("model")
+    for target in ("first", "second"):
+        redraw(record, tmp_path / target, drawn)
+        redraw(record, tmp_path / target, drawn, for_print=True)
+    first = sorted((tmp_path / "first").iterdir())
+    assert {path.suffix for path in first} == {".png", ".svg", ".pdf"}
+    for path in first:
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
+    assert b"tier model" in next(path for path in first if path.suffix == ".png").read_bytes()
+    assert b"tier model" in next(path for path in first if path.suffix == ".svg").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_page_says_nothing_on_the_browsers_console(report: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium here")
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}",
+         "--window-size=500,900", "--dump-dom", f"file://{report}"],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert 'id="theme"' in done.stdout
+    assert "CONSOLE" not in done.stderr
+
+
+def test_a_comparison_has_a_report_in_the_same_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sides = [str(REFERENCE / "table6" / tier) for tier in ("model", "simulate")]
+    assert app.main(["compare", *sides, "--results", str(tmp_path), "--to", str(tmp_path / "c.tex")]) == 0
+    out = capsys.readouterr().out
+    folder = Path(out.splitlines()[-1])
+    assert "Against simulate" in (folder / "report.html").read_text()
+    assert "\\toprule" in (tmp_path / "c.tex").read_text()
+    assert (folder / "comparison.csv").is_file()
