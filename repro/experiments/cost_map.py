@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from repro.errors import UserError
 from repro.experiments.base import EQUATIONS, HOMOGENEOUS, Context, Experiment, Outcome
 from repro.experiments.cost import SECONDS_PER_HOUR, fleets
-from repro.experiments.deployment import check_deployment, deployment, operating_points, profile_files
+from repro.experiments.deployment import check_deployment, deployment, fewest_prfaas, operating_points, profile_files
 from repro.record.directory import Record
 from repro.record.metrics import Metric, each, value
 from repro.report import style
@@ -211,10 +211,10 @@ def _day(context: Context, base: Deployment) -> tuple[list[Metric], pd.DataFrame
     """A day's demand served by the fewest PrfaaS instances of each hour, at the price of that hour in each region."""
     settings, options = context.settings, context.options
     policy, cost = _free(settings.policy), settings.cost
-    capacity = [search(replace(base, n_prfaas=n), policy).lambda_max for n in range(base.n_prfaas + 1)]
     hours = np.arange(24)
-    demand = max(capacity) * (1 + options.amplitude * np.cos(2 * np.pi * (hours - 14.5) / 24)) / (1 + options.amplitude)
-    needed = np.array([next(n for n, most in enumerate(capacity) if most >= rate - 1e-9) for rate in demand])
+    shape = (1 + options.amplitude * np.cos(2 * np.pi * (hours - 14.5) / 24)) / (1 + options.amplitude)
+    demand = search(base, policy).lambda_max * shape
+    needed = np.array(fewest_prfaas(base, policy, demand))
     alone = next(n for n in range(2, 1000) if search(base.without_prfaas(n), policy).lambda_max >= max(demand) - 1e-9)
     mean = cost.gpu_hour_usd(base.prfaas.accelerator) * base.prfaas.gpus_per_instance
     cheap = 24 / (24 + len(set(options.peak_hours)) * (options.peak_factor - 1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from repro.errors import UserError
@@ -10,6 +11,7 @@ from repro.profiles.base import PhaseProfile
 from repro.profiles.presets import load_profile, profile_path
 from repro.scheduling.latency import PrefillLatency, prefill_latency
 from repro.scheduling.search import search
+from repro.scheduling.spec import PolicySpec
 from repro.scheduling.throughput import Deployment, OperatingPoint, evaluate
 from repro.settings import Settings
 
@@ -71,6 +73,12 @@ def deployment(settings: Settings) -> Deployment:
         lengths=settings.workload.length_law(),
         output_tokens=settings.workload.mean_output_tokens(),
     )
+
+
+def fewest_prfaas(base: Deployment, policy: PolicySpec, demand_per_s: Iterable[float]) -> list[int]:
+    """For each rate, how many of the PrfaaS instances are enough, each number at its own best threshold and split; all where none is."""
+    capacity = [search(replace(base, n_prfaas=n), policy).lambda_max for n in range(base.n_prfaas + 1)]
+    return [next((n for n, most in enumerate(capacity) if most >= rate - 1e-9), base.n_prfaas) for rate in demand_per_s]
 
 
 #: The deployments of Table 6.

@@ -17,6 +17,7 @@ _BRIEFLY = [
 SMALL: Mapping[tuple[str, str], list[str]] = {
     ("case_study", "model"): ["options.parts=[table5]"],
     ("table6", "model"): ["options.draws=0"],
+    ("peak_hours", "simulate"): ["options.day_s=120"],
     ("long_contexts", "model"): ["options.medians_tokens=[2e4]", "options.outputs_tokens=[512,8192]"],
     ("cost_map", "model"): ["policy.threshold_step_tokens=2000"],
     ("sensitivity", "model"): ["options.draws=12"],

@@ -99,3 +99,21 @@ def test_the_gain_ends_at_the_outputs_that_the_finding_names(tmp_path: Path) -> 
     gains = record.metrics[record.metrics["metric"] == ratio].set_index("case")["value"]
     assert f"{gains.max():.2f} times" in record.provenance["finding"]
     assert gains.idxmin() == "reasoning, 32K out", "PrfaaS's instances do not decode"
+
+
+def test_prefill_rented_by_the_hour_costs_less_and_is_busier(tmp_path: Path) -> None:
+    record = study(tmp_path, "experiment=peak_hours", "options.day_s=1200")
+    table = record.metrics
+    spent = {
+        case: value(table, "pd_gpu_hours_equivalent", case)
+        for case in ("prfaas_pd", "prfaas_pd_elastic", "homogeneous_peak")
+    }
+    rented = record.table("rented")["n_prfaas"].sum()
+    assert spent["prfaas_pd_elastic"] == pytest.approx(24 * 64 + 2 * 8 * rented), "an H200 costs two H20"
+    assert spent["prfaas_pd_elastic"] < spent["prfaas_pd"] < spent["homogeneous_peak"]
+    busy = {case: value(table, "prefill_utilisation", case) for case in ("prfaas_pd", "prfaas_pd_elastic")}
+    assert busy["prfaas_pd"] < busy["prfaas_pd_elastic"]
+    saved = 100 * (1 - spent["prfaas_pd_elastic"] / spent["homogeneous_peak"])
+    missed = 100 * value(table, "beyond_slo_fraction", "prfaas_pd_elastic")
+    assert f"costs {saved:.0f} % less" in record.provenance["finding"]
+    assert f"with {missed:.1f} % missed" in record.provenance["finding"]
