@@ -87,6 +87,7 @@ class Deployment:
         self.spec = spec
         self._wire = wire
         self._router: Router | None = None
+        self._link: Link | None = link
         self._fleet = Fleet(LocalLauncher(link, log_directory), self._heard, self._ended)
         self._deaths: list[tuple[str, Ended]] = []
         self._next_number = 0
@@ -157,14 +158,15 @@ class Deployment:
         prfaas = spec.prfaas[0] if spec.prfaas else None
         link_bps = self._wire.link.rate_bps or math.inf
         before = self._reported
-        scale = replace(self._wire.scale, origin_s=time.monotonic() + 0.2)
         router = self._router = Router(
-            spec.scheduler, spec.pd[0], prfaas, scale, link_bps=link_bps, limit_requests=limit_requests
+            spec.scheduler, spec.pd[0], prfaas, self._wire.scale, link_bps=link_bps, limit_requests=limit_requests
         )
+        batches = list(batches)
+        router.scheduler.cover(max((batch.longest_tokens() for batch in batches), default=1))
+        scale = replace(self._wire.scale, origin_s=self._origin_s())
         # Numbers are used once, so that what an instance still says of an earlier run is nobody's.
         first, self._next_number = self._next_number, self._next_number + _NUMBERS
         load = LoadGenerator(batches, scale, router.submit, first)
-        router.scheduler.cover(max((batch.longest_tokens() for batch in load.batches), default=1))
         began_s = time.monotonic()
         router.start(fleet, scale)
         load.start()
@@ -201,6 +203,11 @@ class Deployment:
             events=tuple(router.events),
         )
 
+    def _origin_s(self) -> float:
+        """The first moment of a run, on CLOCK_MONOTONIC: that of the link's schedule, which begins with the first run."""
+        link, self._link = self._link, None
+        return link.start() if link is not None and self._wire.link.schedule else time.monotonic() + 0.2
+
     def _replace(self, name: str) -> None:
         self._fleet.replace(name, next(config for place, config in self.configs.items() if place.name == name))
 
@@ -220,7 +227,8 @@ class Deployment:
 @contextmanager
 def deployed(spec: SimulationSpec, wire: Wire, log_directory: Path, run: str, seed: int = 0) -> Iterator[Deployment]:
     """Open the scaled link and start the deployment on it."""
-    with open_link(wire.link, run=run, time_scale=wire.scale.time, byte_scale=wire.scale.bytes) as link:
-        link.start()
-        with Deployment(spec, wire, link, log_directory, seed) as running:
-            yield running
+    with (
+        open_link(wire.link, run=run, time_scale=wire.scale.time, byte_scale=wire.scale.bytes) as link,
+        Deployment(spec, wire, link, log_directory, seed) as running,
+    ):
+        yield running

@@ -229,7 +229,7 @@ class Measuring:
         first = point.seed == self.seed
         return Measured(
             values,
-            _over_time(requests, self.bin_s, self.slo),
+            over_time(requests, self.bin_s, self.slo),
             pd.DataFrame(summary.samples if first else (), columns=Sample._fields),
             summary.overloaded or bool(summary.unfinished),
             requests if first and point.case == self.keep else None,
@@ -315,7 +315,7 @@ def _rows(
                 )  # fmt: skip
 
 
-def _over_time(requests: pd.DataFrame, bin_s: float, slo: ServiceLevel) -> pd.DataFrame:
+def over_time(requests: pd.DataFrame, bin_s: float, slo: ServiceLevel) -> pd.DataFrame:
     """Per interval of arrival: requests, those that met the service level, and their mean TTFT."""
     met = good(requests["ttft_s"].to_numpy(), requests["tpot_s"].to_numpy(), slo)
     at = (requests["arrival_s"] // bin_s) * bin_s

@@ -13,6 +13,14 @@ _BRIEFLY = [
     "options.only=[tcp]", "options.connections=[1]", "options.seconds=0.2", "options.warm_s=0.1", "options.repeats=1",
     "options.piece_bytes=1048576",
 ]  # fmt: skip
+_LIVE = [
+    "options.duration_s=30",
+    "options.warmup_s=2",
+    "cluster.pd.instances=3",
+    "cluster.prfaas.instances=1",
+    "link.backend=relay",
+    "options.load=0.5",
+]
 #: (experiment, tier) → what makes it small.
 SMALL: Mapping[tuple[str, str], list[str]] = {
     ("case_study", "model"): ["options.parts=[table5]"],
@@ -53,6 +61,13 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "options.decode_steps=2",
     ],
     ("table2", "execute"): ["options.lengths=[16,32]"],
+    ("live_faults", "emulate"): [
+        *_LIVE, "options.every_s=15", "options.for_s=15", "options.kinds=[kill]", "link.schedule=[{at_s: 5, for_s: 4, rate_bps: 0}]",
+    ],
+    ("live_bandwidth_drop", "emulate"): [
+        *_LIVE, "link.schedule=[{at_s: 5, for_s: 10, rate_bps: 2e9}]", "options.cases=[two_timescale]",
+    ],
+    ("live_burst", "emulate"): [*_LIVE, "options.cases=[two_timescale]"],
     ("link_fidelity", "emulate"): [
         "options.backends=[relay]", "options.rates_bps=[1e8]", "options.rtts_s=[0.02]", "options.losses=[0.0]", "options.connections=[1]",
         "options.congestion_controls=[cubic]", "options.rate_s=0.3", "options.iperf3_s=1.0",
