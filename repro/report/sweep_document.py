@@ -23,16 +23,18 @@ def write(record: Record, spec: SweepSpec) -> Path:
     """Draw the figures and write report.html and report.md into the sweep's folder; returns the HTML."""
     table, points = pd.read_parquet(record.path / "metrics.parquet"), pd.read_csv(record.path / "points.csv")
     axes = axes_of(record, points)
-    drawn = []
+    drawn, findings = [], _findings(record, points)
     with style.applied():
         folder = record.path / "figures"
         folder.mkdir(exist_ok=True)
-        for name, figure in sweep_figures.figures(table, axes, spec).items():
+        # Studies have figures of their own, and no axis in common.
+        for name, figure in (sweep_figures.figures(table, axes, spec) if not findings else {}).items():
             about = style.About(label(name), f"sweep {record.path.name}")
             drawn.append(Picture(label(name), style.save(figure, folder / name, about, for_print=False)))
     name = record.configuration["sweep"]
     question = choices("sweep").get(name, "") if name else f"{len(points)} points: {' × '.join(map(label, axes))}."
     sections = [
+        *findings,
         Section("Figures", (), drawn),
         Section(
             "Values",
@@ -44,6 +46,19 @@ def write(record: Record, spec: SweepSpec) -> Path:
     ]
     provenance = page.provenance_rows(record.provenance)
     return page.write(record.path, name or record.path.name.rpartition("-")[0], question, sections, provenance)
+
+
+def _findings(record: Record, points: pd.DataFrame) -> list[Section]:
+    """What each point found, where it is a study, with its figures."""
+    sections = []
+    for path in points.loc[points["state"] == "done", "path"]:
+        run = Record(record.path / str(path))
+        if finding := run.provenance.get("finding"):
+            name = run.configuration["name"]
+            hinges = f"It hinges on this: {run.provenance['hinges_on']} With your own numbers: python -m repro experiment={name} …"
+            pictures = [Picture(label(file.stem), file) for file in sorted((run.path / "figures").glob("*.png"))]
+            sections.append(Section(label(name), (str(finding), hinges), pictures))
+    return sections
 
 
 def axes_of(record: Record, points: pd.DataFrame) -> dict[str, Sequence[object]]:

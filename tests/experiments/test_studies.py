@@ -12,6 +12,8 @@ from repro.presets import choices
 from repro.record.directory import Record
 from repro.record.metrics import value
 from repro.runner import run
+from repro.sweeps import definition
+from repro.sweeps import run as sweeps
 
 STUDIES = sorted(name for name in choices("experiment") if base.load(name).finding is not None)
 
@@ -117,3 +119,19 @@ def test_prefill_rented_by_the_hour_costs_less_and_is_busier(tmp_path: Path) -> 
     missed = 100 * value(table, "beyond_slo_fraction", "prfaas_pd_elastic")
     assert f"costs {saved:.0f} % less" in record.provenance["finding"]
     assert f"with {missed:.1f} % missed" in record.provenance["finding"]
+
+
+def test_the_sweep_of_studies_holds_all_of_them_and_opens_with_what_they_found(tmp_path: Path) -> None:
+    named = definition.read(["sweep=studies", f"results={tmp_path}"])
+    assert set(named.axes[0].values) == set(STUDIES)
+    words = ["sweep=studies", "experiment=cost_map,long_contexts", "policy.threshold_step_tokens=4000"]
+    sweep = definition.read([*words, "tracking=disabled", "processes=1", f"results={tmp_path}"])
+    assert sweeps.run(sweep, ["repro", *words]) == 0
+    page = (sweep.folder / "report.md").read_text()
+    found = [
+        Record(path.parent).provenance["finding"]
+        for path in sorted(tmp_path.glob("*/*/DONE"))
+        if path.parent != sweep.folder
+    ]
+    assert len(found) == 2
+    assert all(0 < page.index(finding) < page.index("## Points") for finding in found)
