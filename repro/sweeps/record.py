@@ -16,6 +16,7 @@ import yaml
 
 from repro import runner
 from repro.errors import UserError, writing
+from repro.record import tracking
 from repro.record.directory import BusyError, Record, RunDirectory
 from repro.record.metrics import COLUMNS
 from repro.report import sweep_document
@@ -63,7 +64,11 @@ def write(sweep: Sweep, settings: Settings, ended: Sequence[Ended], command: lis
             failed = [end for end in ended if end.state == "failed"]
             directory.add_provenance({"failed": len(failed)})
             if len(failed) < len(ended):
-                sweep_document.write(Record(sweep.folder), settings.sweep)
+                record = Record(sweep.folder)
+                with tracking.Mirror(settings.tracking, sweep.folder) as mirror:
+                    mirror.load()
+                    sweep_document.write(record, settings.sweep)
+                    mirror.log(record, sweep.record(), sorted((sweep.folder / "figures").glob("*.png")))
         if failed:
             directory.fail(
                 RuntimeError(f"{len(failed)} of {len(ended)} points failed"),
