@@ -89,7 +89,6 @@ def test_no_registry_and_no_machine_is_named(name: str) -> None:
 
 #: Distributions that the package needs without importing them, and who does.
 IMPORTED_BY_OTHERS = {
-    "accelerate": "transformers, to spread a checkpoint over devices",
     "pyarrow": "pandas, to read and write requests.parquet",
 }
 

@@ -6,7 +6,6 @@ specification that is only saved holds none. W&B names blocks at random; here th
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Sequence
@@ -20,7 +19,9 @@ from repro.report.words import label
 
 def build(records: Sequence[Record], title: str, entity: str, project: str, *, panels: bool) -> Any:
     """The Report, not yet saved."""
-    wr: Any = importlib.import_module("wandb_workspaces.reports.v2")  # half a second that only this needs
+    from wandb_workspaces.reports import v2  # half a second that only this needs
+
+    wr: Any = v2
 
     claims = compare(records)
     blocks: list[Any] = [wr.TableOfContents()]

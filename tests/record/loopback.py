@@ -109,11 +109,12 @@ class Loopback:
             }  # fmt: skip
             return {"createArtifact": {"artifact": artifact}}
         if name == "upsertView" or "upsertView" in query:
-            given = variables
+            given, day = variables, "2026-01-01T00:00:00Z"
             self.views[str(given.get("id") or given.get("name"))] = given
             view = {
                 "id": "view1", "type": given.get("type"), "name": given.get("name"), "displayName": given.get("displayName"),
-                "description": given.get("description"), "spec": given.get("spec"), "updatedAt": "2026-01-01T00:00:00Z", "createdAt": "2026-01-01T00:00:00Z", "project": project, "user": None,
+                "description": given.get("description"), "spec": given.get("spec"), "updatedAt": day, "createdAt": day,
+                "project": project, "user": None,
             }  # fmt: skip
             return {"upsertView": {"view": view, "inserted": True}}
         if "models" in query or name == "GetProjects":
