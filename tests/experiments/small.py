@@ -75,6 +75,7 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
     ("bench_capture", "execute"): ["model=qwen3_235b", "options.tokens=64", "options.pairs=2"],
     ("bench_codecs", "execute"): ["options.tokens=64", "options.repeats=1"],
     ("bench_link", "emulate"): ["options.backends=[relay]", "options.rates_bps=[1e8]", "options.seconds=0.3", "options.cycles=2"],
+    ("bench_router", "emulate"): ["options.requests=1000", "options.open_loop_s=0.5", "options.repeats=1"],
     ("bench_search", "model"): ["options.repeats=10"],
     ("bench_simulate", "simulate"): ["options.requests=[2000]", "options.compiled=false"],
     ("bench_soak", "execute"): ["options.transfers=60", "options.largest_bytes=1000000"],

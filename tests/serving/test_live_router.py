@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,3 +103,39 @@ def test_nothing_is_left_of_a_deployment(tmp_path: Path) -> None:
         running.play(stream(5), drain_s=0.0)
     assert not any(psutil.pid_exists(pid) for pid in pids)
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+
+
+@pytest.mark.slow
+def test_a_stopped_instance_is_noticed_and_its_requests_are_answered_elsewhere(live: Deployment) -> None:
+    # A stop of 6 s of this machine: silence is told after 3.
+    played = live.play(stream(80, seed=5), faults=[LiveFault("prfaas0.1", 5.0, 60.0, "stop")])
+    assert sorted(played.requests["id"]) == list(range(80))
+    assert set(played.requests["outcome"]) <= {"ok", "fell_back"}
+    assert any("instance prfaas0.1 is stopped" in words for _, words in played.events)
+    assert played.requests["attempts"].max() > 1
+
+
+_HEAD = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_live_router import SPEC, WIRE, deployed, stream
+with deployed(SPEC, WIRE, Path(sys.argv[2]), "live-killed") as running:
+    print(*(running.fleet.pid(name) for name in running.fleet.names), flush=True)
+    running.play(stream(200))
+"""
+
+
+@pytest.mark.slow
+def test_nothing_is_left_when_the_head_is_killed(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", _HEAD, str(Path(__file__).parent), str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as head:
+        assert head.stdout is not None
+        pids = [int(word) for word in head.stdout.readline().split()]
+        assert len(pids) == 5
+        time.sleep(1.0)  # requests are under way
+        head.kill()
+    until_s = time.monotonic() + 10.0
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < until_s:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
