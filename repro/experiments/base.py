@@ -51,7 +51,7 @@ SIMULATED = (
 #: The scheduler beside threshold and split.
 SCHEDULER = (
     "policy.router", "policy.offload_share", "policy.placement", "policy.admission", "policy.short_term", "policy.long_term",
-    "policy.fallback_s",
+    "policy.adaptive", "policy.fallback_s",
 )  # fmt: skip
 #: How large prefix caches are, and how they are evened out; whether they exist is a case of the studies that read these.
 CACHES = tuple(f"policy.cache.{key}" for key in ("capacity_gb", "block_tokens", "checkpoint_blocks", "eviction"))

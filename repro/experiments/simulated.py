@@ -24,6 +24,7 @@ from repro.record.metrics import Metric
 from repro.record.request_metrics import good, over_runs, summarise
 from repro.record.statistics import Estimate
 from repro.report import style
+from repro.scheduling.adaptive import AdaptiveSpec
 from repro.scheduling.long_term import LongTermSpec
 from repro.scheduling.policies import RandomSplit, Threshold
 from repro.scheduling.short_term import ShortTermSpec
@@ -148,11 +149,13 @@ class Setting:
         through = link or self.link
         full = scheduled(simulated(self.base, self.point, through), self.policy, self.point)
         off = ShortTermSpec(), LongTermSpec()
-        static = with_scheduler(full, router=Threshold(), short_term=off[0], long_term=off[1], fallback_s=None)
+        static = with_scheduler(
+            full, router=Threshold(), short_term=off[0], long_term=off[1], adaptive=AdaptiveSpec(), fallback_s=None
+        )
         naive = simulated(self.base, self.points["naive_heterogeneous_pd"], through)
         return {
             "static": static,
-            "short_term": with_scheduler(full, long_term=off[1]),
+            "short_term": with_scheduler(full, long_term=off[1], adaptive=AdaptiveSpec()),
             "two_timescale": full,
             "random_split": with_scheduler(static, router=RandomSplit(self.point.offload_fraction)),
             "naive": with_scheduler(naive, placement=full.scheduler.placement, admission=full.scheduler.admission),
@@ -168,6 +171,7 @@ def scheduled(spec: SimulationSpec, policy: PolicySpec, point: OperatingPoint) -
         admission=policy.admission,
         short_term=policy.short_term,
         long_term=policy.long_term,
+        adaptive=policy.adaptive,
         fallback_s=policy.fallback_s,
     )
 

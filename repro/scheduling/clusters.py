@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+from repro.scheduling.adaptive import Decaying, History
 from repro.scheduling.decisions import Conversion
 from repro.scheduling.load import Costs, Recent
 from repro.scheduling.placement import placement
@@ -103,6 +104,7 @@ class PdClusterState(PrefillState):
         self.decoding = set(range(plan.n_p, plan.n_p + plan.n_d))
         steps = StepTimes(plan.profile.decode_step_s, plan.profile.batch_max)
         self.tokens_per_s = steps.tokens_per_s(_CONTEXT_TOKENS)
+        self.batch_max = plan.profile.batch_max
         self.costs = _costs(self.tables, prfaas[0].tables if prfaas else self.tables)
         # What has been seen.
         self.recent = Recent(scheduler.short_term.window_requests)
@@ -111,9 +113,15 @@ class PdClusterState(PrefillState):
         self.rate_per_s = math.nan
         self.slow_rate_per_s = math.nan
         self.slow_capacity_bps = math.nan
+        memory_s = scheduler.adaptive.memory_s
+        self.arrival_rate = Decaying(memory_s)
+        self.egress_bps = Decaying(memory_s)
+        self.output_length = Decaying(memory_s)
+        self.finished = self.finished_tokens = 0
         # What has been decided.
         self.short_term = ShortTermState(scheduler.threshold_tokens)
-        self.conversion: Conversion | None = None
+        self.conversions: list[Conversion] = []
+        self.history = History(scheduler.adaptive.hold_s)
         instances = sum(cluster.serving for cluster in prfaas)
         self.state = SchedulerState(
             scheduler.threshold_tokens, False, ClusterView(plan.n_p), ClusterView(round(instances * share)), LinkView()

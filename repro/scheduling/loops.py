@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
-from repro.scheduling import long_term, short_term
+from repro.scheduling import adaptive, long_term, short_term
+from repro.scheduling.adaptive import Situation, Split
 from repro.scheduling.clusters import PdClusterState, PrfaasClusterState
 from repro.scheduling.decisions import Conversion
 from repro.scheduling.long_term import DecodeView
@@ -36,6 +37,7 @@ def observe(
         pd.recent.arrived(pd.arrived)
         pd.rate_per_s = _ewma(pd.rate_per_s, rate, elapsed_s, _RATE_MEMORY_S)
         pd.slow_rate_per_s = _ewma(pd.slow_rate_per_s, rate, elapsed_s, spec.long_term.memory_s)
+        pd.arrival_rate.add(now_s, float(pd.arrived), elapsed_s)
         pd.arrived, pd.measured_s = 0, now_s
     capacity = used = backlog = rtt_s = waiting = 0.0
     instances = 0
@@ -63,6 +65,7 @@ def move_threshold(spec: SchedulerSpec, pd: PdClusterState, seen: Observation) -
     """One beat of the fast loop: routing sees its outcome in `pd.state`."""
     short = spec.short_term
     pd.slow_capacity_bps = _ewma(pd.slow_capacity_bps, seen.link.capacity_bps, short.period_s, spec.long_term.memory_s)
+    pd.egress_bps.add(seen.at_s, seen.link.capacity_bps * short.period_s, short.period_s)
     pd.short_term = after = short_term.step(short, pd.short_term, seen, pd.costs)
     pd.state = SchedulerState(after.threshold_tokens, after.bandwidth_scarce, seen.pd, seen.prfaas, seen.link)
 
@@ -72,17 +75,71 @@ def move_node(spec: SchedulerSpec, pd: PdClusterState, seen: Observation, report
     usual = seen._replace(rate_per_s=pd.slow_rate_per_s, link=seen.link._replace(capacity_bps=pd.slow_capacity_bps))
     decode = DecodeView(len(pd.decoding), pd.tokens_per_s, report.finished_tokens / report.finished)
     move = long_term.step(spec.long_term, usual, decode, pd.costs)
-    if not move:
+    return _convert(pd, move, report) if move else None
+
+
+def adapt(
+    now_s: float, spec: SchedulerSpec, pd: PdClusterState, seen: Observation, report: PdReport
+) -> Conversion | None:
+    """One beat of the adaptive loop: the next conversion, if any, and the threshold for what serves now. Several may be under way."""
+    own = spec.adaptive
+    finished, tokens = report.finished - pd.finished, report.finished_tokens - pd.finished_tokens
+    pd.finished, pd.finished_tokens = report.finished, report.finished_tokens
+    pd.output_length.add(now_s, float(tokens), float(finished))
+    if now_s < own.warmup_s or not report.finished or not seen.lengths:
         return None
-    if move > 0:
+    at = _situation(pd, seen, report)
+    way = adaptive.step(own, at, pd.costs, now_s, pd.history)
+    conversion = None
+    if way:
+        conversion = _convert(pd, way, report)
+        pd.history.moved(now_s, way, conversion.instance)
+        at = _situation(pd, seen._replace(pd=ClusterView(pd.serving, pd.waiting_s(now_s))), report)
+    search_threshold(spec, pd, at)
+    return conversion
+
+
+def search_threshold(spec: SchedulerSpec, pd: PdClusterState, at: Situation) -> None:
+    """Let the threshold rest where it is best for what serves now; under pressure the fast loop has it, and returns it there."""
+    found = adaptive.threshold(spec.adaptive, at, pd.costs)
+    state = pd.short_term
+    if state.pressed:
+        pd.short_term = state._replace(resting_tokens=found)
+    elif found != state.threshold_tokens:
+        pd.short_term = state._replace(threshold_tokens=found)
+        pd.state = pd.state._replace(threshold_tokens=found)
+
+
+def _situation(pd: PdClusterState, seen: Observation, report: PdReport) -> Situation:
+    output, n_d = pd.output_length.ratio, len(pd.decoding)
+    serving = Split(pd.serving, n_d)
+    to_prefill = sum([conversion.to == "prefill" for conversion in pd.conversions])
+    to_decode = len(pd.conversions) - to_prefill
+    slow = seen._replace(rate_per_s=pd.arrival_rate.ratio, link=seen.link._replace(capacity_bps=pd.egress_bps.ratio))
+    return Situation(
+        slow,
+        DecodeView(n_d, pd.tokens_per_s, output),
+        report.waiting_decode * output / (pd.tokens_per_s * max(n_d, 1)),
+        output * pd.batch_max / pd.tokens_per_s,
+        serving,
+        Split(serving.n_p + to_prefill, n_d + to_decode),
+        to_prefill - to_decode,
+        pd.short_term.resting_tokens if pd.short_term.pressed else pd.short_term.threshold_tokens,
+    )
+
+
+def _convert(pd: PdClusterState, way: int, report: PdReport) -> Conversion:
+    """Take the node with the least to finish out of its role."""
+    if way > 0:
         instance = _idlest(report.decode, pd.decoding)
         pd.decoding.remove(instance)
-        pd.conversion = Conversion(pd.index, instance, "prefill")
+        conversion = Conversion(pd.index, instance, "prefill")
     else:
         instance = _idlest(report.prefill, pd.placement.free_at_s)
         pd.placement.remove(instance)
-        pd.conversion = Conversion(pd.index, instance, "decode")
-    return pd.conversion
+        conversion = Conversion(pd.index, instance, "decode")
+    pd.conversions.append(conversion)
+    return conversion
 
 
 def _idlest(reports: Sequence[InstanceReport], serving: Collection[int]) -> int:

@@ -21,12 +21,15 @@ class InstanceReport(NamedTuple):
 
 
 class PdReport(NamedTuple):
-    """A PD cluster: its instances, and how many requests have finished since the start with how many output tokens in sum."""
+    """A PD cluster: its instances, how many requests have finished since the start with how many output tokens in sum, and how many wait
+    for a place in any decode batch.
+    """
 
     prefill: Sequence[InstanceReport]
     decode: Sequence[InstanceReport]
     finished: int
     finished_tokens: int
+    waiting_decode: int = 0
 
 
 class LinkReport(NamedTuple):

@@ -13,7 +13,7 @@ same calls in the same order give the same decisions. One scheduler serves all P
 | `link_changed` | a link stops or carries again | the link's schedule | the transport's progress |
 | `short_term` | every `short_term.period_s` | `LinkReport`: the simulated link's counters | `LinkReport`: the sender's estimate |
 | `overdue`, `give_up` | after `short_term`, with `fallback_s` | the link's flows | transfers without progress |
-| `long_term` | every `long_term.period_s` | `PdReport`: queues, batches, finished requests | `PdReport`: the workers' messages |
+| `long_term` | every `slow_period_s` | `PdReport`: queues, batches, finished requests | `PdReport`: the workers' messages |
 | `converted` | a node serves its new role | `restart_s` after it has drained | the worker's message |
 | `rebalance` | every `rebalance.period_s` | what the links could have carried | the sender's estimate |
 | prefix indices | on every match | the pools themselves | `Replica`s that workers' messages update |
@@ -228,8 +228,7 @@ class Scheduler:
         pd = self.pd[cluster]
         pd.placement.remove(instance)
         pd.decoding.discard(instance)
-        if pd.conversion is not None and pd.conversion.instance == instance:
-            pd.conversion = None
+        pd.conversions = [conversion for conversion in pd.conversions if conversion.instance != instance]
 
     def repaired(self, now_s: float, pool: Pool, cluster: int, instance: int) -> None:
         """An instance serves in that pool again."""
@@ -249,7 +248,7 @@ class Scheduler:
     def watches(self) -> bool:
         """Whether `short_term` is to be called at all."""
         spec = self.spec
-        return spec.short_term.enabled or spec.long_term.enabled or spec.fallback_s is not None
+        return spec.short_term.enabled or spec.slow_period_s is not None or spec.fallback_s is not None
 
     def short_term(self, now_s: float, pd: int, links: Sequence[LinkReport]) -> SchedulerState:
         """The fast loop of a PD cluster: measure, move the threshold, and let routing see both."""
@@ -259,16 +258,24 @@ class Scheduler:
         return home.state
 
     def long_term(self, now_s: float, pd: int, links: Sequence[LinkReport], report: PdReport) -> Conversion | None:
-        """The slow loop of a PD cluster: which node changes its role, if any; none while one is on its way or nothing has finished."""
+        """The slow loop of a PD cluster: which node changes its role, if any; none while nothing has finished.
+
+        The paper's rule moves one node at a time; the adaptive one sends the next while others are on their way.
+        """
         home = self.pd[pd]
-        if home.conversion is not None or not report.finished or math.isnan(home.slow_capacity_bps):
+        if self.spec.adaptive.enabled:
+            return loops.adapt(
+                now_s, self.spec, home, loops.observe(now_s, self.spec, home, self.prfaas, links), report
+            )
+        if home.conversions or not report.finished or math.isnan(home.slow_capacity_bps):
             return None
         return loops.move_node(self.spec, home, loops.observe(now_s, self.spec, home, self.prfaas, links), report)
 
     def converted(self, now_s: float, conversion: Conversion) -> None:
         """The node serves its new role."""
         home = self.pd[conversion.pd]
-        home.conversion = None
+        home.conversions = [other for other in home.conversions if other.instance != conversion.instance]
+        home.history.came(now_s, conversion.instance, conversion.to)
         if conversion.to == "prefill":
             home.placement.add(conversion.instance, now_s)
         else:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from repro.errors import UserError
 from repro.kvcache.sizing import CacheOptions
+from repro.scheduling.adaptive import AdaptiveSpec
 from repro.scheduling.admission import AdmissionSpec
 from repro.scheduling.long_term import LongTermSpec
 from repro.scheduling.placement import PLACEMENTS
@@ -38,6 +39,7 @@ class PolicySpec:
     admission: AdmissionSpec = field(default_factory=AdmissionSpec)
     short_term: ShortTermSpec = field(default_factory=ShortTermSpec)
     long_term: LongTermSpec = field(default_factory=LongTermSpec)
+    adaptive: AdaptiveSpec = field(default_factory=AdaptiveSpec)
     rebalance: RebalanceSpec = field(default_factory=RebalanceSpec)
     fallback_s: float | None = None
     cache: CacheOptions = field(default_factory=CacheOptions)
@@ -56,6 +58,10 @@ class PolicySpec:
         if self.offload_share is not None and self.router != "random_split":
             raise UserError(
                 f"policy.offload_share: has no effect with policy.router={self.router}; accepted: random_split"
+            )
+        if self.adaptive.enabled and self.long_term.enabled:
+            raise UserError(
+                "policy.adaptive.enabled: policy.long_term.enabled moves the same nodes; accepted: one of the two"
             )
         if self.rebalance.enabled and not self.cache.enabled:
             raise UserError("policy.rebalance.enabled: there is nothing to copy without policy.cache.enabled=true")
@@ -79,6 +85,7 @@ class SchedulerSpec:
     placement: str = "least_work"
     short_term: ShortTermSpec = field(default_factory=ShortTermSpec)
     long_term: LongTermSpec = field(default_factory=LongTermSpec)
+    adaptive: AdaptiveSpec = field(default_factory=AdaptiveSpec)
     admission: AdmissionSpec = field(default_factory=AdmissionSpec)
     fallback_s: float | None = None
     rebalance: RebalanceSpec = field(default_factory=RebalanceSpec)
@@ -86,3 +93,15 @@ class SchedulerSpec:
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
             raise UserError(f"policy.placement: {self.placement!r} is unknown; accepted: {', '.join(PLACEMENTS)}")
+
+    @property
+    def slow_period_s(self) -> float | None:
+        """How often the slow loop looks, the paper's or the adaptive one; null without one."""
+        if self.adaptive.enabled:
+            return self.adaptive.period_s
+        return self.long_term.period_s if self.long_term.enabled else None
+
+    @property
+    def restart_s(self) -> float:
+        """What a drained node needs to serve its new role."""
+        return self.adaptive.restart_s if self.adaptive.enabled else self.long_term.restart_s

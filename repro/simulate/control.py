@@ -53,11 +53,12 @@ class Control:
         self._sample_at_s = [0.0] * len(pd_clusters)
         spec = scheduler.spec
         self._period_s = spec.short_term.period_s
-        self._slow_period_s = spec.long_term.period_s
+        slow_s = spec.slow_period_s
+        self._slow_period_s = slow_s or 0.0
         if scheduler.watches:
             for pd in pd_clusters:
                 events.at(self._period_s, self._tick, pd)
-            if spec.long_term.enabled:
+            if slow_s is not None:
                 for pd in pd_clusters:
                     events.at(self._slow_period_s, self._slow_tick, pd)
 
@@ -101,6 +102,7 @@ class Control:
             [InstanceReport(i, len(batch.heap)) for i, batch in decode.items()],
             pd.finished,
             pd.finished_tokens,
+            len(pd.decode.waiting),
         )
         conversion = self._scheduler.long_term(now_s, pd.index, self._links(now_s), report)
         if conversion is not None:
@@ -108,7 +110,7 @@ class Control:
             stage.close(now_s, conversion.instance, lambda now, _: self._restart(now, pd, conversion))
 
     def _restart(self, now_s: float, pd: PdResources, conversion: Conversion) -> None:
-        restart_s = self._scheduler.spec.long_term.restart_s
+        restart_s = self._scheduler.spec.restart_s
         self._events.at(now_s + restart_s, self._converted, (pd, conversion))
 
     def _converted(self, now_s: float, moved: tuple[PdResources, Conversion]) -> None:

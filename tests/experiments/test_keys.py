@@ -30,6 +30,7 @@ CLOCKLESS = [
 SILENT = {
     "policy.short_term": "shown on ablation, whose link drops and fails under bursts",
     "policy.long_term": "shown on ablation",
+    "policy.adaptive": "shown in tests of adapting, whose outputs grow",
     "policy.fallback_s": "shown on ablation, whose link fails",
     "policy.admission": "shown on ablation, which is overloaded",
     "policy.router": "a static threshold and both rules agree where nothing is cached and no loop moves t",
