@@ -132,7 +132,7 @@ class Instance:
             if ended:
                 del self._tasks[due.key]
                 asked = task.asked
-                self._tell(say.Prefilled(asked.request, asked.attempt, task.start_s, time.monotonic()))
+                self._tell(say.Prefilled(asked.request, asked.attempt, task.start_s, due.at_s))
         self._arm_prefill()
 
     def _emit(self, key: int, task: _Task, piece: int, last: bool) -> None:
@@ -218,12 +218,13 @@ class Instance:
     def _on_decode(self) -> None:
         while self._decode.due_s() <= time.monotonic():
             events, joined = self._decode.take()
-            for _, key, last in events:
+            # The moment of the very step, not of the timer that covered many: how late that was is told by `Lateness`.
+            for at_s, key, last in events:
                 number, attempt = divmod(key, ATTEMPTS)
                 if last:
-                    self._tell(say.Finished(number, attempt, time.monotonic()))
+                    self._tell(say.Finished(number, attempt, at_s))
                 else:
-                    self._tell(say.Decoding(number, attempt, self._joined_s.pop(key), time.monotonic()))
+                    self._tell(say.Decoding(number, attempt, self._joined_s.pop(key), at_s))
             self._note(list(joined))
         self._arm_decode()
 

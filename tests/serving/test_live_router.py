@@ -62,6 +62,9 @@ def test_what_is_served_is_what_the_simulator_routes(live: Deployment) -> None:
     sizes = np.asarray(PROFILE.kv_bytes(remote["input_tokens"].to_numpy()))
     np.testing.assert_allclose(remote["kv_bytes"], sizes, rtol=0.01)
     assert played.payload_bytes <= played.wire_bytes <= 1.2 * played.payload_bytes
+    # What is replayed is reported at its own time, however late the timers of this machine were.
+    np.testing.assert_allclose(played.requests["tpot_s"], PROFILE.decode_step_s(1), rtol=1e-6)
+    np.testing.assert_allclose(played.requests["prefill_s"], simulated["prefill_s"], rtol=1e-6)
     assert (played.requests["ttft_s"] >= simulated["ttft_s"] - 0.02).all()
 
 
