@@ -66,7 +66,8 @@ def _findings(records: Sequence[Record]) -> list[Line]:
         if known.get("finding"):
             lines.append(Line(known["finding"], "finding"))
             command = f"python -m repro experiment={record.configuration['name']} …"
-            lines.append(Line(f"It hinges on this: {known['hinges_on']} With your own numbers:", code=command))
+            hinges = f"It hinges on this: {known['hinges_on']} " if known["hinges_on"] else ""
+            lines.append(Line(f"{hinges}With your own numbers:", code=command))
     return lines
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from repro.composition import compose
 from repro.experiments import base
+from repro.experiments.distance import connection_bps
 from repro.presets import choices
 from repro.record.directory import Record
 from repro.record.metrics import value
@@ -15,7 +16,7 @@ from repro.runner import run
 from repro.sweeps import definition
 from repro.sweeps import run as sweeps
 
-STUDIES = sorted(name for name in choices("experiment") if base.load(name).finding is not None)
+STUDIES = sorted(name for name in choices("experiment") if base.load(name).hinges_on)
 
 
 def study(folder: Path, *words: str) -> Record:
@@ -26,7 +27,9 @@ def study(folder: Path, *words: str) -> Record:
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_names_the_assumption_that_would_change_its_conclusion(name: str) -> None:
-    assert len(base.load(name).hinges_on) > 20
+    experiment = base.load(name)
+    assert experiment.finding is not None
+    assert len(experiment.hinges_on) > 20
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +138,38 @@ def test_the_sweep_of_studies_holds_all_of_them_and_opens_with_what_they_found(t
     ]
     assert len(found) == 2
     assert all(0 < page.index(finding) < page.index("## Points") for finding in found)
+
+
+def test_a_connection_carries_a_window_per_round_trip_and_less_under_loss_unless_it_is_bbr() -> None:
+    window = 4 * 2**20
+    assert (
+        connection_bps(0.1, 0.0, "cubic", window)
+        == connection_bps(0.1, 0.01, "bbr", window)
+        == pytest.approx(8 * window / 0.1)
+    )
+    mathis = 8 * 1448 / 0.02 * (1.5 / 0.01) ** 0.5
+    assert connection_bps(0.02, 0.01, "cubic", window) == pytest.approx(mathis), "RFC 9438's Reno-friendly region"
+    assert connection_bps(0.2, 1e-5, "cubic", 1e12) == pytest.approx(
+        8 * 1448 / 0.2 * 1.054 * (0.2 / 1e-5) ** 0.75, rel=1e-3
+    )
+
+
+def test_reach_is_where_the_window_still_carries_what_prfaas_sends(tmp_path: Path) -> None:
+    small = ["options.rates_bps=[2e10,1e11]", "options.losses=[0.0,0.001]", "options.connections=[8]"]
+    measured = "options.measured=results/reference/link_fidelity/emulate"
+    record = study(tmp_path, "experiment=distance", *small, measured)
+    grid, table = record.table("grid"), record.metrics
+    kept = grid[
+        (grid["congestion_control"] == "cubic")
+        & (grid["loss"] == 0)
+        & (grid["lambda_max"] >= 0.95 * grid["lambda_max"].max())
+    ]
+    assert (
+        value(table, "reach_rtt_s", "8 × cubic, loss 0")
+        == kept["rtt_s"].max()
+        > value(table, "reach_rtt_s", "8 × cubic, loss 0.001")
+    )
+    assert f"{1000 * kept['rtt_s'].max():g} ms (8 × cubic, loss 0)" in record.provenance["finding"]
+    assert "20 Gbps keep" in record.provenance["finding"]
+    assert 0.5 < value(table, "law_over_measured") < 2, "the law is the right one within a factor of two, under loss"
+    assert (record.path / "figures" / "distance.png").is_file()
