@@ -22,10 +22,12 @@ def records(folder: Path) -> list[Record]:
     return [record for record in found if "name" in record.configuration]
 
 
-def redraw(record: Record, folder: Path, figures: Figures, *, for_print: bool = False) -> list[Path]:
-    """These figures of one record into `folder`; returns the PNGs."""
+def redraw(
+    record: Record, folder: Path, figures: Figures, *, for_print: bool = False, column: style.Column = "double"
+) -> list[Path]:
+    """These figures of one record into `folder`, set for one column of a paper or two; returns the PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
-    with style.applied():
+    with style.applied(column):
         return [
             style.save(draw(record), folder / name, _about(record, name), for_print=for_print)
             for name, draw in figures.items()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import matplotlib as mpl
 import pandas as pd
@@ -61,17 +62,39 @@ _SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
+#: How wide a figure is set: over one column of a paper, where panels stand below each other, or over two.
+Column = Literal["single", "double"]
+COLUMNS: tuple[Column, ...] = get_args(Column)
+SINGLE_IN = 3.45
+_SINGLE: dict[str, Any] = {
+    "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
+    "lines.linewidth": 1.3, "savefig.bbox": None,
+}  # fmt: skip
+_column: ContextVar[Column] = ContextVar("column", default="double")
+
+
 @contextlib.contextmanager
-def applied() -> Iterator[None]:
+def applied(column: Column = "double") -> Iterator[None]:
     """Draw in this style inside the block."""
-    with mpl.rc_context(cast(Any, _SETTINGS)):  # its keys are typed as literals
-        yield
+    before = _column.set(column)
+    try:
+        with mpl.rc_context(
+            cast(Any, _SETTINGS | (_SINGLE if column == "single" else {}))
+        ):  # its keys are typed as literals
+            yield
+    finally:
+        _column.reset(before)
 
 
 def panels(
     columns: int = 1, rows: int = 1, *, width_in: float = WIDTH_IN, height_in: float = HEIGHT_IN, **options: Any
 ) -> tuple[Figure, list[Axes]]:
     """A figure with its axes in reading order; made without pyplot, so that drawing keeps no global state."""
+    if _column.get() == "single":
+        each_in = width_in / columns  # what a panel had
+        height_in = min(height_in / rows * SINGLE_IN / each_in, 2.6) * rows * columns
+        width_in, columns, rows = SINGLE_IN, 1, rows * columns
+        options.pop("sharey", None)
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **options)

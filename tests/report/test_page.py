@@ -11,8 +11,9 @@ import pytest
 
 from repro import app
 from repro.experiments import base
+from repro.paper.claims import CLAIMS
 from repro.record.directory import Record
-from repro.report import document, page
+from repro.report import claims_page, document, page, style
 from repro.report.figures import redraw
 from repro.report.page import Cell, Column, Line, Section, Table
 
@@ -79,6 +80,22 @@ def test_a_figure_drawn_twice_is_the_same_file_and_says_what_it_is_of(tmp_path: 
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
     assert b"tier model" in next(path for path in first if path.suffix == ".png").read_bytes()
     assert b"tier model" in next(path for path in first if path.suffix == ".svg").read_bytes()
+
+
+def test_the_claims_page_has_command_time_hardware_and_tolerance_of_every_claim() -> None:
+    found = [Record(REFERENCE / name / tier) for name, tier in (("table6", "model"), ("table3", "model"))]
+    text = claims_page.page(found)
+    assert sum(line.startswith("| ") for line in text.splitlines()) - text.count("| claim |") == len(CLAIMS)
+    assert "- command: `python -m repro experiment=table6 tier=model`" in text
+    assert "- hardware: " in text
+    assert "- no reference record" in text, "and says where there is no record"
+
+
+def test_a_figure_for_one_column_is_as_wide_as_one(tmp_path: Path) -> None:
+    record = Record(REFERENCE / "table6" / "model")
+    (png,) = redraw(record, tmp_path, base.load("table6").figures_for("model"), column="single")
+    width = int.from_bytes(png.read_bytes()[16:20], "big")
+    assert abs(width / 150 - style.SINGLE_IN) < 0.1
 
 
 @pytest.mark.slow
