@@ -1,7 +1,8 @@
-"""Measure the configured model's profile on a device and save it by name, so that every tier can use it (§4.1).
+"""Measure the configured model's profile on a device, or that of a running engine, and save it by name for every tier (§4.1).
 
 `experiment=table6 profile=<name>` then feeds it into the equations in place of the paper's. Beside the times stand the
 tokens per second, the peak memory and the share that they are of the device's own ceilings, with the kernels that ran.
+`options.endpoint` measures what answers at an address instead (`repro.experiments.profile_endpoint`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments.base import MODEL, Context, Experiment, Outcome
+from repro.experiments.profile_endpoint import check_endpoint, profile_endpoint
 from repro.experiments.split_model import check_one
 from repro.experiments.table3 import one_model
 from repro.kvcache.state import layout
@@ -27,13 +29,16 @@ from repro.profiles.presets import save_profile
 from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.report import style
+from repro.settings import Settings
 
 
 def run(context: Context) -> Outcome:
     """Measure, fit, save under `results/profiles`, and keep every timing in the record."""
     options, spec = context.options, one_model(context.settings)
     assert isinstance(options, ProfileSpec)
-    device = _device(options.device)
+    if options.endpoint is not None:
+        return profile_endpoint(context, spec, options, options.endpoint)
+    device = _device(options.device or "cpu")
     bare = build(spec, "meta")
     states = layout(build(spec, "meta"))
     measurement = measure(build(spec, device), bare, options, context.progress)
@@ -48,6 +53,14 @@ def run(context: Context) -> Outcome:
         "profile": str(path), "kernels": dict(measurement.kernels), "stopped": measurement.stopped,
         "ceilings": asdict(measurement.ceilings), "threads": torch.get_num_threads(),
     })  # fmt: skip
+
+
+def check(settings: Settings, options: ProfileSpec) -> None:
+    """One model that can be built, or whose state's size is known. Raises UserError naming the key."""
+    if options.endpoint is None:
+        check_one(settings, options)
+    else:
+        check_endpoint(settings, options.endpoint)
 
 
 def _device(name: str) -> torch.device:
@@ -126,5 +139,5 @@ EXPERIMENT = Experiment(
     run=run,
     figures={"profile": draw},
     options=ProfileSpec,
-    check=check_one,
+    check=check,
 )

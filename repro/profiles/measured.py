@@ -31,14 +31,25 @@ from repro.record.statistics import Estimate
 Clock = Callable[[], float]
 Progress = Callable[[str], None]
 _SHARE_OF_MEMORY: Final = 0.8
+_OF_ENDPOINTS: Final = ("served_model", "api_key_variable", "timeout_s", "accelerator")
 
 
 @dataclass(frozen=True)
 class ProfileSpec:
-    """What to measure. Lengths double from `first_tokens` to `last_tokens`, or to what memory and `budget_s` allow."""
+    """What to measure. Lengths double from `first_tokens` to `last_tokens`, or to what memory and `budget_s` allow.
 
-    device: str = "cpu"
-    chunk_tokens: int = 512
+    Either the model on a `device` (null: the processor) in chunks of `chunk_tokens` (null: 512), or what answers at `endpoint`, the
+    address of an OpenAI-compatible server: its `served_model` (null: the first that it lists), with the key in the environment variable
+    `api_key_variable`, each answer within `timeout_s` (null: 60), on an `accelerator` that only its owner knows.
+    """
+
+    device: str | None = None
+    chunk_tokens: int | None = None
+    endpoint: str | None = None
+    served_model: str | None = None
+    api_key_variable: str | None = None
+    timeout_s: float | None = None
+    accelerator: str | None = None
     first_tokens: int = 128
     last_tokens: int = 4096
     repeats: int = 5
@@ -50,8 +61,19 @@ class ProfileSpec:
     gpus_per_instance: int = 1
 
     def __post_init__(self) -> None:
+        beside = ("device", "chunk_tokens") if self.endpoint is not None else _OF_ENDPOINTS
+        for name in beside:
+            if getattr(self, name) is not None:
+                what = (
+                    "an engine behind options.endpoint has its own"
+                    if self.endpoint is not None
+                    else "only of options.endpoint"
+                )
+                raise UserError(f"options.{name}: {getattr(self, name)}; {what}; accepted: null")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise UserError(f"options.timeout_s: {self.timeout_s}; accepted: a positive number, or null for 60")
         for name in ("chunk_tokens", "first_tokens", "last_tokens", "decode_steps", "gpus_per_instance"):
-            if getattr(self, name) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"options.{name}: {getattr(self, name)} is below 1")
         if self.repeats < 3:
             raise UserError(f"options.repeats: {self.repeats}; a confidence interval needs 3 or more")
@@ -62,6 +84,11 @@ class ProfileSpec:
                 raise UserError(f"options.{name}: {getattr(self, name)}; a list of positive numbers is needed")
         if not (self.budget_s > 0 and self.slo_tokens_per_s > 0):
             raise UserError("options.budget_s, options.slo_tokens_per_s: must be positive")
+
+    @property
+    def chunk(self) -> int:
+        """The grain of prefill on a device."""
+        return self.chunk_tokens or 512
 
 
 @dataclass(frozen=True)
@@ -139,7 +166,7 @@ def _prefill_timings(
         if timings and (reason := _too_much(model, timings, length, spec, deadline - clock())):
             return timings, reason
         try:
-            timing = time_prefill(model, length, spec.chunk_tokens, spec.repeats, clock)
+            timing = time_prefill(model, length, spec.chunk, spec.repeats, clock)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             if len(timings) < 2:
@@ -201,7 +228,7 @@ def _prompt(model: torch.nn.Module, batch: int, tokens: int) -> torch.Tensor:
 
 
 def _prefill(model: torch.nn.Module, ids: torch.Tensor, spec: ProfileSpec) -> Any:
-    return chunked_prefill(model, ids, spec.chunk_tokens)[0]
+    return chunked_prefill(model, ids, spec.chunk)[0]
 
 
 @torch.no_grad()
@@ -323,6 +350,6 @@ def profile_of(
         prefill_source="measured",
         kv_source="computed",
         decode_source="measured",
-        notes=f"Prefill in chunks of {spec.chunk_tokens} tokens; lengths ended by {measurement.stopped}.",
+        notes=f"Prefill in chunks of {spec.chunk} tokens; lengths ended by {measurement.stopped}.",
         provenance={f"kernel {key}": value for key, value in measurement.kernels.items()},
     )

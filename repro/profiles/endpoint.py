@@ -1,0 +1,365 @@
+"""Measure the phase profile of an engine that already runs, from outside: what an OpenAI-compatible server shows to a client.
+
+T_prefill(l) is the time to the first token of a prompt of exactly l tokens with nothing else under way, less the time of an
+exchange that computes nothing. Its fixed part (what does not grow with l) is fitted and stands beside it. A decode step is the gap
+between two tokens of one stream while all streams of a batch decode. What a server may do to make such times wrong is looked
+for and either refused or flagged: prompts answered from a prefix cache, tokens counted otherwise, a batch that never ran together.
+
+Prompts are random and new in every run: one that the server has seen before could be answered from its cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
+
+import numpy as np
+from scipy.optimize import nnls
+
+from repro.errors import UserError
+from repro.profiles.measured import Clock, ProfileSpec, Progress, Timing
+from repro.record.statistics import Estimate
+
+T = TypeVar("T")
+
+#: What vLLM counts of every request that it finishes: the seconds between its scheduling and its first token.
+ENGINE_PREFILL: Final = "vllm:request_prefill_time_seconds"
+ENGINE_HITS: Final = "vllm:prefix_cache_hits_total"
+#: A repeated prompt that takes less than this of a new one came from a cache, and one that takes more than the second did not.
+_CACHED_BELOW, _COMPUTED_ABOVE = 0.7, 0.85
+#: Broken answers per timing that are asked again; one more ends the measurement.
+_RETRIES: Final = 2
+#: Special tokens that a server may add to a prompt by itself.
+_MOST_ADDED_TOKENS: Final = 8
+_MOST_OUTPUT_TOKENS: Final = 512
+_NOISY: Final = 0.25
+#: Of the time that is left, at most so much goes to the next length: decode has to be measured as well.
+_SHARE_OF_PREFILL: Final = 0.4
+
+
+class BrokenAnswerError(Exception):
+    """A server closed the connection, answered with an error of its own, or sent no token in time. It may be asked again."""
+
+
+class RefusedError(Exception):
+    """A server refused a request for what it asks."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One streamed answer: when its tokens came, counted from the request, and what the server says that it counted.
+
+    `token_counts` holds the tokens of each event of `token_times_s`; `prompt_tokens` and `output_tokens` are None where the server
+    does not count, `cached_tokens` is 0 there. `start_s` is when it was asked, on a clock that answers share.
+    """
+
+    start_s: float
+    token_times_s: tuple[float, ...]
+    token_counts: tuple[float, ...]
+    prompt_tokens: int | None
+    output_tokens: int | None
+    cached_tokens: int = 0
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token."""
+        return self.token_times_s[0]
+
+
+class Server(Protocol):
+    """What is asked of a running engine."""
+
+    #: The most tokens of prompt and answer together, or None where it does not say.
+    limit_tokens: int | None
+
+    def prompt(self, tokens: int, rng: np.random.Generator) -> Any:
+        """A new random prompt of so many tokens."""
+
+    def answer(self, prompt: Any, output_tokens: int) -> Answer:
+        """Its answer of so many tokens. Raises BrokenAnswerError or RefusedError."""
+
+    def together(self, prompts: Sequence[Any], output_tokens: int) -> list[Answer]:
+        """The answers to prompts that are sent at once."""
+
+    def round_trip_s(self) -> float:
+        """The time of an exchange that computes nothing."""
+
+    def counters(self) -> Mapping[str, float]:
+        """The engine's own counters, empty where it shows none."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The fit T_prefill(l) = fixed + per token · l + per pair · l², none negative."""
+
+    fixed_s: float
+    per_token_s: float
+    per_pair_s: float
+
+
+@dataclass(frozen=True)
+class EngineTiming:
+    """T_prefill of one length by the engine's own counters, of the same requests as the client's."""
+
+    tokens: int
+    client_s: float
+    engine_s: float
+
+
+@dataclass(frozen=True)
+class EndpointMeasurement:
+    """What was measured of a running engine. `prefix_cache` is on, off or unclear, `flags` are reasons to distrust the rest."""
+
+    prefill: tuple[Timing, ...]
+    decode: tuple[Timing, ...]
+    engine: tuple[EngineTiming, ...]
+    fixed: Fixed
+    round_trip_s: float
+    prefix_cache: str
+    repeated_ratio: float
+    stopped: str
+    flags: tuple[str, ...] = ()
+
+
+class _Measuring:
+    """One measurement under way: the server, what was noticed so far, and the time that is left."""
+
+    def __init__(self, server: Server, spec: ProfileSpec, progress: Progress, clock: Clock, nonce: int) -> None:
+        self.server, self.spec, self.progress, self.clock = server, spec, progress, clock
+        self.rng = np.random.default_rng(nonce)
+        self.flags: dict[str, None] = {}
+        self.added: set[int] = set()
+        self.began_s = clock()
+
+    def left_s(self) -> float:
+        return self.spec.budget_s - (self.clock() - self.began_s)
+
+    def asked(self, what: str, action: Callable[[], T]) -> T:
+        """What a request yields; one that breaks is made again, a few times."""
+        for left in reversed(range(_RETRIES + 1)):
+            try:
+                return action()
+            except BrokenAnswerError as error:
+                if not left:
+                    raise UserError(f"options.endpoint: {what}: {error}, {_RETRIES + 1} times in a row") from error
+                self.flag(f"answers that broke and were asked again: {error}")
+        raise AssertionError
+
+    def flag(self, text: str) -> None:
+        if text not in self.flags:
+            self.flags[text] = None
+            self.progress(f"flagged: {text}")
+
+    def first(self, tokens: int) -> Answer:
+        """The first token of a new prompt of that length, counted as it was asked and computed in whole."""
+
+        def ask() -> Answer:
+            return self.server.answer(self.server.prompt(tokens, self.rng), 1)
+
+        answer = self.asked(f"a prompt of {tokens} tokens", ask)
+        self.judge(tokens, answer)
+        return answer
+
+    def judge(self, tokens: int, answer: Answer) -> None:
+        """Refuse what the server counted otherwise than it was asked; flag what it did not count, or took from a cache."""
+        if answer.cached_tokens > max(64, tokens // 20):
+            raise UserError(
+                f"options.endpoint: of a new random prompt of {tokens} tokens the server says that {answer.cached_tokens} were cached: "
+                "its times are not T_prefill"
+            )
+        if answer.prompt_tokens is None:
+            self.flag("the server does not say how many tokens a prompt has: lengths are as asked, unchecked")
+            return
+        added = answer.prompt_tokens - tokens
+        self.added.add(added)
+        if not 0 <= added <= _MOST_ADDED_TOKENS or len(self.added) > 1:
+            raise UserError(
+                f"options.endpoint: a prompt of {tokens} tokens is counted as {answer.prompt_tokens} by the server: another tokenizer, or "
+                f"a prompt that it alters; accepted: the same number, or always the same few more, at most {_MOST_ADDED_TOKENS}"
+            )
+        if added:
+            self.flag(f"the server adds {added} token(s) to every prompt; lengths are as it counts them")
+
+
+def measure_endpoint(
+    server: Server, spec: ProfileSpec, progress: Progress, nonce: int, clock: Clock = time.perf_counter
+) -> EndpointMeasurement:
+    """Measure both phases of what runs behind `server`. Prompts are drawn from `nonce`, which must be new in every run.
+
+    Raises:
+        UserError: where the server's answers cannot be made into a profile, saying what it did.
+    """
+    run = _Measuring(server, spec, progress, clock, nonce)
+    round_trip_s = statistics.median(
+        run.asked("a request that computes nothing", server.round_trip_s) for _ in range(9)
+    )
+    prefill, engine, stopped = _prefill(run, round_trip_s)
+    prefix_cache, ratio = _prefix_cache(run, prefill, round_trip_s)
+    decode = tuple(_decode(run))
+    if not decode:
+        raise UserError(
+            "options.endpoint: no decode step could be measured: " + ("; ".join(run.flags) or "budget_s is used up")
+        )
+    fixed = fit_fixed(prefill)
+    return EndpointMeasurement(
+        prefill, decode, engine, fixed, round_trip_s, prefix_cache, ratio, stopped, tuple(run.flags)
+    )
+
+
+def _prefill(run: _Measuring, round_trip_s: float) -> tuple[tuple[Timing, ...], tuple[EngineTiming, ...], str]:
+    spec, timings, engine = run.spec, list[Timing](), list[EngineTiming]()
+    length = spec.first_tokens
+    while length <= spec.last_tokens:
+        if reason := _too_much(run, timings, length):
+            return tuple(timings), tuple(engine), reason
+        try:
+            run.first(length)  # warm-up: allocations, compiled kernels, captured graphs
+            before = run.server.counters()
+            answers = [run.first(length) for _ in range(spec.repeats)]
+        except RefusedError as error:
+            if len(timings) < 2:
+                raise UserError(f"options.endpoint: a prompt of {length} tokens is refused: {error}") from error
+            return tuple(timings), tuple(engine), f"the server, which refused {length} tokens: {error}"
+        seconds = [answer.ttft_s - round_trip_s for answer in answers]
+        if min(seconds) <= 0:
+            raise UserError(
+                f"options.endpoint: a first token after {min(answer.ttft_s for answer in answers):.4f} s is sooner than an exchange that "
+                f"computes nothing takes, {round_trip_s:.4f} s: this server is too near or too fast to be measured from here"
+            )
+        found, counted = Estimate.of(seconds), length + max(run.added, default=0)
+        timings.append(Timing(counted, 1, found.value, found.low, found.high, len(seconds), 0))
+        run.progress(f"prefill of {counted} tokens: {found.value:.4f} s ({counted / found.value:.0f} tokens/s)")
+        if found.high - found.low > 2 * _NOISY * found.value:
+            run.flag(
+                f"repeats of {counted} tokens scatter: {found.low:.4g} to {found.high:.4g} s around {found.value:.4g} s"
+            )
+        if len(timings) > 1 and timings[-1].seconds < 0.9 * timings[-2].seconds:
+            run.flag(f"{counted} tokens take less time than {timings[-2].tokens}")
+        if (own_s := _engine_prefill_s(before, run.server.counters(), len(seconds))) is not None:
+            engine.append(EngineTiming(counted, found.value, own_s))
+        length *= 2
+    return tuple(timings), tuple(engine), f"last_tokens: {spec.last_tokens}"
+
+
+def _too_much(run: _Measuring, timings: list[Timing], length: int) -> str:
+    """Why a prompt of `length` is not tried; empty where it is."""
+    limit = run.server.limit_tokens
+    if limit is not None and length + 1 > limit:
+        if len(timings) < 2:
+            raise UserError(f"options.first_tokens: {length} tokens are more than the {limit} that the server takes")
+        return f"the server, which takes {limit} tokens"
+    if len(timings) < 2:
+        if run.left_s() < 0:
+            raise UserError(f"options.budget_s: {run.spec.budget_s:g} s were used up before two lengths were measured")
+        return ""
+    growth = max(timings[-1].seconds / timings[-2].seconds, 2.0)
+    expected_s = (run.spec.repeats + 1) * timings[-1].seconds * growth
+    if expected_s > _SHARE_OF_PREFILL * run.left_s():
+        return f"time: {length} tokens would take about {expected_s:.0f} s of the {max(run.left_s(), 0):.0f} s left"
+    return ""
+
+
+def _engine_prefill_s(before: Mapping[str, float], after: Mapping[str, float], requests: int) -> float | None:
+    """The engine's own mean of these requests; None where it has none, or counted those of others as well."""
+    counts = [counters.get(f"{ENGINE_PREFILL}_count") for counters in (before, after)]
+    sums = [counters.get(f"{ENGINE_PREFILL}_sum") for counters in (before, after)]
+    if counts[1] is None or sums[1] is None or counts[1] - (counts[0] or 0.0) != requests:
+        return None
+    return (sums[1] - (sums[0] or 0.0)) / requests
+
+
+def _prefix_cache(run: _Measuring, prefill: Sequence[Timing], round_trip_s: float) -> tuple[str, float]:
+    """Whether a prompt that the server has just seen is computed again: by its own count, by its counters, else by time."""
+    # The longest prompt that the wait for it allows: the longer, the clearer.
+    added = max(run.added, default=0)
+    longest = max(prefill, key=lambda timing: timing.tokens)
+    ratios, cached = [], 0
+    before = run.server.counters().get(ENGINE_HITS)
+    for _ in range(min(3, run.spec.repeats)):
+        prompt = run.server.prompt(longest.tokens - added, run.rng)
+        new, again = (
+            run.asked("a repeated prompt", lambda prompt=prompt: run.server.answer(prompt, 1)) for _ in range(2)
+        )  # type: ignore[misc]
+        cached = max(cached, again.cached_tokens)
+        ratios.append((again.ttft_s - round_trip_s) / max(new.ttft_s - round_trip_s, 1e-9))
+    ratio, hits = statistics.median(ratios), run.server.counters().get(ENGINE_HITS)
+    counted = cached > 0 or (hits is not None and hits > (before or 0.0))
+    found = "on" if counted or ratio < _CACHED_BELOW else "unclear"
+    if found != "on" and (ratio > _COMPUTED_ABOVE or hits is not None):
+        found = "off"
+    run.progress(
+        f"prefix caching {found}: a repeated prompt of {longest.tokens} tokens takes {ratio:.2f} of a new one's time"
+    )
+    if found == "unclear":
+        run.flag(f"a repeated prompt takes {ratio:.2f} of a new one's time: neither cached nor computed")
+    return found, ratio
+
+
+def _decode(run: _Measuring) -> Iterator[Timing]:
+    for number, (context, batch) in enumerate(itertools.product(run.spec.contexts, run.spec.batches)):
+        if run.left_s() < 0 and number:
+            run.flag("decode: budget_s was used up before every batch and context was measured")
+            return
+        gaps = _together(run, context, batch)
+        if not gaps:
+            continue
+        found = Estimate.of(gaps)
+        run.progress(f"decode at batch {batch}, context {context}: {1e3 * found.value:.2f} ms per step")
+        yield Timing(context, batch, found.value, found.low, found.high, len(gaps), 0)
+
+
+def _together(run: _Measuring, context: int, batch: int) -> list[float]:
+    """Seconds of single steps of so many sequences that decode at the same time; none where they never did."""
+    output_tokens = run.spec.decode_steps + 2
+    limit = run.server.limit_tokens
+    while output_tokens <= _MOST_OUTPUT_TOKENS and (limit is None or context + output_tokens < limit):
+        prompts = [run.server.prompt(context, run.rng) for _ in range(batch)]
+        try:
+            answers = run.asked(
+                f"{batch} prompts of {context} tokens",
+                lambda p=prompts, n=output_tokens: run.server.together(p, n),  # type: ignore[misc]
+            )
+        except RefusedError as error:
+            run.flag(f"decode at batch {batch}, context {context} is refused: {error}")
+            return []
+        if any(answer.output_tokens not in (None, output_tokens) for answer in answers):
+            counts = sorted({answer.output_tokens for answer in answers if answer.output_tokens is not None})
+            run.flag(f"answers of {counts} tokens where {output_tokens} were asked: the server ends them by itself")
+        gaps = steps_together(answers)
+        if len(gaps) >= run.spec.decode_steps or (gaps and run.left_s() < 0):
+            return gaps
+        output_tokens *= 2
+    run.flag(f"decode at batch {batch}, context {context}: its sequences did not decode together long enough; left out")
+    return []
+
+
+def steps_together(answers: Sequence[Answer]) -> list[float]:
+    """Seconds per step of the stream that began last, between the first token of the last stream and the end of the first."""
+    starts = [answer.start_s + answer.token_times_s[0] for answer in answers]
+    begin, end = max(starts), min(answer.start_s + answer.token_times_s[-1] for answer in answers)
+    last = answers[int(np.argmax(starts))]
+    gaps, before_s = list[float](), begin
+    for at_s, count in zip(last.token_times_s[1:], last.token_counts[1:], strict=True):
+        now_s = last.start_s + at_s
+        if now_s > end + 1e-9:
+            break
+        gaps += [(now_s - before_s) / count] * max(1, round(count))
+        before_s = now_s
+    return gaps
+
+
+def fit_fixed(timings: Sequence[Timing]) -> Fixed:
+    """The part of T_prefill that does not grow with the length, by least squares of the relative error, nothing negative."""
+    tokens = np.array([timing.tokens for timing in timings], np.float64)
+    seconds = np.array([timing.seconds for timing in timings])
+    columns = [np.ones_like(tokens), tokens, tokens**2][: max(2, min(3, len(timings) - 1))]
+    scale = np.array([float(column.max()) for column in columns])
+    design = np.stack(columns, axis=1) / scale
+    found = nnls(design / seconds[:, None], np.ones(len(timings)))[0] / scale
+    return Fixed(float(found[0]), float(found[1]), float(found[2]) if len(found) > 2 else 0.0)
