@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
@@ -282,10 +283,8 @@ def _prefix_cache(run: _Measuring, prefill: Sequence[Timing], round_trip_s: floa
     ratios, cached = [], 0
     before = run.server.counters().get(ENGINE_HITS)
     for _ in range(min(3, run.spec.repeats)):
-        prompt = run.server.prompt(longest.tokens - added, run.rng)
-        new, again = (
-            run.asked("a repeated prompt", lambda prompt=prompt: run.server.answer(prompt, 1)) for _ in range(2)
-        )  # type: ignore[misc]
+        ask = partial(run.server.answer, run.server.prompt(longest.tokens - added, run.rng), 1)
+        new, again = run.asked("a new prompt", ask), run.asked("a repeated prompt", ask)
         cached = max(cached, again.cached_tokens)
         ratios.append((again.ttft_s - round_trip_s) / max(new.ttft_s - round_trip_s, 1e-9))
     ratio, hits = statistics.median(ratios), run.server.counters().get(ENGINE_HITS)
@@ -321,10 +320,8 @@ def _together(run: _Measuring, context: int, batch: int) -> list[float]:
     while output_tokens <= _MOST_OUTPUT_TOKENS and (limit is None or context + output_tokens < limit):
         prompts = [run.server.prompt(context, run.rng) for _ in range(batch)]
         try:
-            answers = run.asked(
-                f"{batch} prompts of {context} tokens",
-                lambda p=prompts, n=output_tokens: run.server.together(p, n),  # type: ignore[misc]
-            )
+            ask = partial(run.server.together, prompts, output_tokens)
+            answers = run.asked(f"{batch} prompts of {context} tokens", ask)
         except RefusedError as error:
             run.flag(f"decode at batch {batch}, context {context} is refused: {error}")
             return []
