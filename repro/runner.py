@@ -23,6 +23,7 @@ from repro.models.checkpoint import checkpoint_files
 from repro.presets import GLOBAL_GROUPS, choice_of, choices, groups, preset, typed
 from repro.record import tracking
 from repro.record.directory import Record, RunDirectory, configuration_hash
+from repro.record.provenance import other_versions
 from repro.report import document
 from repro.settings import PRESENTATION, Settings
 
@@ -85,7 +86,7 @@ def prepare(composition: Composition) -> Prepared:
     options: Any = build(experiment.options, settings.options, "options")
     base.refuse_unread(experiment, settings.tier, composition.asked)
     settings = replace(settings, options=plain(options))
-    _refuse_hidden(settings, composition.asked)
+    _refuse_hidden(settings, composition.asked, clusters=experiment.reads_key("cluster.pd", settings.tier))
     experiment.check(settings, options)
     parts = tuple(prepare(compose(_words_for(part, composition.words))) for part in _chosen(experiment, options))
     configuration = base.restricted(plain(settings), experiment, settings.tier)
@@ -99,7 +100,7 @@ def prepare(composition: Composition) -> Prepared:
     return Prepared(experiment, settings, options, RunDirectory(folder), configuration, others, parts, unread)
 
 
-def _refuse_hidden(settings: Settings, asked: Sequence[str]) -> None:
+def _refuse_hidden(settings: Settings, asked: Sequence[str], *, clusters: bool) -> None:
     """Refuse what another key takes the place of: clusters' own profiles, a workload's lengths, and prices that nothing here costs."""
     for key in ("cluster.prfaas.profile", "cluster.pd.profile"):
         if settings.profile is not None and key in asked:
@@ -112,7 +113,7 @@ def _refuse_hidden(settings: Settings, asked: Sequence[str]) -> None:
                 f"{key}: has no effect beside workload.trace, which brings its own; accepted: one of the two"
             )
         node, _, accelerator = key.partition("usd_per_gpu_hour.")
-        if node == "cost." and accelerator not in (known := accelerators(settings)):
+        if clusters and node == "cost." and accelerator not in (known := accelerators(settings)):
             raise UserError(f"{key}: no cluster here has that accelerator; accepted: {', '.join(sorted(known))}")
 
 
@@ -213,6 +214,8 @@ def run_prepared(prepared: Prepared, command: list[str], progress: Progress, *, 
         return record
     if prepared.unread:
         progress(f"{settings.name}: tier={settings.tier} does not read {', '.join(prepared.unread)} of what was chosen")
+    if settings.tier == "execute" and (others := other_versions()):
+        progress(f"{settings.name}: warning: {', '.join(others)}; the record names the versions that ran")
     started = time.monotonic()
     try:
         try:

@@ -64,6 +64,16 @@ Any causal language model of transformers is accepted by its configuration (`mod
 several, whose state leaves layer by layer and is put together again, must give the logits of the model's own `generate`. What passes in one
 chunk only is prefilled in one, without a prefix cache; what does not pass is refused with the reason.
 
+## Models of today
+
+`conf/model` also holds models that are younger than the paper, from their public configurations: Kimi-K3 (the published model of the
+paper's kind), Qwen3.6, Nemotron-3-Super, MiniMax-M3, GLM-5.3, Gemma-4, gpt-oss and Step-3.7-Flash. `experiment=models` shows them beside
+Table 1's, their KVCache in bf16 and in fp8 (`model.<name>.kv_dtype=fp8`: one byte for what attention keeps per token, recurrent state
+unchanged). Each S_kv is held against the cache classes and a real cache of a shrunken twin, but for Step-3.7-Flash, which transformers has
+no class for (layout only).
+
+## Families
+
 These families of transformers 5.23 were tried, tiny and with random weights in float32; written by `python -m repro.engine.families`.
 
 | family | served | why not otherwise |

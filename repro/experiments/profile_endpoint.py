@@ -26,8 +26,9 @@ from repro.models.layout import StateLayout
 from repro.models.spec import ModelSpec
 from repro.profiles.base import PhaseProfile, PrefillCurve
 from repro.profiles.endpoint import EndpointMeasurement, measure_endpoint
-from repro.profiles.measured import ProfileSpec, fit_decode, kv_size
+from repro.profiles.measured import ProfileSpec, fit_decode
 from repro.profiles.presets import save_profile
+from repro.profiles.sizes import kv_size
 from repro.record.metrics import Metric
 from repro.settings import Settings
 

@@ -25,7 +25,7 @@ FloatArray = NDArray[np.float64]
 #: throughput model is therefore reported with its spread over all of these.
 INTERPOLATIONS = ("monotone_cubic", "linear", "log_log", "power_law", "quadratic")
 
-SOURCES = ("published", "public", "measured", "calibrated", "computed")
+SOURCES = ("published", "public", "silicon", "measured", "calibrated", "computed")
 
 
 @dataclass(frozen=True)

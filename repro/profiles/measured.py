@@ -25,7 +25,8 @@ from repro.errors import UserError
 from repro.models.layout import StateLayout
 from repro.models.observed import kernels_called
 from repro.models.prefill import chunked_prefill, forward
-from repro.profiles.base import DecodeStep, KVSize, PhaseProfile, PrefillCurve
+from repro.profiles.base import DecodeStep, PhaseProfile, PrefillCurve
+from repro.profiles.sizes import kv_size
 from repro.record.statistics import Estimate
 
 Clock = Callable[[], float]
@@ -320,16 +321,6 @@ def fit_decode(timings: tuple[Timing, ...], slo_tokens_per_s: float) -> DecodeSt
     slow = {t.batch for t in timings if t.seconds > 1 / slo_tokens_per_s}
     batch_max = max((t.batch for t in timings if t.batch not in slow), default=1)
     return DecodeStep(float(base), float(per_sequence), float(per_context), batch_max)
-
-
-def kv_size(layout: StateLayout) -> KVSize:
-    """S_kv(l) of a layout in the form of a profile. Raises UserError for windows of several lengths."""
-    windows = {state.window_tokens for state in layout.states if state.window_tokens is not None}
-    if len(windows) > 1:
-        raise UserError(f"profile: windows of {sorted(windows)} tokens; a profile holds one length")
-    windowed = sum(state.bytes_per_token for state in layout.states if state.window_tokens is not None)
-    fixed = sum(state.bytes_fixed for state in layout.states)
-    return KVSize(float(fixed), float(layout.bytes_per_token), next(iter(windows), 0), float(windowed))
 
 
 def profile_of(

@@ -17,6 +17,7 @@ from repro.configuration import build, plain
 from repro.errors import UserError
 from repro.paper import tables, text
 from repro.paper.quantity import Quantity
+from repro.profiles import silicon
 from repro.profiles.base import KVSize, PhaseProfile, PrefillCurve
 from repro.profiles.calibration import DecodeAnchors, Family, PrefillAnchors, calibrated_profile
 from repro.workload.lengths import LengthDistribution, TruncatedLogNormal
@@ -113,11 +114,13 @@ def _presets() -> dict[str, PhaseProfile]:
 
 
 def load_profile(name: str, folder: Path = Path("results") / "profiles", key: str = "profile") -> PhaseProfile:
-    """A profile by the name of a preset, by the name under which `experiment=profile` saved it in `folder`, or by file.
+    """A profile by its name: a preset's, `silicon:<model>@<system>`, or the one under which it was saved in `folder`; or by file.
 
     Raises:
         UserError: when there is none, or the file does not hold one.
     """
+    if name.startswith(silicon.PREFIX):
+        return silicon.silicon_profile(name, key)
     presets = _presets()
     if name in presets:
         return presets[name]
@@ -125,7 +128,8 @@ def load_profile(name: str, folder: Path = Path("results") / "profiles", key: st
     if path is None:
         saved = sorted(file.stem for file in folder.glob("*.yaml"))
         raise UserError(
-            f"{key}: {name!r} is neither a preset nor a saved profile nor a file; accepted: {', '.join([*presets, *saved])}"
+            f"{key}: {name!r} is neither a preset nor a saved profile nor a file; accepted: {', '.join([*presets, *saved])}, "
+            f"{silicon.PREFIX}<model>@<system>"
         )
     try:
         values = yaml.safe_load(path.read_text())

@@ -16,7 +16,7 @@ COLUMNS = (
 
 #: Where a value comes from. `calibrated` marks a value that was itself used to calibrate an input; a value that the calibration never saw
 #: is a prediction and marked `computed`.
-SOURCES = ("published", "public", "measured", "calibrated", "simulated", "emulated", "computed")
+SOURCES = ("published", "public", "silicon", "measured", "calibrated", "simulated", "emulated", "computed")
 
 
 @dataclass(frozen=True)

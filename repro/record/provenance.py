@@ -77,6 +77,20 @@ def _packages() -> dict[str, str]:
     return found
 
 
+#: Series that the kit is tested with (the lock's). Others run as well: a GPU machine often has builds of its own.
+TESTED = {"torch": "2.13", "transformers": "5.23"}
+
+
+def other_versions() -> list[str]:
+    """Of packages that a model's results hang on, those whose version is not of the tested series, in words."""
+    found = _packages()
+    return [
+        f"{name} {found[name]} (tested with {series})"
+        for name, series in TESTED.items()
+        if name in found and not f"{found[name]}.".startswith(f"{series}.")
+    ]
+
+
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

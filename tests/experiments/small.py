@@ -33,6 +33,10 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
     ("cost_map", "model"): ["policy.threshold_step_tokens=2000"],
     ("sensitivity", "model"): ["options.draws=12"],
     ("models", "model"): ["model=[kimi_linear,qwen3_235b]"],
+    ("silicon", "model"): ["model=[minimax_m2_5,qwen3_235b]"],
+    ("public_hardware", "model"): [
+        "options.models=[qwen3_5_397b]", "options.prefill=[b200]", "options.decode=[h100]", "policy.threshold_step_tokens=2000",
+    ],
     ("table6", "simulate"): ["options.requests=1000", "options.seeds=2"],
     ("table6", "emulate"): [
         "options.emulate.requests=100", "options.emulate.search_requests=100", "options.emulate.search_width=0.2",
