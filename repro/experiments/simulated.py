@@ -35,6 +35,7 @@ from repro.simulate.control import Sample
 from repro.simulate.deployments import shared_link, simulated, with_scheduler
 from repro.simulate.link_spec import SharedLinkSpec
 from repro.simulate.spec import SimulationSpec
+from repro.simulate.stability import growth_of
 from repro.workload.spec import ServiceLevel
 from repro.workload.stream import RequestBatch
 
@@ -53,6 +54,9 @@ _UNITS = {
     "link_egress_bps": "bit/s", "copied_bytes": "bytes",
 }  # fmt: skip
 _SAMPLES = ("goodput", "good_fraction", "ttft_mean_s", "ttft_p90_s", "link_egress_bps")
+
+#: More requests in the system for every hundred that arrive, from the second quarter of a run to the last: its queues grow.
+OVERLOADED = 0.05
 
 Stream = Callable[[int], Iterable[RequestBatch]]
 
@@ -208,6 +212,7 @@ class Measured:
     controls: pd.DataFrame
     cut: bool
     requests: pd.DataFrame | None
+    overloaded: bool = False
 
 
 @dataclass(frozen=True)
@@ -237,7 +242,16 @@ class Measuring:
             pd.DataFrame(summary.samples if first else (), columns=Sample._fields),
             summary.overloaded or bool(summary.unfinished),
             requests if first and point.case == self.keep else None,
+            overloaded(requests),
         )
+
+
+def overloaded(requests: pd.DataFrame) -> bool:
+    """Whether queues grew for as long as requests arrived. Mean and percentiles of TTFT then say how long the run was, and no more."""
+    if not len(requests):
+        return False
+    taken = requests[requests["outcome"] != "refused"]
+    return len(taken) > 0 and bool(growth_of(taken["arrival_s"].to_numpy(), taken["finish_s"].to_numpy()) > OVERLOADED)
 
 
 def compare(
@@ -269,6 +283,7 @@ def compare(
     for one in comparisons:
         found: dict[str, list[Mapping[str, float]]] = {case: [] for case in one.cases}
         flagged: dict[str, int] = {}
+        growing: dict[str, int] = {}
         for seed in seeds_of(context, seeds):
             for case in one.cases:
                 run = next(results)
@@ -278,6 +293,8 @@ def compare(
                     controls.append(run.controls.assign(case=one.prefix + case))
                 if run.cut:
                     flagged[case] = flagged.get(case, 0) + 1
+                if run.overloaded:
+                    growing[case] = growing.get(case, 0) + 1
                 if kept is None:
                     kept = run.requests
         samples += [
@@ -286,7 +303,10 @@ def compare(
             for seed, own in zip(seeds_of(context, seeds), runs, strict=True)
             for metric in _UNITS
         ]
-        rows += _rows(context, found, dict.fromkeys(found, one.baseline) | dict(one.against), one.prefix)
+        rows += _rows(context, found, dict.fromkeys(found, one.baseline) | dict(one.against), one.prefix, growing)
+        for case, runs in growing.items():
+            rows.append(context.metric(one.prefix + case, "runs_overloaded", runs, "runs", "simulated", n=seeds))
+            context.progress(f"{one.prefix}{case}: queues grow in {runs} of {seeds} runs; its TTFT is not compared")
         for case, runs in flagged.items():
             rows.append(context.metric(one.prefix + case, "runs_cut_or_unfinished", runs, "runs", "simulated", n=seeds))
     tables = {"series": pd.concat(series), "controls": pd.concat(controls), "samples": pd.DataFrame(samples)}
@@ -294,8 +314,13 @@ def compare(
 
 
 def _rows(
-    context: Context, found: Mapping[str, Sequence[Mapping[str, float]]], baselines: Mapping[str, str], prefix: str
+    context: Context,
+    found: Mapping[str, Sequence[Mapping[str, float]]],
+    baselines: Mapping[str, str],
+    prefix: str,
+    growing: Mapping[str, int],
 ) -> Iterable[Metric]:
+    """Metrics of each case, and differences to its baseline; those of TTFT only where no run of either was overloaded."""
     for case, values in found.items():
         baseline = baselines[case]
         for metric, unit in _UNITS.items():
@@ -309,7 +334,8 @@ def _rows(
                 interval=(estimate.low, estimate.high),
                 n=estimate.n,
             )
-            if case != baseline and metric in _SAMPLES and baseline in found:
+            grows = metric.startswith("ttft") and (case in growing or baseline in growing)
+            if case != baseline and metric in _SAMPLES and baseline in found and not grows:
                 paired = Estimate.paired(
                     [value[metric] for value in values], [other[metric] for other in found[baseline]]
                 )
@@ -358,6 +384,10 @@ def draw_goodput(record: Record, without: str = "\0") -> Figure:
     figure, (left, right) = style.panels(2, height_in=3.4)
     rows = table[table["metric"] == "goodput"].reset_index(drop=True)
     bars(left, rows)
+    growing = set(table.loc[table["metric"] == "runs_overloaded", "case"])
+    if growing:
+        names = [POLICY_NAMES.get(case, case) + (" (overloaded)" if case in growing else "") for case in rows["case"]]
+        left.set_yticks(range(len(names)), names)
     left.set(xlabel="goodput (req/s)", title="Goodput at the SLO")
     paired = table[table["metric"].str.startswith("goodput_minus_")].reset_index(drop=True)
     if len(paired):

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from repro.scheduling.adaptive import Decaying, History
 from repro.scheduling.decisions import Conversion
+from repro.scheduling.link_estimate import LinkEstimate
 from repro.scheduling.load import Costs, Recent
 from repro.scheduling.placement import placement
 from repro.scheduling.short_term import ShortTermState
@@ -90,6 +91,7 @@ class PrfaasClusterState(PrefillState):
     def __init__(self, index: int, plan: PrfaasPlan, scheduler: SchedulerSpec) -> None:
         super().__init__(f"prfaas{index}", index, plan.profile, plan.instances, scheduler)
         self.link_up = True
+        self.link_estimate = LinkEstimate()
         self.down_since_s = math.inf
 
 

@@ -253,7 +253,7 @@ class Scheduler:
     def short_term(self, now_s: float, pd: int, links: Sequence[LinkReport]) -> SchedulerState:
         """The fast loop of a PD cluster: measure, move the threshold, and let routing see both."""
         home = self.pd[pd]
-        seen = loops.observe(now_s, self.spec, home, self.prfaas, links)
+        seen = loops.observe(now_s, self.spec, home, self.prfaas, self._estimated(now_s, links))
         loops.move_threshold(self.spec, home, seen)
         return home.state
 
@@ -264,12 +264,17 @@ class Scheduler:
         """
         home = self.pd[pd]
         if self.spec.adaptive.enabled:
-            return loops.adapt(
-                now_s, self.spec, home, loops.observe(now_s, self.spec, home, self.prfaas, links), report
-            )
+            seen = loops.observe(now_s, self.spec, home, self.prfaas, self._estimated(now_s, links))
+            return loops.adapt(now_s, self.spec, home, seen, report)
         if home.conversions or not report.finished or math.isnan(home.slow_capacity_bps):
             return None
         return loops.move_node(self.spec, home, loops.observe(now_s, self.spec, home, self.prfaas, links), report)
+
+    def _estimated(self, now_s: float, links: Sequence[LinkReport]) -> Sequence[LinkReport]:
+        """For adaptive policies, the links' rates as what crossed shows them; the paper's rules take what is reported."""
+        if not self.spec.adaptive.enabled:
+            return links
+        return [cluster.link_estimate.seen(now_s, links[cluster.index]) for cluster in self.prfaas]
 
     def converted(self, now_s: float, conversion: Conversion) -> None:
         """The node serves its new role."""
