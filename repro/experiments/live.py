@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from repro.errors import UserError
 from repro.link import Link, LinkSpec, open_link
 from repro.processes import Ended
 from repro.serving.faults import FaultSchedule, LiveFault
-from repro.serving.fleet import Fleet, LocalLauncher, Place
+from repro.serving.fleet import Config, Fleet, LocalLauncher, Place
 from repro.serving.instance import InstanceConfig
 from repro.serving.load import LoadGenerator
 from repro.serving.messages import FromInstance, Report
@@ -47,6 +47,14 @@ class Wire:
     scale: Scale
 
 
+class Computing(Protocol):
+    """Makes instances that compute a real model."""
+
+    def config(self, name: str, transport: TransportSpec, host: str | None, batch_max: int, seed: int) -> Config:
+        """What an instance of that name is started with."""
+        ...
+
+
 @dataclass(frozen=True)
 class Played:
     """A run on the live system. `requests` is unscaled; lateness is in seconds of this machine."""
@@ -63,6 +71,7 @@ class Played:
     overloaded: bool
     samples: pd.DataFrame
     events: tuple[tuple[float, str], ...]
+    tokens: Mapping[int, list[int]]
 
     @property
     def wire_overhead(self) -> float:
@@ -81,14 +90,23 @@ class _Reported:
 class Deployment:
     """A running fleet of one spec on an open link; `play` runs one stream of requests through it, any number of times."""
 
-    def __init__(self, spec: SimulationSpec, wire: Wire, link: Link, log_directory: Path, seed: int) -> None:
+    def __init__(
+        self,
+        spec: SimulationSpec,
+        wire: Wire,
+        link: Link,
+        log_directory: Path,
+        seed: int,
+        computing: Computing | None = None,
+    ) -> None:
         if len(spec.pd) != 1 or len(spec.prfaas) > 1:
             raise UserError("cluster: the live system serves one PD cluster and at most one PrfaaS cluster")
         self.spec = spec
         self._wire = wire
         self._router: Router | None = None
         self._link: Link | None = link
-        self._fleet = Fleet(LocalLauncher(link, log_directory), self._heard, self._ended)
+        self._computes = computing is not None
+        self._fleet = Fleet(LocalLauncher(link, log_directory), self._heard, self._ended, hands_over=self._computes)
         self._deaths: list[tuple[str, Ended]] = []
         self._next_number = 0
         self._reported = _Reported()
@@ -99,19 +117,16 @@ class Deployment:
         if spec.prfaas:
             places += [Place("prfaas0", index, "prefill") for index in range(spec.prfaas[0].instances)]
             profiles["prfaas0"] = spec.prfaas[0].profile
-        self.configs = {
-            place: InstanceConfig(
-                place.name,
-                profiles[place.cluster],
-                wire.transport,
-                launcher.host(place) if place.side == "decode" else None,
-                wire.scale.time,
-                wire.scale.bytes,
-                wire.pieces,
-                seed + number,
-            )
-            for number, place in enumerate(places)
-        }
+        self.configs: dict[Place, Config] = {}
+        for number, place in enumerate(places):
+            host = launcher.host(place) if place.side == "decode" else None
+            if computing is not None:
+                self.configs[place] = computing.config(place.name, wire.transport, host, pd.profile.batch_max, seed)
+            else:
+                self.configs[place] = InstanceConfig(
+                    place.name, profiles[place.cluster], wire.transport, host, wire.scale.time, wire.scale.bytes, wire.pieces,
+                    seed + number,
+                )  # fmt: skip
 
     def __enter__(self) -> Deployment:
         self._fleet.__enter__()
@@ -159,7 +174,13 @@ class Deployment:
         link_bps = self._wire.link.rate_bps or math.inf
         before = self._reported
         router = self._router = Router(
-            spec.scheduler, spec.pd[0], prfaas, self._wire.scale, link_bps=link_bps, limit_requests=limit_requests
+            spec.scheduler,
+            spec.pd[0],
+            prfaas,
+            self._wire.scale,
+            link_bps=link_bps,
+            limit_requests=limit_requests,
+            hands_over=self._computes,
         )
         batches = list(batches)
         router.scheduler.cover(max((batch.longest_tokens() for batch in batches), default=1))
@@ -201,6 +222,7 @@ class Deployment:
             overloaded=router.overloaded,
             samples=pd.DataFrame([vars(sample) for sample in router.samples]),
             events=tuple(router.events),
+            tokens={number - first: found for number, found in router.tokens.items()},
         )
 
     def _origin_s(self) -> float:
@@ -225,10 +247,12 @@ class Deployment:
 
 
 @contextmanager
-def deployed(spec: SimulationSpec, wire: Wire, log_directory: Path, run: str, seed: int = 0) -> Iterator[Deployment]:
-    """Open the scaled link and start the deployment on it."""
+def deployed(
+    spec: SimulationSpec, wire: Wire, log_directory: Path, run: str, seed: int = 0, computing: Computing | None = None
+) -> Iterator[Deployment]:
+    """Open the scaled link and start the deployment on it; its instances replay their profiles, or compute."""
     with (
         open_link(wire.link, run=run, time_scale=wire.scale.time, byte_scale=wire.scale.bytes) as link,
-        Deployment(spec, wire, link, log_directory, seed) as running,
+        Deployment(spec, wire, link, log_directory, seed, computing) as running,
     ):
         yield running

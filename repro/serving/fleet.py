@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 from repro.configuration import plain
 from repro.errors import UserError
 from repro.link import Link, Side
 from repro.processes import Child, Ended, Message
 from repro.serving import messages as say
-from repro.serving.instance import InstanceConfig
 
 _START_TIMEOUT_S = 120.0
 #: One thread per instance: a dozen instances share the cores of a laptop, and none of them computes.
@@ -41,11 +40,22 @@ class Place:
         return f"{self.cluster}.{self.index}"
 
 
+class Config(Protocol):
+    """What an instance is started with, a frozen dataclass; `MODULE` is the program that it is for, and so says which engine runs."""
+
+    MODULE: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """The instance."""
+        ...
+
+
 class Launcher(Protocol):
     """Starts an instance somewhere; `hear` gets what it says and `ended` the news of its end, in threads of the launcher's."""
 
     def start(
-        self, place: Place, config: InstanceConfig, hear: Callable[[Message], None], ended: Callable[[Ended], None]
+        self, place: Place, config: Config, hear: Callable[[Message], None], ended: Callable[[Ended], None]
     ) -> Child:
         """Start it."""
         ...
@@ -67,18 +77,18 @@ class LocalLauncher:
         self._log_directory = log_directory
 
     def start(
-        self, place: Place, config: InstanceConfig, hear: Callable[[Message], None], ended: Callable[[Ended], None]
+        self, place: Place, config: Config, hear: Callable[[Message], None], ended: Callable[[Ended], None]
     ) -> Child:
         """Start the instance's process."""
         child = Child(
             f"instance {place.name}",
-            self._link.command(place.side, [sys.executable, "-m", "repro.serving.instance"]),
+            self._link.command(place.side, [sys.executable, "-m", config.MODULE]),
             hear=lambda message, _beside: hear(message),
             environment=_ENVIRONMENT,
             stderr=self._log_directory / f"{place.name}.log",
         )
         child.on_end(ended)
-        child.send("config", **plain(config))
+        child.send("config", **plain(cast(Any, config)))
         return child
 
     def host(self, place: Place) -> str:
@@ -93,6 +103,7 @@ class LocalLauncher:
 class Fleet:
     """All instances, by name; a context manager, after which every one is gone.
 
+    `hands_over`: PD instances send each other KVCache too, within the cluster, as engines that compute have to.
     `heard(name, said)` gets what instances say and `ended(name, how)` the news of an end; both are called in the launcher's threads.
     """
 
@@ -101,8 +112,11 @@ class Fleet:
         launcher: Launcher,
         heard: Callable[[str, say.FromInstance], None],
         ended: Callable[[str, Ended], None],
+        *,
+        hands_over: bool = False,
     ) -> None:
         self._launcher = launcher
+        self._hands_over = hands_over
         self._heard = heard
         self._ended = ended
         self._children: dict[str, Child] = {}
@@ -114,35 +128,38 @@ class Fleet:
         self._serving = False
         self._coming = set[str]()
 
-    def start(self, places: Mapping[Place, InstanceConfig]) -> None:
-        """Start all instances at once and connect every PrfaaS instance to every PD instance; returns when they serve.
+    def start(self, places: Mapping[Place, Config]) -> None:
+        """Start all instances at once and connect whoever sends to every PD instance; returns when they serve.
 
         Raises:
             UserError: naming an instance that ended or did not come up in time.
         """
         for place, config in places.items():
             self._start(place, config)
-        senders = [place for place in places if place.side == "prefill"]
-        receivers = [place for place in places if place.side == "decode"]
         self._wait(lambda: all(place.name in self._ports for place in places), "start")
-        for place in receivers:
-            self._connect(place.name, senders)
-        wanted = {(one.name, other.name) for one in senders for other in receivers}
+        pairs = [(one, other) for one in places for other in places if self._sends(one, other)]
+        for one, other in pairs:
+            self._connect(one, other)
+        wanted = {(one.name, other.name) for one, other in pairs}
         self._wait(lambda: wanted <= self._connections, "connect")
         self._serving = True
 
-    def _start(self, place: Place, config: InstanceConfig) -> None:
+    def _start(self, place: Place, config: Config) -> None:
         self._places[place.name] = place
         self._children[place.name] = self._launcher.start(
             place, config, partial(self._hear, place.name), partial(self._end, place.name)
         )
 
-    def _connect(self, receiver: str, senders: list[Place]) -> None:
-        host, port = self._launcher.dial(self._ports[receiver])
-        for place in senders:
-            self.tell(place.name, say.Connect(receiver, host, port))
+    def _sends(self, one: Place, other: Place) -> bool:
+        return other.side == "decode" and one != other and (one.side == "prefill" or self._hands_over)
 
-    def replace(self, name: str, config: InstanceConfig) -> None:
+    def _connect(self, sender: Place, receiver: Place) -> None:
+        port = self._ports[receiver.name]
+        over_link = sender.side != receiver.side
+        host, port = self._launcher.dial(port) if over_link else (self._launcher.host(receiver), port)
+        self.tell(sender.name, say.Connect(receiver.name, host, port))
+
+    def replace(self, name: str, config: Config) -> None:
         """Start an instance anew in place of one that has ended or is silent; once it is connected, `Ready` is heard of it."""
         self._children[name].kill()
         with self._changed:
@@ -200,17 +217,17 @@ class Fleet:
             self._heard(one, say.Ready(self._ports[one]))
 
     def _reconnect(self, place: Place) -> None:
-        others = [one for one in self._places.values() if one.side != place.side and one.name in self._ports]
-        if place.side == "decode":
-            self._connect(place.name, others)
-        else:
-            for other in others:
-                self._connect(other.name, [place])
+        for one, other in self._pairs(place):
+            self._connect(one, other)
 
     def _is_connected(self, place: Place) -> bool:
-        others = [one.name for one in self._places.values() if one.side != place.side and one.name in self._ports]
-        pairs = ((place.name, one) if place.side == "prefill" else (one, place.name) for one in others)
-        return all(pair in self._connections for pair in pairs)
+        return all((one.name, other.name) in self._connections for one, other in self._pairs(place))
+
+    def _pairs(self, place: Place) -> list[tuple[Place, Place]]:
+        """Who sends to that instance and whom it sends to, of those that listen."""
+        others = [one for one in self._places.values() if one.name in self._ports and one != place]
+        pairs = [(one, place) for one in others] + [(place, one) for one in others]
+        return [(one, other) for one, other in pairs if self._sends(one, other)]
 
     def _end(self, name: str, how: Ended) -> None:
         with self._changed:

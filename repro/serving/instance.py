@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 
@@ -38,6 +39,7 @@ _PAYLOAD_BYTES = 32 << 20
 class InstanceConfig:
     """What an instance is started with. It receives KVCache on `host`; null where it only prefills. `pieces` are sent per request."""
 
+    MODULE: ClassVar = "repro.serving.instance"
     name: str
     profile: PhaseProfile
     transport: TransportSpec

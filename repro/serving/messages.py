@@ -116,11 +116,12 @@ class Decoding(Said, frozen=True):
 
 
 class Finished(Said, frozen=True):
-    """A request's last token."""
+    """A request's last token; all of them, from an engine that computes some."""
 
     request: int
     attempt: int
     at_s: float
+    tokens: list[int] | None = None
 
 
 class Sending(Said, frozen=True):

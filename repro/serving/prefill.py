@@ -46,7 +46,7 @@ class PrefillConfig:
     cores: tuple[int, ...] = ()
 
 
-class _Outbox:
+class Outbox:
     """Pieces of one request on their way out: encoded, and then sent at once, or held until `release`."""
 
     def __init__(self, sender: Sender | SenderProcess, layerwise: bool, codec: CodecSpec, log: SpanLog) -> None:
@@ -148,7 +148,7 @@ def _serve(
     log: SpanLog,
 ) -> None:
     request_id = request.request_id
-    outbox = _Outbox(sender, message["mode"] == "layerwise", spec.codec, log)
+    outbox = Outbox(sender, message["mode"] == "layerwise", spec.codec, log)
     sender.begin(request_id, deadline_s=spec.deadline_s)
     start_s = now_s()
     held_tokens = message.get("held_tokens", 0)

@@ -84,7 +84,8 @@ class Router:
     """Drives a fleet. Between `start` and `close` it runs in its own thread; `submit`, `heard` and `ended` are safe from any.
 
     `limit_requests` bounds what is in the system: with more, arrivals are refused, and `overloaded` says so. `link_bps` is what the
-    egress was sold as: what is believed of it until it was seen full.
+    egress was sold as: what is believed of it until it was seen full. `hands_over`: a PD instance that prefills sends the KVCache to the
+    one that decodes, so that one is chosen before every prefill.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Router:
         *,
         link_bps: float = math.inf,
         limit_requests: int = 20_000,
+        hands_over: bool = False,
     ) -> None:
         self.scheduler = Scheduler(spec, [pd_plan], [prfaas_plan] if prfaas_plan is not None else [])
         self.scale = scale
@@ -103,6 +105,8 @@ class Router:
         self.overloaded = False
         self.samples: list[Sample] = []
         self.rows: list[tuple[Any, ...]] = []
+        #: By request, what an engine that computes has answered.
+        self.tokens: dict[int, list[int]] = {}
         self.lateness: dict[str, list[say.Lateness]] = {}
         self.sending: dict[str, say.Sending] = {}
         #: Deaths and lost transfers, each with the deployment's time, in words.
@@ -115,6 +119,7 @@ class Router:
         for instance in self.scheduler.pd[0].decoding:
             self._decoders.add(instance)
         self._limit = limit_requests
+        self._hands_over = hands_over
         self._egress = EgressEstimate(link_bps, 8 * scale.bytes / scale.time)
         self._conversion: Conversion | None = None
         self._dead = set[str]()
@@ -203,7 +208,7 @@ class Router:
         cluster = f"prfaas{decision.prfaas}" if decision.offload else "pd0"
         request.prefill = f"{cluster}.{decision.instance}"
         to = None
-        if decision.offload:
+        if decision.offload or self._hands_over:
             to = self._decoder(request)
             if to is None:
                 return
@@ -260,6 +265,8 @@ class Router:
             case say.Decoding():
                 request.joined_s, request.first_s = said.joined_s, said.first_s
             case say.Finished():
+                if said.tokens is not None:
+                    self.tokens[request.number] = said.tokens
                 self._finished += 1
                 self._finished_tokens += request.output_tokens
                 self._leave(request, "fell_back" if request.fell_back else "ok", said.at_s)

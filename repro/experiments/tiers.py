@@ -1,0 +1,272 @@
+"""All four tiers on one deployment: the equations, the simulator, the replayed live system and the live system with the real model.
+
+The same requests at the same rate, the same profile (measured here, on this machine, of this model), the same scheduler object. The tiers
+differ in what is real, so each step from one to the next shows what the step before left out: queues, then a real clock, messages and
+TCP, then instances that share this machine's cores. Tokens of the computing tier are held against the model's own `generate`.
+
+On a machine with fewer cores than instances the last step is large, and that is the finding: the profile was measured with the machine
+to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from repro.engine.reference import generate
+from repro.engine.torch_engine import EngineSpec
+from repro.errors import UserError
+from repro.experiments.base import MODEL, SIMULATED, WIRE, Context, Experiment, Outcome
+from repro.experiments.deployment import profile_files
+from repro.experiments.live import Played, Wire, deployed
+from repro.experiments.profile import accelerator_of
+from repro.experiments.split_model import check_one, engine_of, vocabulary_of
+from repro.experiments.study import run_once
+from repro.experiments.table3 import one_model
+from repro.kvcache.state import layout
+from repro.models.build import build
+from repro.profiles.base import PhaseProfile
+from repro.profiles.measured import ProfileSpec, measure, profile_of
+from repro.profiles.presets import load_profile
+from repro.record.directory import Record
+from repro.record.metrics import Metric
+from repro.record.request_metrics import UNITS, summarise
+from repro.report import style
+from repro.scheduling.latency import prefill_latency
+from repro.scheduling.search import search
+from repro.scheduling.throughput import Deployment
+from repro.serving.fleet import Config
+from repro.serving.scale import Scale
+from repro.serving.torch_instance import TorchInstanceConfig, prompt_of
+from repro.settings import Settings
+from repro.simulate.deployments import requests, shared_link, simulated
+from repro.transport import TransportSpec
+from repro.workload.arrivals import Poisson
+
+TIERS = ("model", "simulate", "emulate", "execute")
+METRICS = (
+    "ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "tpot_mean_s", "goodput", "queue_mean_s", "transfer_exposed_s", "offload_fraction",
+    "egress_bps",
+)  # fmt: skip
+_SOURCES = {"model": "computed", "simulate": "simulated", "emulate": "emulated", "execute": "measured"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """`requests` at `load` of the model's Λ_max; tokens of the first `compared` are held against `generate`. The rest is how to compute."""
+
+    requests: int = 60
+    load: float = 0.5
+    compared: int = 12
+    chunk_tokens: int = 128
+    threads: int = 1
+    repeats: int = 3
+    pieces: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.load < 1:
+            raise UserError(f"options.load: {self.load}; accepted: between 0 and 1")
+        for key, least in (
+            ("requests", 20),
+            ("compared", 1),
+            ("chunk_tokens", 1),
+            ("threads", 1),
+            ("repeats", 3),
+            ("pieces", 1),
+        ):
+            if getattr(self, key) < least:
+                raise UserError(f"options.{key}: {getattr(self, key)}; accepted: {least} or more")
+
+
+@dataclass(frozen=True)
+class _Computing:
+    """Makes instances that compute that model."""
+
+    engine: EngineSpec
+    vocabulary: int
+    prompts: int
+
+    def config(self, name: str, transport: TransportSpec, host: str | None, batch_max: int, seed: int) -> Config:
+        return TorchInstanceConfig(name, self.engine, transport, host, self.vocabulary, self.prompts, batch_max, seed)
+
+
+def run(context: Context) -> Outcome:
+    """Measure the profile, find the operating point, and ask every tier."""
+    options, settings = context.options, context.settings
+    model = one_model(settings)
+    profile = _profile(context)
+    base = Deployment(
+        profile, settings.cluster.prfaas.instances, profile, settings.cluster.pd.instances, settings.link.rate_bps or float("inf"),
+        settings.workload.length_law(), settings.workload.mean_output_tokens(),
+    )  # fmt: skip
+    point = search(base, replace(settings.policy, lengths="true_mean"))
+    rate = options.load * point.lambda_max
+    spec = simulated(base, point, shared_link(settings.link))
+    batches = list(requests(base, Poisson(rate), options.requests, settings.seed))
+    window = (0.0, float(batches[-1].arrival_s[-1]) + 1e-9)
+    context.progress(f"Λ_max {point.lambda_max:.2f} req/s by the equations; every tier gets {rate:.2f} req/s")
+    latency = prefill_latency(base, point.threshold_tokens)
+    values: dict[str, Mapping[str, float]] = {
+        "model": {
+            "ttft_mean_s": latency.mean_s, "ttft_p90_s": latency.p90_s, "offload_fraction": point.offload_fraction,
+            "goodput": rate, "egress_bps": point.egress_bps * options.load,
+        }
+    }  # fmt: skip
+    slo = settings.workload.slo
+    values["simulate"] = summarise(run_once(spec, batches)[0], window, slo).values()
+    engine = engine_of(model, options.chunk_tokens, options.threads)
+    computing = _Computing(engine, vocabulary_of(model), options.requests)
+    wire = Wire(settings.link, settings.transport, options.pieces, Scale())
+    logs = context.folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    played = dict[str, Played]()
+    for tier in ("emulate", "execute"):
+        context.progress(f"{tier}: {len(spec.pd) and spec.pd[0].n_p + spec.pd[0].n_d + point.n_prfaas} instances")
+        with deployed(
+            spec, wire, logs, f"tiers-{tier}", settings.seed, computing if tier == "execute" else None
+        ) as live:
+            played[tier] = live.play(batches)
+        values[tier] = summarise(played[tier].requests, window, slo).values()
+    rows = [
+        context.metric("model", "lambda_max", point.lambda_max, "req/s", "computed"),
+        context.metric("model", "threshold_tokens", point.threshold_tokens, "tokens", "computed"),
+        context.metric("model", "n_p", point.n_p, "instances", "computed"),
+        context.metric("model", "n_d", point.n_d, "instances", "computed"),
+        *_rows(context, values),
+        *_proofs(context, played["execute"], profile, computing, settings),
+    ]
+    kept = pd.concat([run.requests.assign(case=tier) for tier, run in played.items()])
+    table = pd.DataFrame([{"tier": tier, **found} for tier, found in values.items()])
+    return Outcome(rows, {"tiers": table}, requests=kept)
+
+
+def _profile(context: Context) -> PhaseProfile:
+    """The profile that was asked for, else the model's own, measured now in as many threads as an instance will have."""
+    settings, options = context.settings, context.options
+    if settings.profile is not None:
+        return load_profile(settings.profile, context.folder.parent.parent / "profiles")
+    spec = one_model(settings)
+    law = settings.workload.length_law()
+    measuring = ProfileSpec(
+        chunk_tokens=options.chunk_tokens, first_tokens=max(16, int(law.minimum_tokens)),
+        last_tokens=max(32, int(law.maximum_tokens)), repeats=options.repeats, contexts=(64, int(law.maximum_tokens)),
+    )  # fmt: skip
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        states = layout(build(spec, "meta"))
+        found = measure(build(spec, "cpu"), build(spec, "meta"), measuring, context.progress)
+        return profile_of(spec.name, spec.name, accelerator_of(torch.device("cpu")), found, states, measuring)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rows(context: Context, values: Mapping[str, Mapping[str, float]]) -> list[Metric]:
+    """Every metric of every tier, and each tier over the simulator."""
+    rows = []
+    for tier, found in values.items():
+        for metric in METRICS:
+            if metric in found:
+                rows.append(context.metric(tier, metric, found[metric], UNITS[metric], _SOURCES[tier]))
+        if tier not in ("model", "simulate"):
+            for metric in ("ttft_mean_s", "ttft_p90_s", "egress_bps"):
+                if base := values["simulate"][metric]:
+                    rows.append(
+                        context.metric(tier, f"{metric}_over_simulated", found[metric] / base, "", _SOURCES[tier])
+                    )
+    return rows
+
+
+def _proofs(
+    context: Context, played: Played, profile: PhaseProfile, computing: _Computing, settings: Settings
+) -> list[Metric]:
+    """That the computing tier did the work: tokens as `generate` gives them, bytes as the layout says, all requests answered."""
+    model = build(one_model(settings), "cpu")
+    config = computing.config("reference", settings.transport, None, 1, settings.seed)
+    assert isinstance(config, TorchInstanceConfig)
+    by_number = played.requests.set_index("id")
+    compared = same = 0
+    for number, tokens in sorted(played.tokens.items())[: context.options.compared]:
+        prompt = prompt_of(config, number, int(by_number.loc[number, "input_tokens"]))  # type: ignore[arg-type]
+        expected = generate(model, torch.tensor([prompt]), len(tokens)).tokens
+        compared, same = compared + 1, same + (list(expected) == list(tokens))
+    remote = played.requests[played.requests["route"] == "prfaas"]
+    sent, layout_bytes = float(remote["payload_bytes"].sum()), float(profile.kv_bytes(remote["input_tokens"] - 1).sum())
+    return [
+        context.metric("execute", "tokens_match", same / compared if compared else float("nan"), "", "measured", n=compared),
+        context.metric("execute", "kv_bytes_over_layout", sent / layout_bytes if layout_bytes else float("nan"), "", "measured"),
+        context.metric("execute", "wire_overhead", played.wire_overhead, "", "measured"),
+    ]  # fmt: skip
+
+
+def draw(record: Record) -> Figure:
+    """TTFT of the four tiers, taken apart where a tier can: queue, prefill and the rest, with P90 above."""
+    table = record.metrics
+    figure, (left, right) = style.panels(2, height_in=3.2)
+    tiers = [tier for tier in TIERS if tier in set(table["case"])]
+
+    def of(tier: str, metric: str) -> float:
+        rows = table[(table["case"] == tier) & (table["metric"] == metric)]["value"]
+        return float(rows.iloc[0]) if len(rows) else float("nan")
+
+    names = {
+        "model": "equations\n(no queues)",
+        "simulate": "simulated",
+        "emulate": "live,\nreplayed",
+        "execute": "live,\ncomputed",
+    }
+    for index, tier in enumerate(tiers):
+        mean, queue = of(tier, "ttft_mean_s"), of(tier, "queue_mean_s")
+        left.bar(index, mean, 0.6, color=style.BLUE, label="prefill, transfer, first step" if index == 0 else None)
+        if queue == queue:
+            left.bar(index, queue, 0.6, color=style.ORANGE, label="of it: queue" if tier == "simulate" else None)
+        left.plot(index, of(tier, "ttft_p90_s"), "k_", ms=20, label="P90" if index == 0 else None)
+        right.bar(index, of(tier, "egress_bps") / 1e6, 0.6, color=style.BLUE)
+    for axis in (left, right):
+        axis.set_xticks(range(len(tiers)), [names[tier] for tier in tiers])
+        axis.grid(axis="x", visible=False)
+    left.set(ylabel="TTFT (s)", title="The same requests on four tiers")
+    left.legend(fontsize=8)
+    right.set(ylabel="egress (Mbit/s)", title="What crosses the link")
+    return figure
+
+
+def check(settings: Settings, options: Any) -> None:
+    """One model that can be built, and prompts that it can take. Raises UserError naming the key."""
+    check_one(settings, options)
+    if settings.cluster.prfaas.instances < 1 or settings.cluster.pd.instances < 2:
+        raise UserError("cluster: prfaas.instances must be 1 or more and pd.instances 2 or more, one for each phase")
+    longest = settings.workload.length_law().maximum_tokens
+    if not 1 <= settings.policy.threshold_step_tokens <= longest:
+        raise UserError(
+            f"policy.threshold_step_tokens: {settings.policy.threshold_step_tokens}; accepted: 1 to the longest request, {longest:g}"
+        )
+    if settings.workload.length_law().minimum_tokens < 2:
+        raise UserError(
+            "workload.lengths.minimum_tokens: accepted: 2 or more, since prefill leaves the last token to decode"
+        )
+
+
+_READS = tuple(
+    key
+    for key in SIMULATED
+    if not key.startswith(("cluster.", "workload.trace")) and key not in ("link.rtt_s", "link.schedule")
+)
+EXPERIMENT = Experiment(
+    name="tiers",
+    reads={
+        "execute": (
+            *MODEL, *_READS, "cluster.prfaas.instances", "cluster.pd.instances", *WIRE, "options",
+        ),
+    },
+    run=run,
+    figures={"tiers": draw},
+    options=Options,
+    check=check,
+    inputs=profile_files,
+)  # fmt: skip

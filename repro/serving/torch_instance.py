@@ -1,0 +1,228 @@
+"""An instance that computes: `python -m repro.serving.torch_instance`, a real model where `repro.serving.instance` replays a profile.
+
+It speaks the same messages, so the same router drives both. One thread computes: a prefill to its end, layer by layer onto the wire, else a
+step of the running batch. KVCache goes to the decode instance that the router named, from a PrfaaS instance over the link and from a PD
+instance within the cluster: state crosses sockets only, never memory. Messages carry no prompt: each instance draws it from the request's
+number, as a real one would read it from a store.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import traceback
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from repro import configuration
+from repro.engine.base import Handover, Request
+from repro.engine.spans import SpanLog, now_s
+from repro.engine.torch_engine import EngineSpec, TorchEngine
+from repro.errors import UserError
+from repro.kvcache.codecs import CodecSpec
+from repro.kvcache.frames import Manifest
+from repro.kvcache.state import State
+from repro.processes import Message, Parent, background, run_worker
+from repro.serving import messages as say
+from repro.serving.instance import ATTEMPTS
+from repro.serving.prefill import Outbox
+from repro.serving.running_batch import Generation, RunningBatch
+from repro.transport import Received, Receiver, Sender, TransferFailed, TransportSpec
+
+
+@dataclass(frozen=True)
+class TorchInstanceConfig:
+    """What a computing instance is started with. Prompts have ids below `vocabulary`, and repeat after `prompts` requests."""
+
+    MODULE: ClassVar = "repro.serving.torch_instance"
+    name: str
+    engine: EngineSpec
+    transport: TransportSpec
+    host: str | None
+    vocabulary: int
+    prompts: int
+    batch_max: int
+    seed: int = 0
+
+
+def prompt_of(config: TorchInstanceConfig, number: int, tokens: int) -> tuple[int, ...]:
+    """The prompt of a request by its number: the same in every instance."""
+    rng = np.random.default_rng((config.seed, number % config.prompts, tokens))
+    return tuple(int(token) for token in rng.integers(0, config.vocabulary, tokens))
+
+
+@dataclass(frozen=True)
+class _Arrived:
+    """A request that came whole, its state on the device, or what is wrong with it."""
+
+    key: int
+    at_s: float
+    payload_bytes: int
+    handover: Handover | None
+    states: list[State] | Exception
+
+
+class TorchInstance:
+    """The instance itself; its methods run in the thread that computes."""
+
+    def __init__(self, config: TorchInstanceConfig, parent: Parent, receiver: Receiver | None) -> None:
+        self._config = config
+        self._parent = parent
+        self._log = SpanLog()
+        self._engine = TorchEngine(config.engine)
+        if receiver is not None:
+            self._engine.lock(receiver.memory)
+        self._batch = RunningBatch(self._engine, self._log)
+        self._waiting: list[_Arrived] = []
+        self._joined: dict[int, int] = {}
+        self._inbox: queue.SimpleQueue[Message | _Arrived | tuple[str, Sender]] = queue.SimpleQueue()
+        self._senders: dict[str, Sender] = {}
+        self._gone = set[int]()
+        self.put = self._inbox.put
+
+    def run(self) -> None:
+        """Serve until told to stop: prefill goes before decode steps, as in a server without chunked mixing."""
+        while True:
+            while not self._batch or not self._inbox.empty():
+                item = self._inbox.get()
+                if isinstance(item, _Arrived):
+                    self._waiting.append(item)
+                elif isinstance(item, tuple):
+                    self._connected(*item)
+                elif item["kind"] == "stop":
+                    return
+                else:
+                    self._hear(say.to_instance(item))
+                self._admit()
+            for generation in self._batch.step():
+                self._finish(generation)
+            self._admit()
+
+    def _tell(self, said: say.FromInstance) -> None:
+        self._parent.send(**say.fields(said))
+
+    def _hear(self, told: say.ToInstance) -> None:
+        match told:
+            case say.Prefill():
+                self._prefill(told)
+            case say.Connect():
+                background(self._connect, told, name=f"connect {told.name}")
+            case say.Forget():
+                self._gone.add(told.request * ATTEMPTS + told.attempt)
+            case say.Report():
+                self._tell(self._sending())
+            case _:
+                raise UserError(f"instance {self._config.name}: a computing instance does not know {told}")
+
+    def _sending(self) -> say.Sending:
+        stats = [sender.stats() for sender in self._senders.values()]
+        return say.Sending(
+            now_s(),
+            sum(one["acked_bytes"] for one in stats),
+            sum(one["resent_bytes"] for one in stats),
+            sum(one["unacked_bytes"] for one in stats),
+            sum(one["wire_bytes"] for one in stats),
+            0.0,
+        )
+
+    def _connect(self, told: say.Connect) -> None:
+        self.put((told.name, Sender(self._config.transport, (told.host, told.port))))
+
+    def _connected(self, name: str, sender: Sender) -> None:
+        self._senders[name] = sender
+        self._tell(say.Connected(name))
+
+    # Prefill.
+
+    def _prefill(self, asked: say.Prefill) -> None:
+        key = asked.request * ATTEMPTS + asked.attempt
+        if key in self._gone:
+            return
+        sender = self._senders.get(asked.to or "")
+        if sender is None:
+            self._tell(say.Undelivered(asked.request, asked.attempt, f"no connection to {asked.to}"))
+            return
+        request = Request(key, prompt_of(self._config, asked.request, asked.input_tokens), asked.output_tokens)
+        outbox = Outbox(sender, True, CodecSpec(), self._log)
+        sender.begin(key)
+        start_s = now_s()
+        try:
+            prefilled = self._engine.prefill(request, outbox.emit, self._log)
+            sender.finish(Manifest.of(key, outbox.headers, prefilled.handover.as_meta()))
+        except TransferFailed as error:
+            self._tell(say.Undelivered(asked.request, asked.attempt, str(error)))
+            return
+        background(self._confirm, asked, sender, prefilled.release, name=f"confirm {key}")
+        self._tell(say.Prefilled(asked.request, asked.attempt, start_s, prefilled.end_s))
+        self._log.take()
+
+    def _confirm(self, asked: say.Prefill, sender: Sender, release: Any) -> None:
+        try:
+            sender.wait(asked.request * ATTEMPTS + asked.attempt)
+        except TransferFailed as error:
+            self._tell(say.Undelivered(asked.request, asked.attempt, str(error)))
+        finally:
+            release()
+
+    # Decode.
+
+    def arrived(self, received: Received) -> None:
+        """Bring a request's state to the device, in the receiving thread, beside the batch."""
+        with received:
+            size = sum(piece.header.payload_bytes for piece in received.pieces)
+            try:
+                handover = Handover.from_meta(received.manifest.meta)
+                states = self._engine.fetch(received.pieces)
+            except Exception as error:
+                self.put(_Arrived(received.request_id, received.completed_s, size, None, error))
+                return
+        self.put(_Arrived(received.request_id, received.completed_s, size, handover, states))
+
+    def _admit(self) -> None:
+        """Take into the batch who waits, up to BS_max."""
+        while self._waiting and len(self._joined) < self._config.batch_max:
+            arrived = self._waiting.pop(0)
+            number, attempt = divmod(arrived.key, ATTEMPTS)
+            if arrived.key in self._gone:
+                continue
+            try:
+                if isinstance(arrived.states, Exception) or arrived.handover is None:
+                    raise UserError(str(arrived.states))
+                self._engine.join(arrived.handover, arrived.states)
+            except Exception as error:  # whatever is wrong with one request must not end the others
+                traceback.print_exception(error)
+                self._tell(say.Undelivered(number, attempt, f"the decode side refused it: {error}"))
+                continue
+            self._batch.admit(arrived.handover)
+            self._joined[arrived.key] = 1
+            self._tell(say.Delivered(number, attempt, arrived.at_s, arrived.payload_bytes))
+
+    def _finish(self, generation: Generation) -> None:
+        number, attempt = divmod(generation.handover.request_id, ATTEMPTS)
+        del self._joined[generation.handover.request_id]
+        self._log.take()
+        self._tell(say.Decoding(number, attempt, generation.joined_s, generation.times_s[0]))
+        self._tell(say.Finished(number, attempt, generation.times_s[-1], generation.tokens))
+
+
+def work(parent: Parent, config: Message) -> None:
+    """Listen, build the model, then serve until told to stop."""
+    spec = configuration.build(TorchInstanceConfig, {key: value for key, value in config.items() if key != "kind"})
+    receiver = Receiver(spec.transport, spec.host) if spec.host is not None else None
+    instance = TorchInstance(spec, parent, receiver)
+
+    def receive(source: Receiver) -> None:
+        while True:
+            instance.arrived(source.receive())
+
+    if receiver is not None:
+        threading.Thread(target=receive, args=(receiver,), name="receive", daemon=True).start()
+    parent.deliver(instance.put)
+    parent.send(**say.fields(say.Ready(receiver.port if receiver is not None else 0)))
+    instance.run()
+
+
+if __name__ == "__main__":
+    run_worker(work)
