@@ -62,6 +62,7 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "model=kimi_linear", "options.input_tokens=[70]", "options.chunk_tokens=32", "options.repeats=2", "options.link_to_phi=[2.0]",
     ],
     ("tiers", "execute"): [
+        "model=qwen3_235b",
         "options.requests=20", "options.compared=4", "workload.lengths.mu=3.3", "workload.lengths.minimum_tokens=16",
         "workload.lengths.maximum_tokens=64", "workload.output_tokens=3",
     ],
