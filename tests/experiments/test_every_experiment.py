@@ -34,6 +34,7 @@ PASSED_OVER = {
 LOOKED_AT = {
     "sensitivity": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "agentic": {"policy.rebalance.enabled": "its cases switch it on and off themselves"},
+    "tiers": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "shift": {
         "workload.mixture": "the law of lengths asks whether there is one; what is set is refused",
         "workload.trace": "the law of lengths asks whether there is one; what is set is refused",
