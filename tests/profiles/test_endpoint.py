@@ -53,7 +53,9 @@ class FakeServer:
     limit_tokens: int | None = None
     refuses_above: int = 10**9
     scatter: float = 0.0
+    again: float = 1.0
     own_counters: bool = False
+    hits: int = 0
     now_s: float = 0.0
     seen: set[tuple[int, ...]] = field(default_factory=set)
     prefills: list[float] = field(default_factory=list)
@@ -69,7 +71,11 @@ class FakeServer:
         if not self.own_counters:
             return {}
         name = "vllm:request_prefill_time_seconds"
-        return {f"{name}_count": len(self.prefills), f"{name}_sum": sum(self.prefills)}
+        return {
+            "vllm:prefix_cache_hits_total": self.hits,
+            f"{name}_count": len(self.prefills),
+            f"{name}_sum": sum(self.prefills),
+        }
 
     def answer(self, prompt: tuple[int, ...], output_tokens: int) -> Answer:
         return self.together([prompt], output_tokens)[0]
@@ -88,6 +94,8 @@ class FakeServer:
             ready = []
             for prompt in group:
                 own_s = prefill_s(len(prompt)) * (0.1 if self.caches and prompt in self.seen else 1.0)
+                self.hits += self.caches and prompt in self.seen
+                own_s *= self.again if prompt in self.seen else 1.0
                 own_s *= 1 + self.scatter * float(self.rng.standard_normal())
                 self.prefills.append(own_s)
                 self.seen.add(prompt)
@@ -125,6 +133,17 @@ def test_a_prefix_cache_is_told_apart_and_disturbs_no_timing() -> None:
     found = measured(FakeServer(caches=True))
     assert found.prefix_cache == "on"
     assert found.prefill[0].seconds == pytest.approx(prefill_s(128))
+
+
+def test_the_engines_own_count_of_hits_stands_above_times() -> None:
+    assert measured(FakeServer(again=0.5, own_counters=True)).prefix_cache == "off"
+    assert measured(FakeServer(caches=True, own_counters=True, again=9.0)).prefix_cache == "on"
+
+
+def test_a_repeated_prompt_that_is_neither_fast_nor_slow_is_unclear_and_flagged() -> None:
+    found = measured(FakeServer(again=0.75))
+    assert found.prefix_cache == "unclear"
+    assert any("neither cached nor computed" in flag for flag in found.flags)
 
 
 def test_prompts_of_two_runs_are_different() -> None:
