@@ -6,6 +6,7 @@ paired values, and says whether a policy helps even where seeds differ more than
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,7 @@ from repro.record.metrics import Metric
 from repro.record.request_metrics import good, over_runs, summarise
 from repro.record.statistics import Estimate
 from repro.report import style
+from repro.report.words import label
 from repro.scheduling.adaptive import AdaptiveSpec
 from repro.scheduling.long_term import LongTermSpec
 from repro.scheduling.policies import RandomSplit, Threshold
@@ -46,6 +48,9 @@ POLICY_NAMES = {
     "random_split": "random split",
     "naive": "naive heterogeneous",
     "static_rebalanced": "static t, rebalanced",
+    "no_short_term": "no short-term loop",
+    "no_long_term": "no long-term loop",
+    "least_work_to_round_robin": "round robin, not least work",
     "two_timescale_rebalanced": "both, rebalanced",
 }
 _UNITS = {
@@ -358,31 +363,81 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": colour, "linestyle": dash}
 
 
+#: More lines than these in one panel cannot be told apart.
+_MOST_LINES = 3
+_MOST_BARS = 11
+
+
+def case_name(case: str) -> str:
+    """What a figure calls a case: words, and of a prefix such as `fixed_256.` what it says of the outputs."""
+    prefix, _, own = case.rpartition(".")
+    name = POLICY_NAMES.get(own, label(own))
+    if found := re.fullmatch(r"(fixed|log_normal)_(\d+)", prefix):
+        return f"output {found.group(2)}, {found.group(1).replace('_', '-')}: {name}"
+    return f"{prefix.replace('_', ' ')}: {name}" if prefix else name
+
+
 def draw_over_time(record: Record) -> Figure:
-    """Share of requests that meet the service level and mean TTFT by time of arrival, and the threshold that the controllers set."""
+    """Share of requests that meet the service level by time of arrival, and, where lines are few, mean TTFT and the threshold.
+
+    Of more than three cases each has a panel of its own, with what it is compared with in grey.
+    """
     series, controls = record.table("series"), record.table("controls")
+    cases = list(dict.fromkeys(series["case"]))
+    if len(cases) > _MOST_LINES:
+        return _draw_each_over_time(series, cases)
     figure, (top, middle, bottom) = style.panels(1, 3, height_in=6.2, sharex=True)
-    for index, case in enumerate(dict.fromkeys(series["case"])):
+    for index, case in enumerate(cases):
         mean = series[series["case"] == case].groupby("at_s")[["arrived", "met", "ttft_s"]].mean()
-        label = POLICY_NAMES.get(case, case)
-        top.plot(mean.index, 100 * mean["met"] / mean["arrived"], label=label, **_style(index))
-        middle.plot(mean.index, mean["ttft_s"], label=label, **_style(index))
+        top.plot(mean.index, 100 * mean["met"] / mean["arrived"], label=case_name(case), **_style(index))
+        middle.plot(mean.index, mean["ttft_s"], **_style(index))
         own = controls[controls["case"] == case] if len(controls) else controls
         if len(own):
-            bottom.plot(own["at_s"], own["threshold_tokens"] / 1000, label=label, **_style(index))
+            bottom.plot(own["at_s"], own["threshold_tokens"] / 1000, **_style(index))
     top.set(ylabel="within SLO (%)", title="Requests that meet the service level, by time of arrival")
     top.set_ylim(-3, 103)
     middle.set(ylabel="mean TTFT (s)", yscale="log")
     bottom.set(ylabel="threshold t (K tokens)", xlabel="time (s)")
-    middle.legend(ncols=3)
+    if len(cases) > 1:
+        figure.legend(loc="outside upper center", ncols=len(cases))
+    return figure
+
+
+def _draw_each_over_time(series: pd.DataFrame, cases: Sequence[str]) -> Figure:
+    met = series.groupby(["case", "at_s"])[["arrived", "met"]].mean()
+    share = 100 * met["met"] / met["arrived"]
+    baselines = [case for case in cases if case.rpartition(".")[2] == "static"] or list(cases[:1])
+    others = [case for case in cases if case not in baselines]
+    # A policy that lets a queue grow answers long after the last arrival of the others; their time is the figure's.
+    last_s = min(share[case].index.max() for case in cases)
+    columns = min(3, len(others))
+    rows = -(-len(others) // columns)
+    figure, axes = style.panels(columns, rows, height_in=1.5 * rows + 0.9, sharex=True, sharey=True)
+    for axis, case in zip(axes, others, strict=False):
+        beside = [one for one in baselines if one.rpartition(".")[0] == case.rpartition(".")[0]] or baselines
+        axis.plot(share[beside[0]].index, share[beside[0]], color=style.GREY, lw=1.2, linestyle="--")
+        axis.plot(share[case].index, share[case], color=style.BLUE, lw=1.6)
+        axis.set_title(case_name(case), fontsize=8)
+        axis.set(xlim=(0, last_s), ylim=(-3, 103))
+    for axis in axes[len(others) :]:
+        axis.remove()
+    figure.supxlabel("time of arrival (s)", fontsize=9)
+    figure.supylabel("requests within the SLO (%)", fontsize=9)
+    figure.suptitle(
+        f"Each case (blue) beside {case_name(baselines[0])} (grey)", x=0.01, ha="left", fontsize=10, weight="bold"
+    )
     return figure
 
 
 def draw_goodput(record: Record, without: str = "\0") -> Figure:
     """Goodput of each policy with its interval, and the paired difference to the baseline; cases that begin with `without` are left out."""
     table = record.metrics[~record.metrics["case"].str.startswith(without)]
-    figure, (left, right) = style.panels(2, height_in=3.4)
     rows = table[table["metric"] == "goodput"].reset_index(drop=True)
+    # Many long names leave no room for bars beside each other.
+    many = len(rows) > _MOST_BARS
+    figure, (left, right) = (
+        style.panels(1, 2, height_in=0.38 * len(rows) + 1) if many else style.panels(2, height_in=3.4)
+    )
     bars(left, rows)
     growing = set(table.loc[table["metric"] == "runs_overloaded", "case"])
     if growing:
@@ -396,7 +451,7 @@ def draw_goodput(record: Record, without: str = "\0") -> Figure:
         baselines = [metric.removeprefix("goodput_minus_") for metric in paired["metric"]]
         usual = POLICY_NAMES.get(baselines[0], baselines[0])
         right.set(xlabel="paired difference (req/s)", title=f"Against {usual}")
-        names = [POLICY_NAMES.get(case, case) for case in paired["case"]]
+        names = [case_name(str(case)) for case in paired["case"]]
         other = [
             name if base == baselines[0] else f"{name}\n− {POLICY_NAMES.get(base, base)}"
             for name, base in zip(names, baselines, strict=True)
@@ -409,7 +464,7 @@ def bars(axis: Axes, rows: pd.DataFrame) -> None:
     """Values of the cases from top to bottom, with their intervals."""
     import seaborn  # a second of imports that only drawing needs
 
-    names = [POLICY_NAMES.get(case, case) for case in rows["case"]]
+    names = [case_name(str(case)) for case in rows["case"]]
     at = list(range(len(rows)))
     seaborn.barplot(x=rows["value"].to_numpy(), y=at, orient="h", color=style.BLUE, saturation=1, ax=axis)
     error = [np.nan_to_num(rows["value"] - rows["ci_low"]), np.nan_to_num(rows["ci_high"] - rows["value"])]
