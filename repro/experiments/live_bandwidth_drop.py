@@ -37,4 +37,7 @@ EXPERIMENT = Experiment(
     check,
     profile_files,
     finding=finding,
+    hinges_on=(
+        "The time scale: TCP finds the new rate in timeouts of this machine, each of which counts as many times as time is scaled."
+    ),
 )

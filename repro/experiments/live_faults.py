@@ -92,4 +92,8 @@ EXPERIMENT = Experiment(
     live_study.check,
     profile_files,
     finding=finding,
+    hinges_on=(
+        "The time scale: processes start, silence is noticed and TCP retransmits in times of this machine, each of which counts as many "
+        "times as time is scaled."
+    ),
 )
