@@ -28,6 +28,7 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
     ("distance", "model"): [
         "options.rates_bps=[1e10]", "options.rtts_s=[0.0,0.05]", "options.losses=[0.0,0.001]", "options.connections=[1]",
     ],
+    ("many_clusters", "model"): ["options.tenants=[2]", "options.spreads_h=[12]"],
     ("peak_hours", "simulate"): ["options.day_s=120"],
     ("long_contexts", "model"): ["options.medians_tokens=[2e4]", "options.outputs_tokens=[512,8192]"],
     ("cost_map", "model"): ["policy.threshold_step_tokens=2000"],

@@ -173,3 +173,12 @@ def test_reach_is_where_the_window_still_carries_what_prfaas_sends(tmp_path: Pat
     assert "20 Gbps keep" in record.provenance["finding"]
     assert 0.5 < value(table, "law_over_measured") < 2, "the law is the right one within a factor of two, under loss"
     assert (record.path / "figures" / "distance.png").is_file()
+
+
+def test_tenants_at_opposite_hours_share_what_their_busiest_hour_needs(tmp_path: Path) -> None:
+    record = study(tmp_path, "experiment=many_clusters", "options.tenants=[2]", "options.spreads_h=[0,24]")
+    needed = record.table("day")["n_prfaas"].tolist()
+    together = max(here + there for here, there in zip(needed, needed[12:] + needed[:12], strict=True))
+    assert value(record.metrics, "n_prfaas", "2 tenants, peaks over 24 h") == together < 2 * max(needed)
+    assert value(record.metrics, "shared_over_own", "2 tenants, peaks over 0 h") == 1, "equal peaks save nothing"
+    assert f"share {100 * together / (2 * max(needed)):.0f} %" in record.provenance["finding"]
