@@ -54,6 +54,7 @@ def run(context: Context) -> Outcome:
         points[n].egress_bps * rate / points[n].lambda_max for n, rate in zip(needed.tolist(), demand.tolist(), strict=True)
     ])  # fmt: skip
     usd = settings.cost.gpu_hour_usd(base.prfaas.accelerator) * base.prfaas.gpus_per_instance
+    pd_usd = settings.cost.gpu_hour_usd(base.pd.accelerator) * base.pd.gpus_per_instance * base.n_pd
     rows, grid = [], []
     for tenants in options.tenants:
         for spread in options.spreads_h:
@@ -62,8 +63,10 @@ def run(context: Context) -> Outcome:
             link = sum(np.roll(sent, shift) for shift in shifts)
             own, shared = tenants * int(needed.max()), int(np.max(together))
             per_request = [_HOURS * count * usd / (3600 * tenants * float(demand.sum())) for count in (own, shared)]
+            whole = 1e6 * (_HOURS * pd_usd / (3600 * float(demand.sum())) + per_request[1]) / base.output_tokens
             case = f"{tenants} tenants, peaks over {spread} h"
             for metric, number, unit in (
+                ("cost_per_mtok_usd", whole, "USD per 10^6 output tokens"),
                 ("n_prfaas", shared, "instances"), ("shared_over_own", shared / own, ""), ("egress_bps", float(np.max(link)), "bit/s"),
                 ("prefill_usd_per_1000_requests", 1000 * per_request[1], "USD"),
                 ("own_prefill_usd_per_1000_requests", 1000 * per_request[0], "USD"),
@@ -78,11 +81,13 @@ def run(context: Context) -> Outcome:
 
 
 def check(settings: Settings, options: object) -> None:
-    """There must be a PrfaaS cluster, and a price for its accelerator."""
+    """There must be a PrfaaS cluster, and prices for both accelerators."""
     check_deployment(settings, options)
     if not settings.cluster.prfaas.instances:
         raise UserError("cluster.prfaas.instances: 0; experiment=many_clusters needs one or more")
-    settings.cost.gpu_hour_usd(deployment(settings).prfaas.accelerator)
+    base = deployment(settings)
+    settings.cost.gpu_hour_usd(base.prfaas.accelerator)
+    settings.cost.gpu_hour_usd(base.pd.accelerator)
 
 
 def finding(record: Record) -> str:
