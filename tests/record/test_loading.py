@@ -78,7 +78,7 @@ def test_every_committed_record_fits_the_schema() -> None:
         (lambda run: rewrite(run, "\n", "\n", twice=True), "goodput of case deployment stands twice"),
         (lambda run: (run / "config.yaml").write_text(f"name: hf_{'a' * 34}"), "looks like a secret"),
     ],
-    ids=str,
+    ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_what_is_wrong_with_a_record_is_said_in_one_line(tmp_path: Path, harm: Any, said: str) -> None:
     run = made(tmp_path / "run", {}, [goodput(2.0)]).path
