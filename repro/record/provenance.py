@@ -24,10 +24,14 @@ SCHEMA = 2
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-@cache
 def _git(*arguments: str) -> str | None:
+    return _git_in(PROJECT, *arguments)
+
+
+@cache
+def _git_in(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout

@@ -154,7 +154,7 @@ def test_every_experiment_leaves_a_figure_and_both_reports(records: dict[str, Re
     folder = records[name].path
     assert (folder / "figures" / f"{name}.png").stat().st_size > 10_000
     page = (folder / "report.html").read_text()
-    assert "data:image/png;base64," in page
+    assert "data:image/svg+xml;base64," in page
     assert "http://" not in page
     assert "https://" not in page
     assert (folder / "report.md").read_text().startswith(f"# {name}")

@@ -16,7 +16,10 @@ from repro.runner import run
 from repro.sweeps import definition
 from repro.sweeps import run as sweeps
 
-STUDIES = sorted(name for name in choices("experiment") if base.load(name).hinges_on)
+#: On tiers without a clock: the live experiments name their assumptions too, and need the machine to themselves.
+STUDIES = sorted(
+    name for name in choices("experiment") if base.load(name).hinges_on and "emulate" not in base.load(name).tiers
+)
 
 
 def study(folder: Path, *words: str) -> Record:
