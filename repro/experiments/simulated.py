@@ -32,8 +32,8 @@ from repro.scheduling.policies import RandomSplit, Threshold
 from repro.scheduling.short_term import ShortTermSpec
 from repro.scheduling.spec import PolicySpec
 from repro.scheduling.throughput import Deployment, OperatingPoint
+from repro.scheduling.views import Sample
 from repro.settings import Settings
-from repro.simulate.control import Sample
 from repro.simulate.deployments import shared_link, simulated, with_scheduler
 from repro.simulate.link_spec import SharedLinkSpec
 from repro.simulate.spec import SimulationSpec

@@ -56,3 +56,18 @@ class Route(NamedTuple):
 
 LOCAL = Route(offload=False)
 REMOTE = Route(offload=True)
+
+
+class Sample(NamedTuple):
+    """One reading of a PD cluster's controllers, for figures."""
+
+    at_s: float
+    home: int
+    threshold_tokens: float
+    bandwidth_scarce: bool
+    n_p: int
+    n_d: int
+    utilisation: float
+    waiting_prfaas_s: float
+    waiting_pd_s: float
+    waiting_decode: int

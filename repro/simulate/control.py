@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from repro.scheduling.decisions import Conversion
 from repro.scheduling.observations import InstanceReport, LinkReport, PdReport
 from repro.scheduling.scheduler import Scheduler
-from repro.scheduling.views import SchedulerState
+from repro.scheduling.views import Sample, SchedulerState
 from repro.simulate.events import EventQueue
 from repro.simulate.ledger import RequestLedger
 from repro.simulate.resources import PdResources, PrfaasResources
 
 _SAMPLES = 20_000
-
-
-class Sample(NamedTuple):
-    """One reading of a PD cluster's controllers, for figures."""
-
-    at_s: float
-    home: int
-    threshold_tokens: float
-    bandwidth_scarce: bool
-    n_p: int
-    n_d: int
-    utilisation: float
-    waiting_prfaas_s: float
-    waiting_pd_s: float
-    waiting_decode: int
 
 
 class Control:

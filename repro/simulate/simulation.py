@@ -15,7 +15,8 @@ from functools import partial
 
 from repro.kvcache.pool import HybridPool
 from repro.scheduling.scheduler import CacheIndices, Scheduler
-from repro.simulate.control import Control, Sample
+from repro.scheduling.views import Sample
+from repro.simulate.control import Control
 from repro.simulate.dispatch import Dispatch
 from repro.simulate.events import EventQueue
 from repro.simulate.faults import Faults
