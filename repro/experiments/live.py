@@ -20,13 +20,14 @@ import pandas as pd
 from repro.errors import UserError
 from repro.link import Link, LinkSpec, open_link
 from repro.processes import Ended
+from repro.scheduling.views import Sample
 from repro.serving.faults import FaultSchedule, LiveFault
 from repro.serving.fleet import Config, Fleet, LocalLauncher, Place
 from repro.serving.instance import InstanceConfig
 from repro.serving.load import LoadGenerator
 from repro.serving.messages import FromInstance, Report
 from repro.serving.router import Router
-from repro.serving.scale import Scale
+from repro.serving.scale import Scale, Scaling, calibrate
 from repro.simulate.spec import SimulationSpec
 from repro.transport import TransportSpec
 from repro.workload.stream import RequestBatch
@@ -47,6 +48,18 @@ class Wire:
     scale: Scale
 
 
+def calibrated(scaling: Scaling, link_bps: float | None) -> tuple[Scale, dict[str, float]]:
+    """The scale of an emulation on this machine, and, for the provenance, how late its timers were found to be."""
+    found = calibrate()
+    scale = scaling.scale(found, link_bps)
+    return scale, {
+        "time_scale": scale.time,
+        "byte_scale": scale.bytes,
+        "timers_late_mean_s": found.mean_s,
+        "timers_late_p99_s": found.p99_s,
+    }
+
+
 class Computing(Protocol):
     """Makes instances that compute a real model."""
 
@@ -57,7 +70,11 @@ class Computing(Protocol):
 
 @dataclass(frozen=True)
 class Played:
-    """A run on the live system. `requests` is unscaled; lateness is in seconds of this machine."""
+    """A run on the live system. `requests` is unscaled; lateness is in seconds of this machine.
+
+    `wire_bytes` of TCP payload and `payload_bytes` of KVCache crossed the link; the former is nan where an instance ended, for what it
+    had sent is counted nowhere.
+    """
 
     requests: pd.DataFrame
     late_p99_s: float
@@ -65,7 +82,7 @@ class Played:
     timer_p99_s: float
     cpu_s: float
     wall_s: float
-    wire_bytes: int
+    wire_bytes: float
     payload_bytes: int
     unfinished: int
     overloaded: bool
@@ -81,7 +98,7 @@ class Played:
 
 @dataclass(frozen=True)
 class _Reported:
-    """What all instances have sent and used since they were started."""
+    """What has been sent across the link, and used by all instances, since they were started."""
 
     wire_bytes: int = 0
     cpu_s: float = 0.0
@@ -106,11 +123,10 @@ class Deployment:
         self._router: Router | None = None
         self._link: Link | None = link
         self._computes = computing is not None
-        self._fleet = Fleet(LocalLauncher(link, log_directory), self._heard, self._ended, hands_over=self._computes)
-        self._deaths: list[tuple[str, Ended]] = []
+        launcher = LocalLauncher(link, log_directory)
+        self._fleet = Fleet(launcher, self._heard, self._ended, hands_over=self._computes)
         self._next_number = 0
         self._reported = _Reported()
-        launcher = LocalLauncher(link, log_directory)
         pd = spec.pd[0]
         places = [Place("pd0", index, "decode") for index in range(pd.n_p + pd.n_d)]
         profiles: dict[str, Any] = {"pd0": pd.profile}
@@ -155,7 +171,6 @@ class Deployment:
             router.heard(name, said)
 
     def _ended(self, name: str, how: Ended) -> None:
-        self._deaths.append((name, how))
         if (router := self._router) is not None:
             router.ended(name, how)
 
@@ -216,11 +231,11 @@ class Deployment:
             timer_p99_s=max((one.p99_s for one in late), default=math.nan),
             cpu_s=after.cpu_s - before.cpu_s,
             wall_s=wall_s,
-            wire_bytes=after.wire_bytes - before.wire_bytes,
-            payload_bytes=int(requests["payload_bytes"].sum()),
+            wire_bytes=after.wire_bytes - before.wire_bytes if not router.died else math.nan,
+            payload_bytes=int(requests.loc[requests["route"] == "prfaas", "payload_bytes"].sum()),
             unfinished=unfinished,
             overloaded=router.overloaded,
-            samples=pd.DataFrame([vars(sample) for sample in router.samples]),
+            samples=pd.DataFrame(router.samples, columns=Sample._fields),
             events=tuple(router.events),
             tokens={number - first: found for number, found in router.tokens.items()},
         )
@@ -241,9 +256,9 @@ class Deployment:
         until_s = time.monotonic() + 5.0
         while not wanted <= router.sending.keys() and time.monotonic() < until_s:
             time.sleep(0.01)
-        said = list(router.sending.values())
+        sent = sum(said.wire_bytes for name, said in list(router.sending.items()) if name.startswith("prfaas"))
         late = [one[-1] for one in list(router.lateness.values())]
-        return _Reported(sum(one.wire_bytes for one in said), sum(one.cpu_s for one in late))
+        return _Reported(sent, sum(one.cpu_s for one in late))
 
 
 @contextmanager

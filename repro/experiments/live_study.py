@@ -17,15 +17,15 @@ from matplotlib.figure import Figure
 from repro.errors import UserError
 from repro.experiments import simulated
 from repro.experiments.base import SCHEDULER, SIMULATED, WIRE, Context, Outcome
-from repro.experiments.live import Played, Wire, deployed
+from repro.experiments.live import Played, Wire, calibrated, deployed
 from repro.experiments.study import run_once
-from repro.experiments.table6_emulated import scale_of
 from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.record.request_metrics import UNITS, summarise
 from repro.record.requests import ANSWERED
 from repro.report import style
 from repro.serving.faults import LiveFault
+from repro.serving.scale import Scaling
 from repro.settings import Settings
 from repro.simulate.spec import Fault, SimulationSpec
 from repro.workload.spec import ServiceLevel
@@ -39,11 +39,10 @@ _NAMES = {"live": "live", "simulate": "simulated"}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Scaling):
     """`cases` of the policies of the simulated studies, at `load` as a share of Λ_max by the model, requests counted from `warmup_s` on.
 
-    `time_scale` null lets a calibration choose the fastest at which late timers add at most `tolerated_s`, unscaled, to a request;
-    `byte_scale` null makes the link `link_bps` on this machine. A request's KVCache crosses in `pieces`. `repeats` have seeds of their own.
+    `repeats` have seeds of their own.
     """
 
     load: float = 0.7
@@ -52,16 +51,12 @@ class Options:
     repeats: int = 1
     cases: tuple[str, ...] = ("static", "two_timescale")
     time_scale: float | None = 10.0
-    byte_scale: float | None = None
-    tolerated_s: float = 0.05
-    link_bps: float = 1e9
-    pieces: int = 8
 
     def __post_init__(self) -> None:
-        if not self.load > 0 or self.repeats < 1 or not 1 <= self.pieces <= 1024:
+        super().__post_init__()
+        if not self.load > 0 or self.repeats < 1:
             raise UserError(
-                f"options.load, repeats, pieces: {self.load}, {self.repeats}, {self.pieces}; accepted: a positive load, 1 repeat or "
-                "more, 1 to 1024 pieces"
+                f"options.load, options.repeats: {self.load}, {self.repeats}; accepted: a positive load, 1 repeat or more"
             )
         if not 0 <= self.warmup_s < self.duration_s:
             raise UserError(
@@ -70,11 +65,6 @@ class Options:
         known = ("static", "short_term", "two_timescale")
         if not self.cases or not set(self.cases) <= set(known):
             raise UserError(f"options.cases: {list(self.cases)}; accepted: some of {', '.join(known)}")
-        for key in ("time_scale", "byte_scale"):
-            if (value := getattr(self, key)) is not None and not value >= 1:
-                raise UserError(f"options.{key}: {value}; accepted: 1 or more, or null")
-        if not (self.tolerated_s > 0 and self.link_bps > 0):
-            raise UserError("options.tolerated_s, options.link_bps: must be positive")
 
 
 def check(settings: Settings, options: Any) -> None:
@@ -117,7 +107,7 @@ def run(context: Context, faults: Mapping[int, Sequence[LiveFault]] | None = Non
     """All cases, live and simulated; `faults` by seed."""
     settings, options = context.settings, context.options
     setting = simulated.Setting.of(context)
-    scale, facts = scale_of(options, settings.link.rate_bps)
+    scale, facts = calibrated(options, settings.link.rate_bps)
     context.progress(f"time runs {scale.time:g} times as fast, bytes are divided by {scale.bytes:g}")
     wire = Wire(settings.link, settings.transport, options.pieces, scale)
     logs = context.folder / "logs"

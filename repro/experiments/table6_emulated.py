@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from repro.errors import UserError
 from repro.experiments.base import Context, Outcome
 from repro.experiments.deployment import CASES, deployment, operating_points
-from repro.experiments.live import Deployment, Played, Wire, deployed
+from repro.experiments.live import Deployment, Played, Wire, calibrated, deployed
 from repro.experiments.study import run_once
 from repro.paper import tables
 from repro.record.directory import Record
@@ -28,7 +28,7 @@ from repro.record.request_metrics import UNITS, summarise
 from repro.report import style
 from repro.scheduling.throughput import Deployment as Planned
 from repro.scheduling.throughput import OperatingPoint
-from repro.serving.scale import Scale, calibrate, choose
+from repro.serving.scale import Scale, Scaling
 from repro.simulate.deployments import requests, shared_link, simulated
 from repro.simulate.spec import SimulationSpec
 from repro.simulate.stability import TOLERANCE, bisect, growth_of, lambda_max
@@ -45,38 +45,24 @@ METRICS = (
 
 
 @dataclass(frozen=True)
-class Emulated:
-    """Which deployments, effort and scale.
+class Emulated(Scaling):
+    """Which deployments, and the effort: `requests` are counted per rate, `search_requests` sent per rate that the search tries."""
 
-    `requests` are counted per rate; the search for Λ_max sends `search_requests` per rate that it tries. `time_scale` null lets a
-    calibration choose the fastest at which the lateness of timers adds at most `tolerated_s`, unscaled, to a request; `byte_scale` null
-    makes the link `link_bps` on this machine. A request's KVCache crosses in `pieces`.
-    """
-
+    NODE: ClassVar[str] = "options.emulate"
     cases: tuple[str, ...] = CASES
     requests: int = 2000
     search_requests: int = 1000
     search_width: float = 0.02
-    time_scale: float | None = None
-    byte_scale: float | None = None
-    tolerated_s: float = 0.05
-    link_bps: float = 1e9
-    pieces: int = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.cases or not set(self.cases) <= set(CASES):
             raise UserError(f"options.emulate.cases: {list(self.cases)}; accepted: some of {', '.join(CASES)}")
         for key in ("requests", "search_requests"):
             if getattr(self, key) < 100:
                 raise UserError(f"options.emulate.{key}: {getattr(self, key)}; accepted: 100 or more")
-        for key in ("tolerated_s", "link_bps", "search_width"):
-            if not getattr(self, key) > 0:
-                raise UserError(f"options.emulate.{key}: {getattr(self, key)} is not positive")
-        for key in ("time_scale", "byte_scale"):
-            if (value := getattr(self, key)) is not None and not value >= 1:
-                raise UserError(f"options.emulate.{key}: {value}; accepted: 1 or more, or null")
-        if not 1 <= self.pieces <= 1024:
-            raise UserError(f"options.emulate.pieces: {self.pieces}; accepted: 1 to 1024")
+        if not self.search_width > 0:
+            raise UserError(f"options.emulate.search_width: {self.search_width} is not positive")
 
 
 @dataclass(frozen=True)
@@ -93,31 +79,13 @@ class _Case:
         return requests(self.base, Poisson(rate_per_s), count, self.seed)
 
 
-def scale_of(options: Emulated, link_bps: float | None) -> tuple[Scale, dict[str, Any]]:
-    """The scale that was asked for, or the fastest that this machine holds; and what its timers were measured to do."""
-    found = calibrate()
-    if options.time_scale is None:
-        scale = choose(found, link_bps, tolerated_s=options.tolerated_s, most_bps=options.link_bps)
-    else:
-        scaled_bps = (link_bps or options.link_bps) * options.time_scale
-        scale = Scale(options.time_scale, max(1.0, scaled_bps / options.link_bps))
-    if options.byte_scale is not None:
-        scale = replace(scale, bytes=options.byte_scale)
-    return scale, {
-        "time_scale": scale.time,
-        "byte_scale": scale.bytes,
-        "timers_late_mean_s": found.mean_s,
-        "timers_late_p99_s": found.p99_s,
-    }
-
-
 def run(context: Context, options: Emulated) -> Outcome:
     """The three deployments, one after the other on the same machine."""
     settings = context.settings
     base = deployment(settings)
     true_mean = replace(settings, policy=replace(settings.policy, lengths="true_mean"))
     points = {case: point for case, point in operating_points(base, true_mean).items() if case in options.cases}
-    scale, facts = scale_of(options, settings.link.rate_bps)
+    scale, facts = calibrated(options, settings.link.rate_bps)
     context.progress(f"time runs {scale.time:g} times as fast, bytes are divided by {scale.bytes:g}")
     wire = Wire(settings.link, settings.transport, options.pieces, scale)
     logs = context.folder / "logs"

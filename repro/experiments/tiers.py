@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -126,7 +127,7 @@ def run(context: Context) -> Outcome:
     logs.mkdir(parents=True, exist_ok=True)
     played = dict[str, Played]()
     for tier in ("emulate", "execute"):
-        context.progress(f"{tier}: {len(spec.pd) and spec.pd[0].n_p + spec.pd[0].n_d + point.n_prfaas} instances")
+        context.progress(f"{tier}: {point.n_p + point.n_d + point.n_prfaas} instances")
         with deployed(
             spec, wire, logs, f"tiers-{tier}", settings.seed, computing if tier == "execute" else None
         ) as live:
@@ -149,7 +150,7 @@ def _profile(context: Context) -> PhaseProfile:
     """The profile that was asked for, else the model's own, measured now in as many threads as an instance will have."""
     settings, options = context.settings, context.options
     if settings.profile is not None:
-        return load_profile(settings.profile, context.folder.parent.parent / "profiles")
+        return load_profile(settings.profile, Path(settings.results) / "profiles")
     spec = one_model(settings)
     law = settings.workload.length_law()
     measuring = ProfileSpec(

@@ -28,28 +28,13 @@ from repro.scheduling.observations import InstanceReport, LinkReport, PdReport, 
 from repro.scheduling.placement import FewestHeld
 from repro.scheduling.scheduler import Pool, Scheduler
 from repro.scheduling.spec import SchedulerSpec
+from repro.scheduling.views import Sample
 from repro.serving import messages as say
 from repro.serving.clockwork import Clockwork
-from repro.serving.egress import EgressEstimate
+from repro.serving.egress import Egress
 from repro.serving.fleet import Fleet
 from repro.serving.instance import ATTEMPTS
 from repro.serving.scale import Scale
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The controllers of the PD cluster at a moment: what the simulator's samples hold, for the same figures."""
-
-    at_s: float
-    home: int
-    threshold_tokens: float
-    bandwidth_scarce: bool
-    n_p: int
-    n_d: int
-    utilisation: float
-    waiting_prfaas_s: float
-    waiting_pd_s: float
-    waiting_decode: int
 
 
 @dataclass
@@ -120,8 +105,10 @@ class Router:
             self._decoders.add(instance)
         self._limit = limit_requests
         self._hands_over = hands_over
-        self._egress = EgressEstimate(link_bps, 8 * scale.bytes / scale.time)
+        self._egress = Egress(link_bps, scale.time, scale.bytes)
         self._conversion: Conversion | None = None
+        #: Whether an instance has ended during the run.
+        self.died = False
         self._dead = set[str]()
         self._was: dict[str, Pool] = {}
         self._finished = self._finished_tokens = 0
@@ -340,6 +327,7 @@ class Router:
             return
         self.events.append((self._now_s(), str(how)))
         self._dead.add(name)
+        self.died = True
         cluster, _, index = name.partition(".")
         instance = int(index)
         for pool in self._pools(cluster, instance):
@@ -375,7 +363,7 @@ class Router:
         if self._prfaas_plan is None:
             return []
         found = [said for name, said in self.sending.items() if name.startswith("prfaas")]
-        return [self._egress.report(time.monotonic(), found, self.scale.time)]
+        return [self._egress.report(time.monotonic(), found)]
 
     def _beat(self, now_s: float) -> None:
         for name in self._prefillers():

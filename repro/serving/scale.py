@@ -6,15 +6,19 @@ reported unscaled. What is not scaled is this machine: its timers come late by s
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from repro.errors import UserError
 
+#: Timers and messages that a request waits for one after the other, each late by the mean that was measured.
+_HOPS = 6
+#: What an unlimited link counts as where bytes are scaled.
+_UNLIMITED_BPS = 100e9
 #: α that are tried, fastest first.
 _FACTORS = (25.0, 20.0, 15.0, 10.0, 7.5, 5.0, 3.0, 2.0, 1.0)
 
@@ -74,22 +78,48 @@ def calibrate(timers_per_s: float = 400.0, for_s: float = 1.5, threads: int = 4)
     return Calibration(float(found.mean()), float(np.quantile(found, 0.99)), len(found))
 
 
-def choose(
-    calibration: Calibration, link_bps: float | None, *, tolerated_s: float, most_bps: float, hops: int = 6
-) -> Scale:
-    """The fastest scale that keeps a request's lateness within `tolerated_s` (unscaled) and the link within `most_bps`.
+@dataclass(frozen=True)
+class Scaling:
+    """How an emulation is scaled.
 
-    A request waits for some `hops` timers and messages one after the other, each late by the mean that was measured.
-
-    Raises:
-        UserError: where even real time is too fast for this machine.
+    `time_scale` null lets a calibration choose the fastest at which late timers add at most `tolerated_s`, unscaled, to a request;
+    `byte_scale` null makes the link `link_bps` on this machine. A request's KVCache crosses in `pieces`.
     """
-    for factor in _FACTORS:
-        if hops * calibration.mean_s * factor <= tolerated_s:
-            scaled_bps = (link_bps or math.inf) * factor
-            byte_scale = max(1.0, scaled_bps / most_bps) if math.isfinite(scaled_bps) else 1000.0 * factor
-            return Scale(factor, byte_scale)
-    raise UserError(
-        f"options.time_scale: this machine's timers come {1e3 * calibration.mean_s:.2f} ms late, which no time scale keeps within "
-        f"{tolerated_s:g} s per request; accepted: a number, to run all the same"
-    )
+
+    #: Where these keys stand in the configuration.
+    NODE: ClassVar[str] = "options"
+    time_scale: float | None = None
+    byte_scale: float | None = None
+    tolerated_s: float = 0.05
+    link_bps: float = 1e9
+    pieces: int = 8
+
+    def __post_init__(self) -> None:
+        for key in ("time_scale", "byte_scale"):
+            if (value := getattr(self, key)) is not None and not value >= 1:
+                raise UserError(f"{self.NODE}.{key}: {value}; accepted: 1 or more, or null")
+        for key in ("tolerated_s", "link_bps"):
+            if not getattr(self, key) > 0:
+                raise UserError(f"{self.NODE}.{key}: {getattr(self, key)} is not positive")
+        if not 1 <= self.pieces <= 1024:
+            raise UserError(f"{self.NODE}.pieces: {self.pieces}; accepted: 1 to 1024")
+
+    def scale(self, found: Calibration, link_bps: float | None) -> Scale:
+        """The scale for a link of that rate, null an unlimited one, on a machine whose timers are `found` to be so late.
+
+        Raises:
+            UserError: where a scale is to be chosen and even real time is too fast for this machine.
+        """
+        factor = self.time_scale if self.time_scale is not None else self._fastest(found)
+        if self.byte_scale is not None:
+            return Scale(factor, self.byte_scale)
+        return Scale(factor, max(1.0, (link_bps or _UNLIMITED_BPS) * factor / self.link_bps))
+
+    def _fastest(self, found: Calibration) -> float:
+        for factor in _FACTORS:
+            if _HOPS * found.mean_s * factor <= self.tolerated_s:
+                return factor
+        raise UserError(
+            f"{self.NODE}.time_scale: timers of this machine come {1e3 * found.mean_s:.2f} ms late, which adds more than "
+            f"{self.NODE}.tolerated_s ({self.tolerated_s:g} s) to a request at any; accepted: a number, to run all the same"
+        )

@@ -76,7 +76,7 @@ class TorchInstance:
             self._engine.lock(receiver.memory)
         self._batch = RunningBatch(self._engine, self._log)
         self._waiting: list[_Arrived] = []
-        self._joined: dict[int, int] = {}
+        self._joined = set[int]()
         self._inbox: queue.SimpleQueue[Message | _Arrived | tuple[str, Sender]] = queue.SimpleQueue()
         self._senders: dict[str, Sender] = {}
         self._gone = set[int]()
@@ -139,6 +139,7 @@ class TorchInstance:
     def _prefill(self, asked: say.Prefill) -> None:
         key = asked.request * ATTEMPTS + asked.attempt
         if key in self._gone:
+            self._gone.discard(key)
             return
         sender = self._senders.get(asked.to or "")
         if sender is None:
@@ -186,6 +187,7 @@ class TorchInstance:
             arrived = self._waiting.pop(0)
             number, attempt = divmod(arrived.key, ATTEMPTS)
             if arrived.key in self._gone:
+                self._gone.discard(arrived.key)
                 continue
             try:
                 if isinstance(arrived.states, Exception) or arrived.handover is None:
@@ -196,12 +198,12 @@ class TorchInstance:
                 self._tell(say.Undelivered(number, attempt, f"the decode side refused it: {error}"))
                 continue
             self._batch.admit(arrived.handover)
-            self._joined[arrived.key] = 1
+            self._joined.add(arrived.key)
             self._tell(say.Delivered(number, attempt, arrived.at_s, arrived.payload_bytes))
 
     def _finish(self, generation: Generation) -> None:
         number, attempt = divmod(generation.handover.request_id, ATTEMPTS)
-        del self._joined[generation.handover.request_id]
+        self._joined.discard(generation.handover.request_id)
         self._log.take()
         self._tell(say.Decoding(number, attempt, generation.joined_s, generation.times_s[0]))
         self._tell(say.Finished(number, attempt, generation.times_s[-1], generation.tokens))
