@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from repro.errors import UserError
 from repro.experiments.base import EQUATIONS, HOMOGENEOUS, Context, Experiment, Outcome
 from repro.experiments.cost import SECONDS_PER_HOUR, fleets
-from repro.experiments.deployment import check_deployment, deployment, fewest_prfaas, operating_points, profile_files
+from repro.experiments.deployment import check_offloading, deployment, fewest_prfaas, operating_points, profile_files
 from repro.record.directory import Record
 from repro.record.metrics import Metric, each, value
 from repro.report import style
@@ -242,11 +242,9 @@ def _day(context: Context, base: Deployment) -> tuple[list[Metric], pd.DataFrame
     return rows, frame
 
 
-def check(settings: Settings, options: object) -> None:
+def check(settings: Settings, _: object) -> None:
     """There must be a PrfaaS cluster, and prices for both accelerators."""
-    check_deployment(settings, options)
-    if not settings.cluster.prfaas.instances:
-        raise UserError("cluster.prfaas.instances: 0; experiment=cost_map needs one or more")
+    check_offloading(settings)
     bills(settings, deployment(settings))
 
 

@@ -51,6 +51,21 @@ def check_deployment(settings: Settings, _: object = None) -> None:
     operating_points(deployment(settings), settings)
 
 
+def check_offloading(settings: Settings, _: object = None) -> None:
+    """`check_deployment`, and there must be a PrfaaS cluster to offload to. Raises UserError naming the key."""
+    check_deployment(settings)
+    if not settings.cluster.prfaas.instances:
+        raise UserError(f"cluster.prfaas.instances: 0; experiment={settings.name} needs one or more")
+
+
+def check_priced(settings: Settings, _: object = None) -> None:
+    """`check_offloading`, and both accelerators must have a price. Raises UserError naming the key."""
+    check_offloading(settings)
+    base = deployment(settings)
+    settings.cost.gpu_hour_usd(base.prfaas.accelerator)
+    settings.cost.gpu_hour_usd(base.pd.accelerator)
+
+
 def deployment(settings: Settings) -> Deployment:
     """The PrfaaS-PD deployment that the settings describe.
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments.base import EQUATIONS, HOMOGENEOUS, Context, Experiment, Outcome
-from repro.experiments.deployment import check_deployment, deployment, profile_files
+from repro.experiments.deployment import check_offloading, deployment, profile_files
 from repro.record.directory import Record
 from repro.record.metrics import each
 from repro.report import style
@@ -174,9 +174,7 @@ def _inputs(settings: Settings) -> list[Path]:
 
 def check(settings: Settings, options: Options) -> None:
     """There must be a PrfaaS cluster, and what `measured` names a record."""
-    check_deployment(settings, options)
-    if not settings.cluster.prfaas.instances:
-        raise UserError("cluster.prfaas.instances: 0; experiment=distance needs one or more")
+    check_offloading(settings)
     if options.measured is not None and not (Path(options.measured) / "tables" / "iperf3.csv").is_file():
         raise UserError(
             f"options.measured: {options.measured} is no record of experiment=link_fidelity; accepted: its folder, or null"

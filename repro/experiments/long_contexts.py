@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments.base import EQUATIONS, HOMOGENEOUS, Context, Experiment, Outcome
-from repro.experiments.deployment import check_deployment, deployment, profile_files
+from repro.experiments.deployment import check_offloading, deployment, profile_files
 from repro.profiles.base import PhaseProfile
 from repro.record.directory import Record
 from repro.record.metrics import value
@@ -162,13 +162,6 @@ def _break_even(settings: Settings, base: Deployment) -> float:
     return high
 
 
-def check(settings: Settings, options: object) -> None:
-    """There must be a PrfaaS cluster."""
-    check_deployment(settings, options)
-    if not settings.cluster.prfaas.instances:
-        raise UserError("cluster.prfaas.instances: 0; experiment=long_contexts needs one or more")
-
-
 def finding(record: Record) -> str:
     """Where the gain is largest and where it ends."""
     table = record.metrics
@@ -236,7 +229,7 @@ EXPERIMENT = Experiment(
     run=run,
     figures={"long_contexts": draw},
     options=Options,
-    check=check,
+    check=check_offloading,
     inputs=profile_files,
     finding=finding,
     hinges_on=(

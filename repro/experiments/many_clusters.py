@@ -14,13 +14,12 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments.base import EQUATIONS, Context, Experiment, Outcome
-from repro.experiments.deployment import check_deployment, deployment, fewest_prfaas, profile_files
+from repro.experiments.deployment import check_priced, deployment, fewest_prfaas, profile_files
 from repro.record.directory import Record
 from repro.record.metrics import each, value
 from repro.report import style
 from repro.scheduling.search import search
 from repro.scheduling.spec import PolicySpec
-from repro.settings import Settings
 
 _HOURS = 24
 
@@ -80,16 +79,6 @@ def run(context: Context) -> Outcome:
     return Outcome(rows, {"grid": pd.DataFrame(grid), "day": day})
 
 
-def check(settings: Settings, options: object) -> None:
-    """There must be a PrfaaS cluster, and prices for both accelerators."""
-    check_deployment(settings, options)
-    if not settings.cluster.prfaas.instances:
-        raise UserError("cluster.prfaas.instances: 0; experiment=many_clusters needs one or more")
-    base = deployment(settings)
-    settings.cost.gpu_hour_usd(base.prfaas.accelerator)
-    settings.cost.gpu_hour_usd(base.pd.accelerator)
-
-
 def finding(record: Record) -> str:
     """What the most spread of the largest group saves, and what it is without any spread."""
     most = min(each(record.table("grid")), key=lambda row: (row.shared_over_own, row.link_over_own))
@@ -133,7 +122,7 @@ EXPERIMENT = Experiment(
     run=run,
     figures={"many_clusters": draw},
     options=Options,
-    check=check,
+    check=check_priced,
     inputs=profile_files,
     finding=finding,
     hinges_on=(

@@ -24,11 +24,10 @@ from repro.experiments.table3 import one_model
 from repro.models.checkpoint import check_checkpoint
 from repro.models.layout import StateLayout
 from repro.models.spec import ModelSpec
-from repro.profiles.base import PhaseProfile, PrefillCurve
+from repro.profiles.base import PhaseProfile
 from repro.profiles.endpoint import EndpointMeasurement, measure_endpoint
-from repro.profiles.measured import ProfileSpec, fit_decode
+from repro.profiles.measured import ProfileSpec, fitted
 from repro.profiles.presets import save_profile
-from repro.profiles.sizes import kv_size
 from repro.record.metrics import Metric
 from repro.settings import Settings
 
@@ -93,27 +92,15 @@ def _profile(
     flags: list[str],
 ) -> PhaseProfile:
     fixed = measurement.fixed
-    return PhaseProfile(
-        name=name,
-        model=model,
-        accelerator=options.accelerator or "unknown",
-        gpus_per_instance=options.gpus_per_instance,
-        prefill=PrefillCurve(
-            tokens=tuple(float(timing.tokens) for timing in measurement.prefill),
-            seconds=tuple(timing.seconds for timing in measurement.prefill),
-        ),
-        kv=kv_size(states),
-        decode=fit_decode(measurement.decode, options.slo_tokens_per_s),
-        prefill_source="measured",
-        kv_source="computed",
-        decode_source="measured",
+    return fitted(
+        name, model, options.accelerator or "unknown", options, measurement.prefill, measurement.decode, states,
         notes=(
             f"Of a running engine, one request at a time, the exchange itself taken off. Fixed part {fixed.fixed_s:.4g} s. "
             f"Prefix caching {measurement.prefix_cache}. Lengths ended by {measurement.stopped}."
             + "".join(f" Flagged: {flag}." for flag in flags)
         ),
         provenance={"served model": served, "prefix caching": measurement.prefix_cache, "flags": str(len(flags))},
-    )
+    )  # fmt: skip
 
 
 def _timings(measurement: EndpointMeasurement, states: StateLayout) -> pd.DataFrame:

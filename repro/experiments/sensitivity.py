@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from repro.errors import UserError
 from repro.experiments import spread
 from repro.experiments.base import EQUATIONS, HOMOGENEOUS, TRACE_LENGTHS, Context, Experiment, Outcome
-from repro.experiments.deployment import check_deployment, deployment, operating_points, profile_files
+from repro.experiments.deployment import check_priced, deployment, operating_points, profile_files
 from repro.profiles.base import PhaseProfile, PrefillCurve
 from repro.record.directory import Record
 from repro.record.metrics import each, value
@@ -231,16 +231,6 @@ def _drawn(options: Options, rng: np.random.Generator) -> dict[str, float]:
     }
 
 
-def check(settings: Settings, options: object) -> None:
-    """There must be a PrfaaS cluster, and prices for both accelerators."""
-    check_deployment(settings, options)
-    if not settings.cluster.prfaas.instances:
-        raise UserError("cluster.prfaas.instances: 0; experiment=sensitivity needs one or more")
-    base = deployment(settings)
-    settings.cost.gpu_hour_usd(base.prfaas.accelerator)
-    settings.cost.gpu_hour_usd(base.pd.accelerator)
-
-
 def finding(record: Record) -> str:
     """The gain, what moves it most, and how much of it each missing baseline explains."""
     table, bars = record.metrics, record.table("tornado").dropna()
@@ -342,7 +332,7 @@ EXPERIMENT = Experiment(
     run=run,
     figures={"tornado": draw_tornado, "baselines": draw_baselines},
     options=Options,
-    check=check,
+    check=check_priced,
     inputs=profile_files,
     effort=("seed", "options.draws"),
     finding=finding,

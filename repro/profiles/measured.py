@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -327,20 +327,40 @@ def profile_of(
     name: str, model: str, accelerator: str, measurement: Measurement, layout: StateLayout, spec: ProfileSpec
 ) -> PhaseProfile:
     """The profile that the other tiers use, with what it was measured on."""
+    return fitted(
+        name, model, accelerator, spec, measurement.prefill, measurement.decode, layout,
+        notes=f"Prefill in chunks of {spec.chunk} tokens; lengths ended by {measurement.stopped}.",
+        provenance={f"kernel {key}": value for key, value in measurement.kernels.items()},
+    )  # fmt: skip
+
+
+def fitted(
+    name: str,
+    model: str,
+    accelerator: str,
+    spec: ProfileSpec,
+    prefill: Sequence[Timing],
+    decode: Sequence[Timing],
+    layout: StateLayout,
+    *,
+    notes: str,
+    provenance: dict[str, str],
+) -> PhaseProfile:
+    """A profile through measured times: T_prefill at its lengths, T_decode fitted, S_kv of the layout."""
     return PhaseProfile(
         name=name,
         model=model,
         accelerator=accelerator,
         gpus_per_instance=spec.gpus_per_instance,
         prefill=PrefillCurve(
-            tokens=tuple(float(t.tokens) for t in measurement.prefill),
-            seconds=tuple(t.seconds for t in measurement.prefill),
+            tokens=tuple(float(t.tokens) for t in prefill),
+            seconds=tuple(t.seconds for t in prefill),
         ),
         kv=kv_size(layout),
-        decode=fit_decode(measurement.decode, spec.slo_tokens_per_s),
+        decode=fit_decode(tuple(decode), spec.slo_tokens_per_s),
         prefill_source="measured",
         kv_source="computed",
         decode_source="measured",
-        notes=f"Prefill in chunks of {spec.chunk} tokens; lengths ended by {measurement.stopped}.",
-        provenance={f"kernel {key}": value for key, value in measurement.kernels.items()},
+        notes=notes,
+        provenance=provenance,
     )
