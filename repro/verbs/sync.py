@@ -46,7 +46,9 @@ def uploaded(path: Path) -> bool:
 
 def _sync(path: Path) -> bool:
     data = path.parents[1]
-    places = {"WANDB_DATA_DIR": data, "WANDB_CACHE_DIR": data / "cache", "WANDB_CONFIG_DIR": data / "config"}
+    places = {
+        "WANDB_DIR": data, "WANDB_DATA_DIR": data, "WANDB_CACHE_DIR": data / "cache", "WANDB_CONFIG_DIR": data / "config",
+    }  # fmt: skip
     environment = os.environ | {name: str(place.resolve()) for name, place in places.items()}
     command = [sys.executable, "-m", "wandb", "sync", "--include-synced", str(path.parent)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
