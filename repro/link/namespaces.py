@@ -136,21 +136,27 @@ def tune_tcp(namespaces: Namespaces, spec: LinkSpec) -> tuple[dict[str, int | st
     largest = int(min(max(4 * (spec.bdp_bytes() + queue), _SMALLEST_BUFFER_BYTES), _LARGEST_BUFFER_BYTES))
     if spec.base_rate_bps("forward") is None:
         largest = 32 << 20
-    lost = []
+    lost: list[str] = []
+    unknown: list[str] = []
     for side in ADDRESSES:
         with namespaces.inside(side):
             _sysctl("ipv4/tcp_wmem", f"4096 131072 {largest}")
             _sysctl("ipv4/tcp_rmem", f"4096 131072 {largest}")
             _sysctl("ipv4/tcp_no_metrics_save", "1")
+            if spec.rto_min_s is not None:
+                try:
+                    _sysctl("ipv4/tcp_rto_min_us", str(max(round(1e6 * spec.rto_min_s), 1)))
+                except OSError:
+                    lost.append("smallest retransmission timeout: not to be set in this kernel")
             if spec.congestion_control is not None:
                 try:
                     _congestion_control(side, spec.congestion_control)
                 except UserError:
-                    lost = [f"congestion control {spec.congestion_control}: not in this kernel"]
+                    unknown = [f"congestion control {spec.congestion_control}: not in this kernel"]
             control = _path("ipv4/tcp_congestion_control").read_text().strip()
-    if spec.congestion_control is not None and not lost:
+    if spec.congestion_control is not None and not unknown:
         control = spec.congestion_control
-    return {"tcp_buffer_bytes": largest, "congestion_control": control}, lost
+    return {"tcp_buffer_bytes": largest, "congestion_control": control}, [*dict.fromkeys(lost), *unknown]
 
 
 def _congestion_control(side: Side, name: str) -> None:

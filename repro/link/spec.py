@@ -29,6 +29,8 @@ CONGESTION_CONTROLS = ("cubic", "bbr", "reno")
 TCP_HEADERS_BYTES = 52
 #: Trace lines are opportunities to send this much (Mahimahi's convention).
 MAHIMAHI_BYTES = 1500
+#: What Linux waits at least before it sends again; a route or a namespace may say otherwise.
+KERNEL_RTO_MIN_S = 0.2
 #: A queue of a single millisecond at 1 Gbps holds one super-packet; less than this many bytes and TCP cannot even
 #: keep two in it.
 SMALLEST_QUEUE_BYTES = 16 * 1500
@@ -90,6 +92,8 @@ class LinkSpec:
             then on, repeated for ever: Mahimahi's format (one millisecond timestamp per 1500 bytes) or CSV with the
             header `at_s,rate_bps`.
         congestion_control: of TCP on both sides; None leaves the kernel's.
+        rto_min_s: TCP's smallest retransmission timeout on both sides; None leaves the kernel's, which an emulation scales as any
+            other time.
         mtu_bytes: of the IP packets on the link.
         source: where the numbers come from.
     """
@@ -110,6 +114,7 @@ class LinkSpec:
     capacity_trace: str | None = None
     reverse_capacity_trace: str | None = None
     congestion_control: str | None = None
+    rto_min_s: float | None = None
     mtu_bytes: int = 1500
     seed: int = 0
     backend: str = "auto"
@@ -123,6 +128,8 @@ class LinkSpec:
             _at_least(0, f"link.{name}", getattr(self, name))
         _probability("link.loss", self.loss)
         _probability("link.loss_in_burst", self.loss_in_burst)
+        if self.rto_min_s is not None and not self.rto_min_s > 0:
+            raise UserError(f"link.rto_min_s: {self.rto_min_s:g}; accepted: seconds above 0, or null for the kernel's")
         _at_least(1, "link.loss_burst_segments", self.loss_burst_segments)
         if self.loss_burst_segments > 1 and self.loss >= self.loss_in_burst:
             raise UserError(f"link.loss: {self.loss:g}; accepted: less than loss_in_burst, {self.loss_in_burst:g}")
@@ -240,6 +247,7 @@ class LinkSpec:
             jitter_s=self.jitter_s / time_scale,
             jitter_correlation_s=self.jitter_correlation_s / time_scale,
             queue_s=self.queue_s / time_scale,
+            rto_min_s=(self.rto_min_s or KERNEL_RTO_MIN_S) / time_scale,
             queue_bytes=None if self.queue_bytes is None else max(1, round(self.queue_bytes / byte_scale)),
             schedule=tuple(
                 LinkChange(

@@ -177,6 +177,18 @@ def test_congestion_control_and_buffers_are_set_inside_the_link_only(opened: Cal
     assert Path("/proc/sys/net/ipv4/tcp_wmem").read_text() == outside
 
 
+def test_an_emulation_scales_what_tcp_waits_before_it_sends_again(opened: Callable[..., Link]) -> None:
+    name = Path("/proc/sys/net/ipv4/tcp_rto_min_us")
+    if not name.exists():
+        pytest.skip("this kernel lets no namespace have a retransmission timeout of its own")
+    outside = name.read_text()
+    link = opened(backend="packet", rate_bps=1e8, rto_min_s=0.02)
+    for side in ("prefill", "decode"):
+        found, _ = python(link, side, f"print(open({str(name)!r}).read())").communicate(timeout=20)
+        assert int(found) == 20_000
+    assert name.read_text() == outside
+
+
 def test_two_links_at_once_do_not_meet(opened: Callable[..., Link]) -> None:
     first, second = (opened(backend="packet", rate_bps=100e6) for _ in range(2))
     results: list[bool] = []

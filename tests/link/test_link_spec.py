@@ -31,6 +31,7 @@ def test_every_preset_is_a_valid_link_that_says_where_its_numbers_come_from(pres
         ({"backend": "wifi"}, "link.backend"),
         ({"jitter_distribution": "odd"}, "link.jitter_distribution"),
         ({"congestion_control": "warp"}, "link.congestion_control"),
+        ({"rto_min_s": 0.0}, "link.rto_min_s"),
         ({"mtu_bytes": 100}, "link.mtu_bytes"),
         ({"queue_s": 0.0}, "link.queue_s"),
         ({"capacity_trace": "/nowhere"}, "link.capacity_trace"),
@@ -84,6 +85,7 @@ def test_scaling_keeps_every_ratio_of_the_link() -> None:
     assert scaled.rate_bps == pytest.approx(1e9)
     assert scaled.rtt_s == pytest.approx(0.004)
     assert scaled.schedule[0].at_s == pytest.approx(6)
+    assert scaled.rto_min_s == pytest.approx(0.02)  # of the kernel's 0.2 s
     assert scaled.bdp_bytes() / (scaled.queue_bytes or 0) == pytest.approx(spec.bdp_bytes() / 10**6)
     assert spec.scaled(1, 1) is spec
 
