@@ -78,7 +78,7 @@ class _Answering(Fleet):
     def tell(self, name: str, said: say.ToInstance) -> None:
         """Take an order and answer it."""
         now_s = time.monotonic()
-        json.dumps(say.fields(said), separators=(",", ":"))
+        say.encoded(said)
         match said:
             case say.Prefill(request, attempt, _, _, _, kv_bytes, to):
                 self.sent_s[request] = now_s
@@ -97,7 +97,7 @@ class _Answering(Fleet):
         self._say(name, say.Finished(request, attempt, now_s))
 
     def _say(self, name: str, said: say.FromInstance) -> None:
-        self._heard(name, say.from_instance(json.loads(json.dumps(say.fields(said)))))
+        self._heard(name, say.from_instance(json.loads(say.encoded(said))))
 
 
 @dataclass(frozen=True)

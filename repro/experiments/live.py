@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from repro.serving.messages import FromInstance, Report
 from repro.serving.router import Router
 from repro.serving.scale import Scale, Scaling, calibrate
 from repro.simulate.spec import SimulationSpec
+from repro.simulate.stability import TOLERANCE, bisect, growth_of
 from repro.transport import TransportSpec
 from repro.workload.stream import RequestBatch
 
@@ -207,7 +208,7 @@ class Deployment:
         router.start(fleet, scale)
         load.start()
         try:
-            with FaultSchedule(faults, fleet, scale, self._replace):
+            with FaultSchedule(faults, fleet, router, scale, self._replace):
                 while not load.join(0.2):
                     if router.overloaded:
                         load.stop()
@@ -271,3 +272,23 @@ def deployed(
         Deployment(spec, wire, link, log_directory, seed, computing) as running,
     ):
         yield running
+
+
+def lambda_max_of(
+    live: Deployment,
+    stream: Callable[[float], Iterable[RequestBatch]],
+    guess_per_s: float,
+    width: float,
+    near: float,
+    tell: Callable[[str], None],
+) -> tuple[float, float]:
+    """The highest rate whose queues stay and the lowest whose queues grow, on the running system; `stream` draws the requests of a rate."""
+
+    def stable(rate_per_s: float) -> bool:
+        played = live.play(stream(rate_per_s), drain_s=0.0)
+        done = played.requests
+        grows = math.inf if played.overloaded else growth_of(done["arrival_s"].to_numpy(), done["finish_s"].to_numpy())
+        tell(f"{rate_per_s:.3f} req/s is {'stable' if grows <= TOLERANCE else 'too much'} (growth {grows:+.4f})")
+        return bool(grows <= TOLERANCE)
+
+    return bisect(stable, guess_per_s, width, near)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import count, cycle
-from typing import Literal
+from typing import Any, get_args
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from repro.experiments.deployment import profile_files
 from repro.experiments.live_study import value
 from repro.experiments.simulated import Setting
 from repro.record.directory import Record
-from repro.serving.faults import LiveFault
+from repro.serving.faults import ROUTER, Kind, LiveFault
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,14 @@ class Options(live_study.Options):
     """`faults` is the whole schedule. Where it is empty, an instance drawn by the seed has one of `kinds` in turn every `every_s`.
 
     It is well again, or its successor is started, `for_s` later; one that is stopped is taken for dead after 3 s of this machine. A
-    slow one takes `factor` times as long. Seconds are the deployment's.
+    slow one takes `factor` times as long. Of `kinds`, out_of_memory is drawn for PD instances only, and restart is the router's.
+    Seconds are the deployment's.
     """
 
     cases: tuple[str, ...] = ("two_timescale",)
     every_s: float = 50.0
     for_s: float = 45.0
-    kinds: tuple[Literal["kill", "stop", "slow"], ...] = ("kill", "stop", "kill", "slow")
+    kinds: tuple[Kind, ...] = ("kill", "stop", "kill", "slow")
     factor: float = 3.0
     faults: tuple[LiveFault, ...] = ()
 
@@ -42,7 +43,7 @@ class Options(live_study.Options):
         if not (self.every_s > 0 and self.for_s > 0 and self.factor > 0):
             raise UserError("options.every_s, for_s, factor: must be positive")
         if not self.kinds:
-            raise UserError("options.kinds: none; accepted: some of kill, stop, slow")
+            raise UserError(f"options.kinds: none; accepted: some of {', '.join(get_args(Kind))}")
 
 
 def run(context: Context) -> Outcome:
@@ -55,18 +56,24 @@ def run(context: Context) -> Outcome:
     return live_study.run(context, {seed: options.faults or drawn(options, names, seed) for seed in seeds})
 
 
-def drawn(options: Options, names: list[str], seed: int) -> tuple[LiveFault, ...]:
-    """A fault every `every_s`, at an instance that has none at that time."""
+def drawn(options: Any, names: list[str], seed: int) -> tuple[LiveFault, ...]:
+    """A fault every `every_s` up to `duration_s`, of `kinds` in turn, at an instance that has none at that time."""
     rng, kinds, found = np.random.default_rng(seed), cycle(options.kinds), list[LiveFault]()
     for number in count(1):
         at_s = number * options.every_s
         if at_s >= options.duration_s:
             break
+        kind = next(kinds)
         ill = {fault.instance for fault in found if at_s < fault.at_s + 2 * fault.for_s}
-        well = [name for name in names if name not in ill]
+        able = (
+            [ROUTER]
+            if kind == "restart"
+            else [name for name in names if kind != "out_of_memory" or name.startswith("pd")]
+        )
+        well = [name for name in able if name not in ill]
         if well:
             name = well[int(rng.integers(len(well)))]
-            found.append(LiveFault(name, at_s, options.for_s, next(kinds), options.factor))
+            found.append(LiveFault(name, at_s, options.for_s, kind, options.factor))
     return tuple(found)
 
 

@@ -144,11 +144,11 @@ def run(context: Context, faults: Mapping[int, Sequence[LiveFault]] | None = Non
 
 
 def simulated_faults(spec: SimulationSpec, faults: Sequence[LiveFault]) -> tuple[Fault, ...]:
-    """The same faults for the simulator: an instance that is stopped is as good as dead; it knows no slow ones."""
+    """The same faults for the simulator: an instance that is stopped is as good as dead; it knows no others."""
     found = []
     for fault in faults:
-        cluster, _, index = fault.instance.partition(".")
-        if fault.kind != "slow":
+        if fault.kind in ("kill", "stop"):
+            cluster, _, index = fault.instance.partition(".")
             home = "pd_p" if int(index) < spec.pd[0].n_p else "pd_d"
             found.append(
                 Fault("prfaas" if cluster == "prfaas0" else home, int(index), fault.at_s, fault.for_s)  # type: ignore[arg-type]

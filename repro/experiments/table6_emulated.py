@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,7 +18,7 @@ from matplotlib.figure import Figure
 from repro.errors import UserError
 from repro.experiments.base import Context, Outcome
 from repro.experiments.deployment import CASES, deployment, operating_points
-from repro.experiments.live import Deployment, Played, Wire, calibrated, deployed
+from repro.experiments.live import Deployment, Played, Wire, calibrated, deployed, lambda_max_of
 from repro.experiments.study import run_once
 from repro.paper import tables
 from repro.record.directory import Record
@@ -31,7 +30,7 @@ from repro.scheduling.throughput import OperatingPoint
 from repro.serving.scale import Scale, Scaling
 from repro.simulate.deployments import requests, shared_link, simulated
 from repro.simulate.spec import SimulationSpec
-from repro.simulate.stability import TOLERANCE, bisect, growth_of, lambda_max
+from repro.simulate.stability import lambda_max
 from repro.workload.arrivals import Poisson
 from repro.workload.stream import Independent
 
@@ -114,17 +113,14 @@ def run(context: Context, options: Emulated) -> Outcome:
 
 def _search(context: Context, live: Deployment, case: _Case, options: Emulated) -> tuple[float, float]:
     """The highest rate whose queues stay and the lowest whose queues grow, on the running system."""
-
-    def stable(rate_per_s: float) -> bool:
-        played = live.play(case.stream(rate_per_s, options.search_requests), drain_s=0.0)
-        done = played.requests
-        grows = np.inf if played.overloaded else growth_of(done["arrival_s"].to_numpy(), done["finish_s"].to_numpy())
-        context.progress(
-            f"{case.name}: {rate_per_s:.3f} req/s is {'stable' if grows <= TOLERANCE else 'too much'} (growth {grows:+.4f})"
-        )
-        return bool(grows <= TOLERANCE)
-
-    return bisect(stable, case.point.lambda_max, options.search_width, near=0.04)
+    return lambda_max_of(
+        live,
+        lambda rate: case.stream(rate, options.search_requests),
+        case.point.lambda_max,
+        options.search_width,
+        0.04,
+        lambda words: context.progress(f"{case.name}: {words}"),
+    )
 
 
 def _throughput(context: Context, case: _Case, low: float, high: float, options: Emulated) -> list[Metric]:

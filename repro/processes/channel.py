@@ -52,7 +52,10 @@ class Channel:
             OSError: where the peer has gone, or does not read within the send timeout; the channel is then closed.
             ValueError: for a frame beyond the bound.
         """
-        text = json.dumps(message, separators=(",", ":")).encode()
+        self.send_text(json.dumps(message, separators=(",", ":")).encode(), beside)
+
+    def send_text(self, text: bytes, beside: bytes = b"") -> None:
+        """As `send`, of a message that is a JSON object already."""
         if max(len(text), len(beside)) > MAX_FRAME_BYTES:
             raise ValueError(
                 f"a message of {max(len(text), len(beside))} bytes; at most {MAX_FRAME_BYTES} are accepted"

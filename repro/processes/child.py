@@ -152,6 +152,12 @@ class Child:
         with contextlib.suppress(OSError):
             self._channel.send({"kind": kind, **fields}, beside)
 
+    def send_text(self, text: bytes) -> None:
+        """As `send`, of a message that is a JSON object with its `kind` already."""
+        assert self._channel is not None
+        with contextlib.suppress(OSError):
+            self._channel.send_text(text)
+
     def ask(self, kind: str, timeout_s: float = 10.0, **fields: Any) -> Message:
         """A question and its answer.
 

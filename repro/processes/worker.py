@@ -53,6 +53,10 @@ class Parent:
         """Tell the parent; waits while it does not read. Safe from any thread. Raises OSError when it has gone."""
         self._channel.send({"kind": kind, **fields})
 
+    def send_text(self, text: bytes) -> None:
+        """As `send`, of a message that is a JSON object with its `kind` already."""
+        self._channel.send_text(text)
+
     def send_beside(self, kind: str, beside: bytes, **fields: Any) -> None:
         """As `send`, with bytes beside the message."""
         self._channel.send({"kind": kind, **fields}, beside)
@@ -109,9 +113,10 @@ def run_worker(work: Callable[[Parent, Message], None], *, beat: bool = True) ->
     parent = Parent()
 
     def fail(error: BaseException | None) -> None:
-        if not isinstance(error, UserError):
-            traceback.print_exception(error)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # the disk of its log may be full
+            if not isinstance(error, UserError):
+                traceback.print_exception(error)
+            sys.stderr.flush()
         with contextlib.suppress(OSError):  # the parent may have gone first
             parent.send(
                 "failed", error=str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -127,5 +132,6 @@ def run_worker(work: Callable[[Parent, Message], None], *, beat: bool = True) ->
         os._exit(1)
     except BaseException as error:
         fail(error)
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os._exit(0)

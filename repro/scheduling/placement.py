@@ -163,6 +163,7 @@ class FewestHeld:
 
     def __init__(self) -> None:
         self._held: dict[int, int] = {}
+        self._paused: set[int] = set()
 
     def add(self, instance: int) -> None:
         """Let an instance take requests."""
@@ -171,13 +172,25 @@ class FewestHeld:
     def remove(self, instance: int) -> None:
         """Give an instance no more requests."""
         self._held.pop(instance, None)
+        self._paused.discard(instance)
+
+    def pause(self, instance: int) -> None:
+        """Pass an instance over as long as there is another; what it holds stays counted."""
+        if instance in self._held:
+            self._paused.add(instance)
+
+    def resume(self, instance: int) -> None:
+        """Count an instance in again."""
+        self._paused.discard(instance)
 
     def take(self) -> int | None:
         """Give a request to an instance and return its id; None where there is none."""
-        if not self._held:
+        held = self._held
+        if not held:
             return None
-        instance = min(self._held, key=lambda one: (self._held[one], one))
-        self._held[instance] += 1
+        able = (held.keys() - self._paused or held) if self._paused else held
+        instance = min(able, key=lambda one: (held[one], one))
+        held[instance] += 1
         return instance
 
     def release(self, instance: int) -> None:

@@ -1,52 +1,92 @@
-"""Faults of a live deployment, by a schedule: instances that are killed, stopped or slow, at times of the deployment.
+"""Faults of a live deployment, by a schedule: instances killed, stopped, slow, without memory or disk, and the router started anew.
 
-They are done to the processes from outside (SIGKILL, SIGSTOP): the system has to notice them by itself.
+They are done to the processes from outside (SIGKILL, SIGSTOP, limits of the kernel) or told to the instance itself: the system has to
+notice what they do by itself. Faults of the link are its own schedule.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, get_args
 
 from repro.errors import UserError
 from repro.serving import messages as say
 from repro.serving.fleet import Fleet
 from repro.serving.scale import Scale
 
+Kind = Literal["kill", "stop", "slow", "out_of_memory", "disk_full", "restart"]
+#: What the router is called where an instance has its name.
+ROUTER = "router"
+
 
 @dataclass(frozen=True)
 class LiveFault:
-    """At `at_s` an instance ("prfaas0.1", "pd0.3") is killed, stopped, or takes `factor` times as long; it is well again `for_s` later.
+    """A fault at `at_s` of an instance ("prfaas0.1", "pd0.3"), or of the router; all is well again `for_s` later.
 
-    A killed instance is started anew then; a stopped one goes on, unless it was taken for dead meanwhile and replaced.
+    `kill`: started anew then. `stop`: goes on, unless it was taken for dead meanwhile and replaced. `slow`: takes `factor` times as
+    long. `out_of_memory`: a PD instance takes no request into its batch. `disk_full`: what it writes to files fails. `restart`: the
+    router is gone for so long, then begins with nothing but what its clients ask again.
     """
 
     instance: str
     at_s: float
     for_s: float
-    kind: Literal["kill", "stop", "slow"] = "kill"
+    kind: Kind = "kill"
     factor: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("kill", "stop", "slow"):
-            raise UserError(f"faults.kind: {self.kind!r} is unknown; accepted: kill, stop, slow")
+        if self.kind not in get_args(Kind):
+            raise UserError(f"faults.kind: {self.kind!r} is unknown; accepted: {', '.join(get_args(Kind))}")
         if self.at_s < 0 or not self.for_s > 0 or not self.factor > 0:
             raise UserError("faults: at_s must not be negative, for_s and factor must be positive")
+        if (self.kind == "restart") != (self.instance == ROUTER):
+            raise UserError(
+                f"faults.instance: {self.instance!r} for {self.kind}; accepted: restart of the {ROUTER} alone"
+            )
+        if self.kind == "out_of_memory" and not self.instance.startswith("pd"):
+            raise UserError(
+                f"faults.instance: {self.instance!r} decodes nothing; accepted for out_of_memory: pd0.<index>"
+            )
+
+
+class Restartable(Protocol):
+    """The router, as far as faults are concerned."""
+
+    def go_down(self) -> None:
+        """End it."""
+        ...
+
+    def come_up(self) -> None:
+        """Start it anew."""
+        ...
+
+    def note(self, words: str) -> None:
+        """Put an event into the record."""
+        ...
 
 
 class FaultSchedule:
     """Does the faults while a run goes on; `replace(name)` starts an instance anew. A context manager around the run."""
 
-    def __init__(self, faults: Sequence[LiveFault], fleet: Fleet, scale: Scale, replace: Callable[[str], None]) -> None:
-        if unknown := sorted({fault.instance for fault in faults} - set(fleet.names)):
-            raise UserError(f"faults.instance: {unknown[0]!r} is none; accepted: {', '.join(fleet.names)}")
+    def __init__(
+        self,
+        faults: Sequence[LiveFault],
+        fleet: Fleet,
+        router: Restartable,
+        scale: Scale,
+        replace: Callable[[str], None],
+    ) -> None:
+        if unknown := sorted({fault.instance for fault in faults} - {*fleet.names, ROUTER}):
+            raise UserError(f"faults.instance: {unknown[0]!r} is none; accepted: {', '.join((*fleet.names, ROUTER))}")
         self._fleet = fleet
+        self._router = router
         self._scale = scale
         self._replace = replace
         steps: list[tuple[float, Callable[[LiveFault], None], LiveFault]] = []
@@ -76,19 +116,48 @@ class FaultSchedule:
             do(fault)
 
     def _begin(self, fault: LiveFault) -> None:
-        if fault.kind == "slow":
-            self._fleet.tell(fault.instance, say.Slow(fault.factor))
-        else:
-            self._signal(fault.instance, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+        self._router.note(f"fault {fault.kind} of {fault.instance}")
+        match fault.kind:
+            case "kill" | "stop":
+                self._signal(fault.instance, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+            case "slow":
+                self._fleet.tell(fault.instance, say.Slow(fault.factor))
+            case "out_of_memory":
+                self._fleet.tell(fault.instance, say.Memory(full=True))
+            case "disk_full":
+                self._allow_files(fault.instance, 0)
+            case "restart":
+                self._router.go_down()
 
     def _end(self, fault: LiveFault) -> None:
-        if fault.kind == "slow":
-            self._fleet.tell(fault.instance, say.Slow(1.0))
-        elif fault.kind == "stop" and self._fleet.is_alive(fault.instance):
-            self._signal(fault.instance, signal.SIGCONT)
-        else:
-            self._replace(fault.instance)
+        match fault.kind:
+            case "kill":
+                self._replace(fault.instance)
+            case "stop" if self._fleet.is_alive(fault.instance):
+                self._signal(fault.instance, signal.SIGCONT)
+            case "stop":
+                self._replace(fault.instance)
+            case "slow":
+                self._fleet.tell(fault.instance, say.Slow(1.0))
+            case "out_of_memory":
+                self._fleet.tell(fault.instance, say.Memory(full=False))
+            case "disk_full":
+                self._allow_files(fault.instance, resource.RLIM_INFINITY)
+            case "restart":
+                self._router.come_up()
 
     def _signal(self, name: str, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._fleet.pid(name), number)
+
+    def _allow_files(self, name: str, most_bytes: int) -> None:
+        """Let no file of an instance grow beyond that, as on a disk that is full: writes fail with EFBIG in place of ENOSPC."""
+        try:
+            pid = self._fleet.pid(name)
+            _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+            most = hard if most_bytes == resource.RLIM_INFINITY else most_bytes
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (most, hard))
+        except ProcessLookupError:
+            pass  # it has ended
+        except PermissionError as error:
+            self._router.note(f"fault disk_full of {name} could not be done: {error.strerror}")

@@ -127,6 +127,8 @@ class Fleet:
         self._failure: Ended | None = None
         self._serving = False
         self._coming = set[str]()
+        #: Every process that it ever started.
+        self.pids = set[int]()
 
     def start(self, places: Mapping[Place, Config]) -> None:
         """Start all instances at once and connect whoever sends to every PD instance; returns when they serve.
@@ -146,9 +148,9 @@ class Fleet:
 
     def _start(self, place: Place, config: Config) -> None:
         self._places[place.name] = place
-        self._children[place.name] = self._launcher.start(
-            place, config, partial(self._hear, place.name), partial(self._end, place.name)
-        )
+        child = self._launcher.start(place, config, partial(self._hear, place.name), partial(self._end, place.name))
+        self._children[place.name] = child
+        self.pids.add(child.pid)
 
     def _sends(self, one: Place, other: Place) -> bool:
         return other.side == "decode" and one != other and (one.side == "prefill" or self._hands_over)
@@ -170,7 +172,7 @@ class Fleet:
 
     def tell(self, name: str, said: say.ToInstance) -> None:
         """Give an instance a message; one that has ended does not hear it."""
-        self._children[name].send(**say.fields(said))
+        self._children[name].send_text(say.encoded(said))
 
     def tell_all(self, said: say.ToInstance) -> None:
         """Give every instance a message."""
@@ -200,19 +202,19 @@ class Fleet:
 
     def _hear(self, name: str, message: Message) -> None:
         said = say.from_instance(message)
-        ready = []
+        if not isinstance(said, say.Ready | say.Connected):
+            self._heard(name, said)
+            return
         with self._changed:
             if isinstance(said, say.Ready):
                 self._ports[name] = said.port
                 if name in self._coming:
                     self._reconnect(self._places[name])
-            elif isinstance(said, say.Connected):
+            else:
                 self._connections.add((name, said.name))
             ready = [one for one in self._coming if one in self._ports and self._is_connected(self._places[one])]
             self._coming.difference_update(ready)
             self._changed.notify_all()
-        if not isinstance(said, say.Ready | say.Connected):
-            self._heard(name, said)
         for one in ready:
             self._heard(one, say.Ready(self._ports[one]))
 

@@ -31,8 +31,8 @@ from repro.transport import Delivery, Receiver, Sender, TransferFailed, Transpor
 
 #: A request's number on the wire is number × this + attempt.
 ATTEMPTS = 64
-#: Pieces are cut from one block of random bytes, so that nothing on the way can compress them.
-_PAYLOAD_BYTES = 32 << 20
+#: Pieces are cut from one block of random bytes, so that nothing on the way can compress them; none may be larger.
+MAX_PIECE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,10 @@ class Instance:
         self._joined_s: dict[int, float] = {}
         self._senders: dict[str, Sender] = {}
         self._sent_to: dict[int, str] = {}
+        self._full = False
         self._armed_s = dict[str, float]()
         self._bytes = memoryview(
-            np.random.default_rng(config.seed).bytes(1 if receiver is not None else _PAYLOAD_BYTES)
+            np.random.default_rng(config.seed).bytes(1 if receiver is not None else MAX_PIECE_BYTES)
         )
 
     def hear(self, message: Message) -> None:
@@ -99,11 +100,13 @@ class Instance:
                 threading.Thread(target=self._connect, args=(told,), name=f"connect {told.name}", daemon=True).start()
             case say.Slow():
                 self._prefill.slow = self._decode.slow = told.factor
+            case say.Memory():
+                self._full = told.full
             case say.Report():
                 self._report()
 
     def _tell(self, said: say.FromInstance) -> None:
-        self._parent.send(**say.fields(said))
+        self._parent.send_text(say.encoded(said))
 
     # Prefill.
 
@@ -165,8 +168,8 @@ class Instance:
     def _payload(self, size_bytes: int) -> memoryview:
         if size_bytes > len(self._bytes):
             raise UserError(
-                f"instance {self._config.name}: a piece of {size_bytes} bytes; accepted: up to {_PAYLOAD_BYTES}, by a larger byte_scale or "
-                "more pieces"
+                f"instance {self._config.name}: a piece of {size_bytes} bytes; accepted: up to {MAX_PIECE_BYTES}, by a larger "
+                "byte_scale or more pieces"
             )
         return self._bytes[:size_bytes]
 
@@ -200,10 +203,15 @@ class Instance:
     def arrived(self, key: int, at_s: float, payload_bytes: int, meta: Mapping[str, object]) -> None:
         """A request's KVCache is here, whole."""
         number, attempt = divmod(key, ATTEMPTS)
-        self._tell(say.Delivered(number, attempt, at_s, payload_bytes))
+        if not self._full:
+            self._tell(say.Delivered(number, attempt, at_s, payload_bytes))
         self._ready(key, int(str(meta["input_tokens"])), int(str(meta["output_tokens"])))
 
     def _ready(self, key: int, input_tokens: int, output_tokens: int) -> None:
+        if self._full:
+            number, attempt = divmod(key, ATTEMPTS)
+            self._tell(say.Undelivered(number, attempt, "no memory for its KVCache", full=True))
+            return
         self._note(self._decode.join(time.monotonic(), key, input_tokens, output_tokens))
         self._arm_decode()
 
@@ -277,7 +285,7 @@ def work(parent: Parent, config: Message) -> None:
     if receiver is not None:
         threading.Thread(target=receive, args=(receiver,), name="receive", daemon=True).start()
     parent.deliver(lambda message: clock.ask(instance.hear, message))
-    parent.send(**say.fields(say.Ready(receiver.port if receiver is not None else 0)))
+    parent.send_text(say.encoded(say.Ready(receiver.port if receiver is not None else 0)))
     clock.run()
 
 

@@ -7,8 +7,6 @@ can be told from it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from repro.processes import Message
@@ -65,6 +63,12 @@ class Slow(Said, frozen=True):
     factor: float
 
 
+class Memory(Said, frozen=True):
+    """Whether its memory for KVCache is `full` from now on, so that it takes in no further request: a fault."""
+
+    full: bool
+
+
 # From an instance.
 
 
@@ -99,11 +103,12 @@ class Delivered(Said, frozen=True):
 
 
 class Undelivered(Said, frozen=True):
-    """A transfer that failed."""
+    """A transfer that failed, or a request that the decode instance could not take in; `full`: for want of memory."""
 
     request: int
     attempt: int
     why: str
+    full: bool = False
 
 
 class Decoding(Said, frozen=True):
@@ -148,15 +153,15 @@ class Report(Said, frozen=True):
     """Ask for `Sending` and `Lateness`."""
 
 
-ToInstance = Connect | Prefill | Decode | Forget | Slow | Report
+ToInstance = Connect | Prefill | Decode | Forget | Slow | Memory | Report
 FromInstance = Ready | Connected | Prefilled | Delivered | Undelivered | Decoding | Finished | Sending | Lateness
 
+_ENCODER = msgspec.json.Encoder()
 
-def fields(said: Said) -> dict[str, Any]:
-    """The message as `Child.send` and `Parent.send` take it: `kind` and the fields."""
-    found = msgspec.to_builtins(said)
-    assert isinstance(found, dict)
-    return found
+
+def encoded(said: Said) -> bytes:
+    """The message as it goes over a channel: a JSON object with its `kind`."""
+    return _ENCODER.encode(said)
 
 
 def to_instance(message: Message) -> ToInstance:

@@ -4,8 +4,8 @@ It adds a clock, messages and an account of who holds what; where a request goes
 scheduler's, the same object that the simulator drives. It runs in one thread of its own: arrivals, messages and news of ended instances
 come to it as tasks of one event loop, so nothing in it needs a lock. It sees token counts, never prompts or state.
 
-A request is tried until it is answered or nobody is left: what was lost with an instance or a transfer is dispatched anew with the next
-attempt's number, and what an earlier attempt still says is ignored, so that each request is answered once at most.
+A request is tried until it is answered: what was lost with an instance or a transfer is dispatched anew with the next attempt's number, and
+what an earlier attempt still says is ignored, so that each request is answered once at most. While nobody is there to take it, it waits.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
 from repro.processes import Ended
-from repro.record.requests import ANSWERED, COLUMNS
 from repro.scheduling.clusters import PdPlan, PrfaasPlan
 from repro.scheduling.decisions import Conversion, Decision
 from repro.scheduling.observations import InstanceReport, LinkReport, PdReport, StalledTransfer
@@ -34,39 +32,15 @@ from repro.serving.clockwork import Clockwork
 from repro.serving.egress import Egress
 from repro.serving.fleet import Fleet
 from repro.serving.instance import ATTEMPTS
+from repro.serving.live_request import LIVE_COLUMNS, LiveRequest
 from repro.serving.scale import Scale
 
-
-@dataclass
-class _Live:
-    """A request in the system; moments are CLOCK_MONOTONIC in seconds, nan until they come."""
-
-    number: int
-    arrival_s: float
-    tokens: int
-    output_tokens: int
-    attempt: int = 0
-    decision: Decision | None = None
-    prefill: str = ""
-    decode: str = ""
-    fell_back: bool = False
-    start_s: float = math.nan
-    end_s: float = math.nan
-    delivered_s: float = math.nan
-    joined_s: float = math.nan
-    first_s: float = math.nan
-    payload_bytes: int = 0
-    seen: set[str] = field(default_factory=set)
-
-    def forget(self) -> None:
-        """Nothing of the attempt that failed counts."""
-        self.start_s = self.end_s = self.delivered_s = self.joined_s = self.first_s = math.nan
-        self.prefill = self.decode = ""
-        self.payload_bytes = 0
+#: A decode instance that had no memory for a request is passed over for so long, in seconds of the deployment.
+_REST_S = 5.0
 
 
 class Router:
-    """Drives a fleet. Between `start` and `close` it runs in its own thread; `submit`, `heard` and `ended` are safe from any.
+    """Drives a fleet. Between `start` and `close` it runs in its own thread; what stands before that is safe from any.
 
     `limit_requests` bounds what is in the system: with more, arrivals are refused, and `overloaded` says so. `link_bps` is what the
     egress was sold as: what is believed of it until it was seen full. `hands_over`: a PD instance that prefills sends the KVCache to the
@@ -84,7 +58,8 @@ class Router:
         limit_requests: int = 20_000,
         hands_over: bool = False,
     ) -> None:
-        self.scheduler = Scheduler(spec, [pd_plan], [prfaas_plan] if prfaas_plan is not None else [])
+        self._spec, self._pd_plan, self._prfaas_plan = spec, pd_plan, prfaas_plan
+        self._link_bps = link_bps
         self.scale = scale
         self.clock = Clockwork()
         self.overloaded = False
@@ -94,27 +69,38 @@ class Router:
         self.tokens: dict[int, list[int]] = {}
         self.lateness: dict[str, list[say.Lateness]] = {}
         self.sending: dict[str, say.Sending] = {}
-        #: Deaths and lost transfers, each with the deployment's time, in words.
+        #: Faults, deaths, conversions and lost transfers, each with the deployment's time, in words.
         self.events: list[tuple[float, str]] = []
-        self._prfaas_plan = prfaas_plan
         self._fleet: Fleet | None = None
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, LiveRequest] = {}
+        self._limit = limit_requests
+        self._hands_over = hands_over
+        #: Whether an instance has ended during the run.
+        self.died = False
+        self._dead = set[str]()
+        self._is_down = False
+        #: What came while the router was down: whoever sent it asks again.
+        self._unheard: list[LiveRequest] = []
+        self._empty = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self.clock.run, name="router", daemon=True)
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        """Know what a router knows that has just been started: the deployment as it is configured, and nothing that happened before."""
+        prfaas = [self._prfaas_plan] if self._prfaas_plan is not None else []
+        self.scheduler = Scheduler(self._spec, [self._pd_plan], prfaas)
         self._holds: defaultdict[str, set[int]] = defaultdict(set)
         self._decoders = FewestHeld()
         for instance in self.scheduler.pd[0].decoding:
             self._decoders.add(instance)
-        self._limit = limit_requests
-        self._hands_over = hands_over
-        self._egress = Egress(link_bps, scale.time, scale.bytes)
-        self._conversion: Conversion | None = None
-        #: Whether an instance has ended during the run.
-        self.died = False
-        self._dead = set[str]()
+        self._egress = Egress(self._link_bps, self.scale.time, self.scale.bytes)
+        #: By instance, from the decision until it serves its new role.
+        self._conversions: dict[str, Conversion] = {}
         self._was: dict[str, Pool] = {}
+        #: Requests, with their attempt, that wait for an instance, as there is none to prefill or none to decode.
+        self._parked: list[tuple[LiveRequest, int]] = []
         self._finished = self._finished_tokens = 0
-        self._empty = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self.clock.run, name="router", daemon=True)
 
     # From other threads.
 
@@ -125,8 +111,8 @@ class Router:
         spec = self.scheduler.spec
         if self.scheduler.watches:
             self.clock.ask(self._every, spec.short_term.period_s, self._beat)
-            if spec.long_term.enabled:
-                self.clock.ask(self._every, spec.long_term.period_s, self._slow_beat)
+            if spec.slow_period_s is not None:
+                self.clock.ask(self._every, spec.slow_period_s, self._slow_beat)
 
     def submit(self, number: int, arrival_s: float, tokens: int, output_tokens: int) -> None:
         """A request, due at `arrival_s` of the deployment's time."""
@@ -140,6 +126,18 @@ class Router:
         """An instance has died, failed or fallen silent."""
         self.clock.ask(self._instance_ended, name, how)
 
+    def note(self, words: str) -> None:
+        """Put an event into the record, as of now."""
+        self.clock.ask(self._note, words)
+
+    def go_down(self) -> None:
+        """A fault: the router ends. Whatever is sent to it is lost until it comes up."""
+        self.clock.ask(self._go_down)
+
+    def come_up(self) -> None:
+        """It is started anew and knows nothing; the clients ask again for all that has not been answered."""
+        self.clock.ask(self._come_up)
+
     def drain(self, submitted: int, timeout_s: float) -> bool:
         """Wait until all of the submitted requests have left; False where `timeout_s` of this machine were not enough."""
         with self._empty:
@@ -151,16 +149,15 @@ class Router:
         self.clock.stop()
         if self._thread.is_alive():
             self._thread.join()
-        left = list(self._live.values())
+        left = [*self._live.values(), *self._unheard]
         for request in left:
-            for name in {request.prefill, request.decode} - {"", *self._dead}:
-                self._tell(name, say.Forget(request.number, request.attempt))
+            self._give_up_at(request)
             self._leave(request, "timed_out")
         return len(left)
 
     def requests(self) -> pd.DataFrame:
         """The requests table, in the order of their numbers; times unscaled."""
-        frame = pd.DataFrame(self.rows, columns=[*COLUMNS, "attempts", "payload_bytes"])
+        frame = pd.DataFrame(self.rows, columns=list(LIVE_COLUMNS))
         return frame.sort_values("id", ignore_index=True)
 
     # In the router's own thread.
@@ -168,29 +165,41 @@ class Router:
     def _now_s(self) -> float:
         return self.scale.virtual_s(time.monotonic())
 
+    def _note(self, words: str) -> None:
+        self.events.append((self._now_s(), words))
+
     def _every(self, period_s: float, beat: Any) -> None:
         def again(at_s: float) -> None:
             if not self._closed:
-                beat(self._now_s())
+                if not self._is_down:
+                    beat(self._now_s())
                 self.clock.at(at_s + period_s / self.scale.time, again, at_s + period_s / self.scale.time)
 
         first = time.monotonic() + period_s / self.scale.time
         self.clock.at(first, again, first)
 
     def _arrive(self, number: int, arrival_s: float, tokens: int, output_tokens: int) -> None:
-        request = _Live(number, arrival_s, tokens, output_tokens)
+        self._take(LiveRequest(number, arrival_s, tokens, output_tokens))
+
+    def _take(self, request: LiveRequest) -> None:
+        if self._is_down:
+            self._unheard.append(request)
+            return
         if len(self._live) >= self._limit:
             self.overloaded = True
             self._leave(request, "refused")
             return
-        self._live[number] = request
-        self._carry_out(request, self.scheduler.arrive(self._now_s(), number, tokens, 0))
+        self._live[request.number] = request
+        self._carry_out(request, self.scheduler.arrive(self._now_s(), request.number, request.tokens, 0))
 
-    def _carry_out(self, request: _Live, decision: Decision) -> None:
+    def _carry_out(self, request: LiveRequest, decision: Decision) -> None:
         request.decision = decision
         request.fell_back = request.fell_back or decision.fell_back
-        if decision.action in ("refuse", "fail"):
-            self._leave(request, "refused" if decision.action == "refuse" else "failed")
+        if decision.action == "refuse":
+            self._leave(request, "refused")
+            return
+        if decision.action == "fail":
+            self._parked.append((request, request.attempt))
             return
         cluster = f"prfaas{decision.prfaas}" if decision.offload else "pd0"
         request.prefill = f"{cluster}.{decision.instance}"
@@ -207,15 +216,22 @@ class Router:
             ),
         )  # fmt: skip
 
-    def _decoder(self, request: _Live) -> str | None:
-        """The decode instance that takes a request: the one that holds fewest; None, and the request fails, where there is none."""
+    def _decoder(self, request: LiveRequest) -> str | None:
+        """The decode instance that takes a request: the one that holds fewest; None, and the request waits, while there is none."""
         instance = self._decoders.take()
         if instance is None:
-            self._leave(request, "failed")
+            self._parked.append((request, request.attempt))
             return None
         request.decode = f"pd0.{instance}"
         self._holds[request.decode].add(request.number)
         return request.decode
+
+    def _unpark(self) -> None:
+        """Somebody serves who did not: who waited for that goes on."""
+        parked, self._parked = self._parked, []
+        for request, attempt in parked:
+            if self._live.get(request.number) is request and request.attempt == attempt:
+                self._again(request)
 
     def _tell(self, name: str, said: say.ToInstance) -> None:
         assert self._fleet is not None
@@ -229,12 +245,12 @@ class Router:
         elif isinstance(said, say.Ready):
             if name in self._dead:
                 self._repaired(name)
-        elif not isinstance(said, say.Connected):
+        elif not (self._is_down or isinstance(said, say.Connected)):
             request = self._live.get(said.request)
             if request is not None and request.attempt == said.attempt:
                 self._of_request(name, request, said)
 
-    def _of_request(self, name: str, request: _Live, said: say.FromInstance) -> None:
+    def _of_request(self, name: str, request: LiveRequest, said: say.FromInstance) -> None:
         match said:
             case say.Prefilled():
                 request.start_s, request.end_s = said.start_s, said.end_s
@@ -258,8 +274,15 @@ class Router:
                 self._finished_tokens += request.output_tokens
                 self._leave(request, "fell_back" if request.fell_back else "ok", said.at_s)
             case say.Undelivered():
-                self.events.append((self._now_s(), f"request {request.number} from {name}: {said.why}"))
+                self._note(f"request {request.number} from {name}: {said.why}")
+                if said.full:
+                    self._rest(int(name.partition(".")[2]))
                 self._again(request)
+
+    def _rest(self, instance: int) -> None:
+        """Pass a decode instance over that has no memory: holding the fewest requests, it would be given all that come."""
+        self._decoders.pause(instance)
+        self.clock.at(time.monotonic() + _REST_S / self.scale.time, self._decoders.resume, instance)
 
     def _account(self, name: str) -> None:
         """Correct what the scheduler believes of a prefill instance that has just ended something: what it still holds begins now."""
@@ -268,77 +291,71 @@ class Router:
         left_s = sum(decision.work_s for number in self._holds[name] if (decision := self._live[number].decision))
         self.scheduler.report(cluster, [InstanceReport(int(index), len(self._holds[name]), now_s + left_s)])
 
-    def _release(self, name: str, request: _Live) -> None:
+    def _release(self, name: str, request: LiveRequest) -> None:
         self._holds[name].discard(request.number)
-        if self._conversion is not None and not self._holds[name]:
+        if name in self._conversions and not self._holds[name]:
             self._drained(name)
 
-    def _again(self, request: _Live) -> None:
+    def _again(self, request: LiveRequest) -> None:
         """Prefill a request anew whose prefill, transfer or decode was lost."""
-        decision = request.decision
-        for name in {request.prefill, request.decode} - {"", *self._dead}:
-            self._tell(name, say.Forget(request.number, request.attempt))
+        offload = request.offloaded
+        if self._next_attempt(request):
+            self._carry_out(request, self.scheduler.lost(self._now_s(), request.tokens, 0, None, offload))
+
+    def _next_attempt(self, request: LiveRequest) -> bool:
+        """Give up what was tried; whether it may be tried again."""
+        self._give_up_at(request)
         self._unhold(request)
-        request.forget()
-        request.attempt += 1
+        request.next_attempt()
         if request.attempt >= ATTEMPTS:
             self._leave(request, "failed")
-            return
-        offload = decision is not None and decision.offload
-        self._carry_out(request, self.scheduler.lost(self._now_s(), request.tokens, 0, None, offload))
+            return False
+        return True
 
-    def _unhold(self, request: _Live) -> None:
+    def _give_up_at(self, request: LiveRequest) -> None:
+        """Tell the instances that have a request to forget it."""
+        for name in {request.prefill, request.decode} - {"", *self._dead}:
+            self._tell(name, say.Forget(request.number, request.attempt))
+
+    def _unhold(self, request: LiveRequest) -> None:
         if request.prefill:
             self._release(request.prefill, request)
         if request.decode:
             self._decoders.release(int(request.decode.partition(".")[2]))
             self._release(request.decode, request)
 
-    def _leave(self, request: _Live, outcome: str, finish_s: float = math.nan) -> None:
+    def _leave(self, request: LiveRequest, outcome: str, finish_s: float = math.nan) -> None:
         self._unhold(request)
-        decision = request.decision
-        offload = decision is not None and decision.offload
-        answered = outcome in ANSWERED
-        nan, per = math.nan, self.scale.time
-
-        def since(late: float, early: float) -> float:
-            return (late - early) * per if answered else nan
-
-        arrival_s = self.scale.wall_s(request.arrival_s)
-        tpot_s = since(finish_s, request.first_s) / (request.output_tokens - 1) if request.output_tokens > 1 else 0.0
-        self.rows.append((
-            request.number, request.arrival_s, request.tokens, decision.cached_tokens if decision is not None else 0,
-            request.output_tokens, "prfaas" if offload else "pd", since(request.start_s, arrival_s), since(request.end_s, request.start_s),
-            since(request.delivered_s, request.start_s) if offload else 0.0, since(request.delivered_s, request.end_s),
-            request.payload_bytes * self.scale.bytes if offload else (decision.kv_bytes if decision is not None else 0.0),
-            since(request.joined_s, request.delivered_s), since(request.first_s, arrival_s), tpot_s,
-            self.scale.virtual_s(finish_s) if answered else nan, outcome, request.prefill, request.decode,
-            request.attempt + 1, request.payload_bytes,
-        ))  # fmt: skip
+        self.rows.append(request.row(outcome, finish_s, self.scale))
         self._live.pop(request.number, None)
         if not self._live:
             with self._empty:
                 self._empty.notify_all()
 
-    # Instances that end and come back.
+    # Instances that end and come back, and the router itself.
 
     def _instance_ended(self, name: str, how: Ended) -> None:
         if self._closed or name in self._dead:
             return
-        self.events.append((self._now_s(), str(how)))
+        self._note(str(how))
         self._dead.add(name)
         self.died = True
+        if self._is_down:
+            return
+        self._take_out(name)
+        for number in sorted(self._holds.pop(name, set())):
+            if (request := self._live.get(number)) is not None:
+                self._again(request)
+
+    def _take_out(self, name: str) -> None:
+        """Give an instance that has ended no more work."""
         cluster, _, index = name.partition(".")
         instance = int(index)
         for pool in self._pools(cluster, instance):
             self.scheduler.failed(pool, 0, instance)
         if cluster == "pd0":
             self._decoders.remove(instance)
-        if self._conversion is not None and self._conversion.instance == instance and cluster == "pd0":
-            self._conversion = None
-        for number in sorted(self._holds.pop(name, set())):
-            if (request := self._live.get(number)) is not None:
-                self._again(request)
+        self._conversions.pop(name, None)
 
     def _pools(self, cluster: str, instance: int) -> list[Pool]:
         if cluster.startswith("prfaas"):
@@ -350,12 +367,42 @@ class Router:
 
     def _repaired(self, name: str) -> None:
         self._dead.discard(name)
+        self._note(f"{name} serves again")
+        if self._is_down:
+            return
         cluster, _, index = name.partition(".")
         pool: Pool = "prfaas" if cluster.startswith("prfaas") else self._was[name]
         self.scheduler.repaired(self._now_s(), pool, 0, int(index))
         if pool == "pd_d":
             self._decoders.add(int(index))
-        self.events.append((self._now_s(), f"{name} serves again"))
+        self._unpark()
+
+    def _go_down(self) -> None:
+        self._is_down = True
+        self._note(f"the router is down, with {len(self._live)} requests in flight")
+
+    def _come_up(self) -> None:
+        """Begin anew. What instances still do for attempts of before is given up, as nobody knows where it is."""
+        assert self._fleet is not None
+        self._is_down = False
+        waiting, self._unheard = self._unheard, []
+        self._note(
+            f"the router serves again: {len(self._live)} requests are asked for anew, {len(waiting)} for the first time"
+        )
+        self._forget_all()
+        for name in self._dead:
+            self._take_out(name)
+        in_flight = list(self._live.values())
+        for request in in_flight:
+            for name in self._fleet.names:
+                if name not in self._dead:
+                    self._tell(name, say.Forget(request.number, request.attempt))
+            request.prefill = request.decode = ""
+        for request in in_flight:
+            if self._next_attempt(request):
+                self._carry_out(request, self.scheduler.arrive(self._now_s(), request.number, request.tokens, 0))
+        for request in waiting:
+            self._take(request)
 
     # The control loops.
 
@@ -373,15 +420,18 @@ class Router:
             self.scheduler.link_changed(0, links[0].up)
         state = self.scheduler.short_term(now_s, 0, links)
         home = self.scheduler.pd[0]
-        waiting = sum(1 for one in self._live.values() if not math.isnan(one.delivered_s) and math.isnan(one.joined_s))
         self.samples.append(
             Sample(
                 now_s, 0, state.threshold_tokens, state.bandwidth_scarce, home.serving, len(home.decoding),
-                state.link.utilisation, state.prfaas.waiting_s, state.pd.waiting_s, waiting,
+                state.link.utilisation, state.prfaas.waiting_s, state.pd.waiting_s, self._waiting_decode(),
             )
         )  # fmt: skip
         if self.scheduler.spec.fallback_s is not None:
             self._give_up(now_s)
+
+    def _waiting_decode(self) -> int:
+        """Requests whose KVCache is there and that have no place in a batch yet."""
+        return sum(1 for one in self._live.values() if not math.isnan(one.delivered_s) and math.isnan(one.joined_s))
 
     def _prefillers(self) -> list[str]:
         assert self._fleet is not None
@@ -392,16 +442,12 @@ class Router:
             stalled = [
                 StalledTransfer(one.number, 0, one.tokens, None)
                 for one in self._live.values()
-                if one.decision is not None and one.decision.offload and not math.isnan(one.end_s) and math.isnan(one.delivered_s)
-            ]  # fmt: skip
+                if one.offloaded and not math.isnan(one.end_s) and math.isnan(one.delivered_s)
+            ]
             for transfer, decision in self.scheduler.give_up(now_s, prfaas, stalled):
                 request = self._live[transfer.id]
-                for name in {request.prefill, request.decode} - self._dead:
-                    self._tell(name, say.Forget(request.number, request.attempt))
-                self._unhold(request)
-                request.forget()
-                request.attempt += 1
-                self._carry_out(request, decision)
+                if self._next_attempt(request):
+                    self._carry_out(request, decision)
 
     def _slow_beat(self, now_s: float) -> None:
         home = self.scheduler.pd[0]
@@ -414,26 +460,29 @@ class Router:
             reports(sorted(home.decoding)),
             self._finished,
             self._finished_tokens,
+            self._waiting_decode(),
         )
         conversion = self.scheduler.long_term(now_s, 0, self._links(), report)
         if conversion is not None:
-            self._conversion = conversion
+            name = f"pd0.{conversion.instance}"
+            self._conversions[name] = conversion
             if conversion.to == "prefill":
                 self._decoders.remove(conversion.instance)
-            self.events.append((now_s, f"pd0.{conversion.instance} turns to {conversion.to}"))
-            if not self._holds[f"pd0.{conversion.instance}"]:
-                self._drained(f"pd0.{conversion.instance}")
+            self._note(f"{name} turns to {conversion.to}")
+            if not self._holds[name]:
+                self._drained(name)
 
     def _drained(self, name: str) -> None:
         """A node that changes its role has finished what it had; it restarts and serves."""
-        conversion = self._conversion
-        if conversion is None or name != f"pd0.{conversion.instance}":
-            return
-        self._conversion = None
-        restart_s = self.scheduler.spec.long_term.restart_s / self.scale.time
-        self.clock.at(time.monotonic() + restart_s, self._converted, conversion)
+        restart_s = self.scheduler.spec.restart_s / self.scale.time
+        self.clock.at(time.monotonic() + restart_s, self._converted, name, self._conversions[name])
 
-    def _converted(self, conversion: Conversion) -> None:
+    def _converted(self, name: str, conversion: Conversion) -> None:
+        if self._conversions.get(name) is not conversion:
+            return  # it has ended meanwhile, or the router has
+        del self._conversions[name]
         self.scheduler.converted(self._now_s(), conversion)
+        self._note(f"{name} serves as {conversion.to}")
         if conversion.to == "decode":
             self._decoders.add(conversion.instance)
+        self._unpark()

@@ -8,13 +8,16 @@ number, as a real one would read it from a store.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
+import time
 import traceback
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from repro import configuration
 from repro.engine.base import Handover, Request
@@ -80,6 +83,8 @@ class TorchInstance:
         self._inbox: queue.SimpleQueue[Message | _Arrived | tuple[str, Sender]] = queue.SimpleQueue()
         self._senders: dict[str, Sender] = {}
         self._gone = set[int]()
+        self._slow = 1.0
+        self._full = False
         self.put = self._inbox.put
 
     def run(self) -> None:
@@ -96,12 +101,20 @@ class TorchInstance:
                 else:
                     self._hear(say.to_instance(item))
                 self._admit()
-            for generation in self._batch.step():
+            began_s = now_s()
+            finished = self._batch.step()
+            self._linger(began_s)
+            for generation in finished:
                 self._finish(generation)
             self._admit()
 
+    def _linger(self, began_s: float) -> None:
+        """Where it is to be slow, take as many times as long as it took."""
+        if self._slow > 1:
+            time.sleep((self._slow - 1) * (now_s() - began_s))
+
     def _tell(self, said: say.FromInstance) -> None:
-        self._parent.send(**say.fields(said))
+        self._parent.send_text(say.encoded(said))
 
     def _hear(self, told: say.ToInstance) -> None:
         match told:
@@ -111,6 +124,10 @@ class TorchInstance:
                 background(self._connect, told, name=f"connect {told.name}")
             case say.Forget():
                 self._gone.add(told.request * ATTEMPTS + told.attempt)
+            case say.Slow():
+                self._slow = told.factor
+            case say.Memory():
+                self._full = told.full
             case say.Report():
                 self._tell(self._sending())
             case _:
@@ -151,6 +168,7 @@ class TorchInstance:
         start_s = now_s()
         try:
             prefilled = self._engine.prefill(request, outbox.emit, self._log)
+            self._linger(start_s)
             sender.finish(Manifest.of(key, outbox.headers, prefilled.handover.as_meta()))
         except TransferFailed as error:
             self._tell(say.Undelivered(asked.request, asked.attempt, str(error)))
@@ -190,12 +208,17 @@ class TorchInstance:
                 self._gone.discard(arrived.key)
                 continue
             try:
-                if isinstance(arrived.states, Exception) or arrived.handover is None:
-                    raise UserError(str(arrived.states))
+                if self._full:
+                    raise MemoryError("no memory for its KVCache")
+                if isinstance(arrived.states, Exception):
+                    raise arrived.states
+                assert arrived.handover is not None
                 self._engine.join(arrived.handover, arrived.states)
             except Exception as error:  # whatever is wrong with one request must not end the others
-                traceback.print_exception(error)
-                self._tell(say.Undelivered(number, attempt, f"the decode side refused it: {error}"))
+                with contextlib.suppress(OSError):  # the disk of its log may be full
+                    traceback.print_exception(error)
+                full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+                self._tell(say.Undelivered(number, attempt, f"the decode side refused it: {error}", full))
                 continue
             self._batch.admit(arrived.handover)
             self._joined.add(arrived.key)
@@ -222,7 +245,7 @@ def work(parent: Parent, config: Message) -> None:
     if receiver is not None:
         threading.Thread(target=receive, args=(receiver,), name="receive", daemon=True).start()
     parent.deliver(instance.put)
-    parent.send(**say.fields(say.Ready(receiver.port if receiver is not None else 0)))
+    parent.send_text(say.encoded(say.Ready(receiver.port if receiver is not None else 0)))
     instance.run()
 
 

@@ -118,6 +118,28 @@ def test_a_stopped_instance_is_noticed_and_its_requests_are_answered_elsewhere(l
     assert played.requests["attempts"].max() > 1
 
 
+@pytest.mark.slow
+def test_every_request_is_answered_once_though_the_router_restarts_and_memory_and_disk_are_full(
+    live: Deployment,
+) -> None:
+    faults = [
+        LiveFault("pd0.1", 5.0, 20.0, "out_of_memory"),
+        LiveFault("pd0.2", 10.0, 40.0, "disk_full"),
+        LiveFault("router", 30.0, 5.0, "restart"),
+    ]
+    played = live.play(stream(80, seed=6), faults=faults)
+    assert sorted(played.requests["id"]) == list(range(80))
+    assert set(played.requests["outcome"]) <= {"ok", "fell_back"}
+    assert played.requests["attempts"].max() > 1
+    words = [words for _, words in played.events]
+    assert [one for one in words if one.startswith("fault")] == [
+        f"fault {one.kind} of {one.instance}" for one in faults
+    ]
+    assert any("no memory for its KVCache" in one for one in words)
+    assert any(one.startswith("the router serves again") for one in words)
+    assert not [one for one in words if one.startswith("instance ")]
+
+
 _HEAD = """
 import sys, time
 from pathlib import Path
