@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from repro.errors import UserError
 from repro.experiments import spread
 from repro.experiments import table6_emulated as emulated
+from repro.experiments import table6_goodput as goodput
 from repro.experiments import table6_simulated as simulated
 from repro.experiments.base import EQUATIONS, HOMOGENEOUS, SIMULATED, WIRE, Context, Experiment, Outcome
 from repro.experiments.deployment import check_deployment, deployment, latencies, operating_points, profile_files
@@ -211,7 +212,7 @@ EXPERIMENT = Experiment(
     effort=("seed", "options"),
     inputs=profile_files,
     tier_figures={
-        "simulate": {"table6_simulated": simulated.draw_loads},
-        "emulate": {"table6_emulated": emulated.draw},
+        "simulate": {"table6_simulated": simulated.draw_loads, "table6_goodput": goodput.draw},
+        "emulate": {"table6_emulated": emulated.draw, "table6_goodput": goodput.draw},
     },
 )
