@@ -1,15 +1,15 @@
 """How many requests a second the live router takes by itself, and how long one waits for it: instances that cost nothing answer at once.
 
 What is asked of it is what a run asks: Scheduler decides, messages are written and read, the account is kept, a row is made. First as
-fast as it can, with so many in the system at a time; then open-loop at half of that rate, where its own delay is taken: from an
-arrival until the order to prefill is out, and from the end of a prefill in the PD cluster until the order to decode is.
+fast as it can, with so many in the system at a time; then open-loop, at half of the rate that is asked of it and at half of that which it
+reached, where its own delay is taken: from an arrival until the order to prefill is out, and from the end of a prefill in the PD cluster
+until the order to decode is.
 
     scripts/bench router options.requests=50000
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from repro.errors import UserError
 from repro.experiments.base import Context, Experiment, Outcome
 from repro.paper import tables, text
+from repro.processes.channel import decoded
 from repro.profiles.presets import PaperInputs
 from repro.record.metrics import Metric
 from repro.scheduling.policies import Threshold
@@ -42,7 +43,9 @@ _DRAIN_S = 60.0
 
 @dataclass(frozen=True)
 class Options:
-    """`requests` as fast as the router takes them, and `open_loop_s` of arrivals at `load` of that rate, each `repeats` times."""
+    """`requests` as fast as the router takes them, and `open_loop_s` of arrivals at `load` of the rate that is asked of it, and
+    of the rate that was found, each `repeats` times.
+    """
 
     requests: int = 20_000
     open_loop_s: float = 10.0
@@ -97,7 +100,7 @@ class _Answering(Fleet):
         self._say(name, say.Finished(request, attempt, now_s))
 
     def _say(self, name: str, said: say.FromInstance) -> None:
-        self._heard(name, say.from_instance(json.loads(say.encoded(said))))
+        self._heard(name, say.from_instance(decoded(say.encoded(said))))
 
 
 @dataclass(frozen=True)
@@ -118,22 +121,25 @@ def run(context: Context) -> Outcome:
     full = [_as_fast_as_it_takes(lengths) for _ in range(options.repeats)]
     rate = float(np.median([one.per_s for one in full]))
     context.progress(f"as fast as it takes them: {rate:,.0f} requests a second")
-    half = [_open_loop(lengths, options.load * rate, options.open_loop_s) for _ in range(options.repeats)]
     rows = _throughput_rows(context, full)
-    orders = np.concatenate([one.order_delays_s for one in half])
-    decodes = np.concatenate([one.decode_delays_s for one in half])
-    for case, delays in (("to_prefill", orders), ("to_decode", decodes)):
-        for metric, value in (
-            ("router_delay_p50_s", float(np.quantile(delays, 0.5))),
-            ("router_delay_p99_s", float(np.quantile(delays, 0.99))),
-        ):
-            rows.append(context.metric(case, metric, value, "s", "measured", n=len(delays)))
-    worst = float(np.quantile(orders, 0.99))
-    context.progress(
-        f"at {options.load * rate:,.0f} a second an order to prefill is out after {1e3 * np.quantile(orders, 0.5):.2f} ms "
-        f"(P99 {1e3 * worst:.2f} ms)"
-    )
-    bar = rate >= AT_LEAST_PER_S and worst < DELAY_AT_MOST_S
+    asked = options.load * AT_LEAST_PER_S
+    worst = {}
+    for suffix, open_per_s in (("", asked), ("_at_its_own_load", options.load * rate)):
+        found = [_open_loop(lengths, open_per_s, options.open_loop_s) for _ in range(options.repeats)]
+        orders = np.concatenate([one.order_delays_s for one in found])
+        decodes = np.concatenate([one.decode_delays_s for one in found])
+        for case, delays in (("to_prefill", orders), ("to_decode", decodes)):
+            for metric, value in (
+                ("router_delay_p50_s", float(np.quantile(delays, 0.5))),
+                ("router_delay_p99_s", float(np.quantile(delays, 0.99))),
+            ):
+                rows.append(context.metric(case + suffix, metric, value, "s", "measured", n=len(delays)))
+        worst[suffix] = float(np.quantile(orders, 0.99))
+        context.progress(
+            f"at {open_per_s:,.0f} a second an order to prefill is out after {1e3 * np.quantile(orders, 0.5):.2f} ms "
+            f"(P99 {1e3 * worst[suffix]:.2f} ms)"
+        )
+    bar = rate >= AT_LEAST_PER_S and worst[""] < DELAY_AT_MOST_S
     context.progress(
         f"{'meets' if bar else 'misses'} {AT_LEAST_PER_S:,.0f} requests a second and {1e3 * DELAY_AT_MOST_S:g} ms"
     )

@@ -7,6 +7,8 @@ can be told from it.
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 import msgspec
 
 from repro.processes import Message
@@ -157,6 +159,10 @@ ToInstance = Connect | Prefill | Decode | Forget | Slow | Memory | Report
 FromInstance = Ready | Connected | Prefilled | Delivered | Undelivered | Decoding | Finished | Sending | Lateness
 
 _ENCODER = msgspec.json.Encoder()
+#: By `kind`: of one class msgspec knows the form already, of a union it works it out in every call, which takes thirty times as long.
+_TO, _FROM = (
+    dict[Any, Any]({one.__struct_config__.tag: one for one in get_args(union)}) for union in (ToInstance, FromInstance)
+)
 
 
 def encoded(said: Said) -> bytes:
@@ -166,11 +172,11 @@ def encoded(said: Said) -> bytes:
 
 def to_instance(message: Message) -> ToInstance:
     """Read what an instance is told. Raises ValueError (msgspec.ValidationError) for anything else."""
-    found: ToInstance = msgspec.convert(message, ToInstance)
+    found: ToInstance = msgspec.convert(message, _TO.get(message["kind"], ToInstance))
     return found
 
 
 def from_instance(message: Message) -> FromInstance:
     """Read what an instance said. Raises ValueError (msgspec.ValidationError) for anything else."""
-    found: FromInstance = msgspec.convert(message, FromInstance)
+    found: FromInstance = msgspec.convert(message, _FROM.get(message["kind"], FromInstance))
     return found
