@@ -30,7 +30,7 @@ def rates(record: Record) -> pd.DataFrame:
 def draw(record: Record) -> Figure:
     """Left goodput over the rate, right the most that was reached, as bars beside the paper's Λ_max."""
     found = rates(record)
-    figure, (left, right) = style.panels(2, height_in=3.6)
+    figure, (left, right) = style.panels(2, height_in=4.0)
     cases = [case for case in tables.CASES if case in set(found["case"])]
     for index, case in enumerate(cases):
         colour, name = style.CASE_COLOURS[case], style.CASE_NAMES[case]
@@ -42,20 +42,20 @@ def draw(record: Record) -> Figure:
             left.plot(own["rate_per_s"], own["value"], color=colour, label=label, **look)
             if own["low"].notna().any():
                 left.fill_between(own["rate_per_s"], own["low"], own["high"], color=colour, alpha=0.2, lw=0)
-        left.plot(printed, printed, **{**style.PAPER, "label": "Λ_max of the paper" if index == 0 else None})
+        left.plot(printed, printed, **{**style.PAPER, "label": "Λ_max printed" if index == 0 else None})
         most = found[(found["case"] == case) & (found["tier"] == record.configuration["tier"])]["value"].max()
         right.bar(index - 0.2, most, 0.38, color=colour)
         right.bar(index + 0.2, printed, 0.38, color="white", edgecolor="black", hatch="///", lw=0.8)
         for x, height in ((index - 0.2, most), (index + 0.2, printed)):
             right.text(x, height + 0.04, f"{height:.2f}", ha="center", fontsize=8)
-    most_per_s = float(found["rate_per_s"].max())
+    most_per_s = max(float(found["rate_per_s"].max()), *(tables.TABLE_6[case]["lambda_max"].value for case in cases))
     left.plot([0, most_per_s], [0, most_per_s], color="black", lw=0.7, linestyle=":", zorder=0)
     left.set(xlabel="arrivals (req/s)", ylabel="goodput (req/s)", title="Requests within the service level")
-    left.legend(fontsize=7.5)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     names = [style.CASE_NAMES[case].replace(" ", "\n", 1).replace(" PD", "\nPD") for case in cases]
     right.set_xticks(range(len(cases)), names)
     right.grid(axis="x", visible=False)
-    right.set(ylabel="req/s", title="Most goodput; hatched: the paper's Λ_max")
+    right.set(ylabel="req/s", title="Most of it; hatched: Λ_max printed")
     for axis in (left, right):
         axis.set_ylim(bottom=0)
     return figure
