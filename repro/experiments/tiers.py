@@ -16,23 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
-from repro.engine.reference import generate
-from repro.engine.torch_engine import EngineSpec
 from repro.errors import UserError
 from repro.experiments.base import MODEL, SIMULATED, WIRE, Context, Experiment, Outcome
+from repro.experiments.computed import Answers, Computing, measured_profile
 from repro.experiments.deployment import profile_files
 from repro.experiments.live import Played, Wire, deployed
-from repro.experiments.profile import accelerator_of
 from repro.experiments.split_model import check_one, engine_of, vocabulary_of
 from repro.experiments.study import run_once
 from repro.experiments.table3 import one_model
-from repro.kvcache.state import layout
 from repro.models.build import build
 from repro.profiles.base import PhaseProfile
-from repro.profiles.measured import ProfileSpec, measure, profile_of
 from repro.profiles.presets import load_profile
 from repro.record.directory import Record
 from repro.record.metrics import Metric
@@ -41,12 +36,10 @@ from repro.report import style
 from repro.scheduling.latency import prefill_latency
 from repro.scheduling.search import search
 from repro.scheduling.throughput import Deployment
-from repro.serving.fleet import Config
 from repro.serving.scale import Scale
-from repro.serving.torch_instance import TorchInstanceConfig, prompt_of
+from repro.serving.torch_instance import TorchInstanceConfig
 from repro.settings import Settings
 from repro.simulate.deployments import requests, shared_link, simulated
-from repro.transport import TransportSpec
 from repro.workload.arrivals import Poisson
 
 TIERS = ("model", "simulate", "emulate", "execute")
@@ -84,18 +77,6 @@ class Options:
                 raise UserError(f"options.{key}: {getattr(self, key)}; accepted: {least} or more")
 
 
-@dataclass(frozen=True)
-class _Computing:
-    """Makes instances that compute that model."""
-
-    engine: EngineSpec
-    vocabulary: int
-    prompts: int
-
-    def config(self, name: str, transport: TransportSpec, host: str | None, batch_max: int, seed: int) -> Config:
-        return TorchInstanceConfig(name, self.engine, transport, host, self.vocabulary, self.prompts, batch_max, seed)
-
-
 def run(context: Context) -> Outcome:
     """Measure the profile, find the operating point, and ask every tier."""
     options, settings = context.options, context.settings
@@ -121,7 +102,7 @@ def run(context: Context) -> Outcome:
     slo = settings.workload.slo
     values["simulate"] = summarise(run_once(spec, batches)[0], window, slo).values()
     engine = engine_of(model, options.chunk_tokens, options.threads)
-    computing = _Computing(engine, vocabulary_of(model), options.requests)
+    computing = Computing(engine, vocabulary_of(model), options.requests)
     wire = Wire(settings.link, settings.transport, options.pieces, Scale())
     logs = context.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -151,20 +132,7 @@ def _profile(context: Context) -> PhaseProfile:
     settings, options = context.settings, context.options
     if settings.profile is not None:
         return load_profile(settings.profile, Path(settings.results) / "profiles")
-    spec = one_model(settings)
-    law = settings.workload.length_law()
-    measuring = ProfileSpec(
-        chunk_tokens=options.chunk_tokens, first_tokens=max(16, int(law.minimum_tokens)),
-        last_tokens=max(32, int(law.maximum_tokens)), repeats=options.repeats, contexts=(64, int(law.maximum_tokens)),
-    )  # fmt: skip
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        states = layout(build(spec, "meta"))
-        found = measure(build(spec, "cpu"), build(spec, "meta"), measuring, context.progress)
-        return profile_of(spec.name, spec.name, accelerator_of(torch.device("cpu")), found, states, measuring)
-    finally:
-        torch.set_num_threads(before)
+    return measured_profile(context, one_model(settings), settings.workload.length_law(), options.repeats)
 
 
 def _rows(context: Context, values: Mapping[str, Mapping[str, float]]) -> list[Metric]:
@@ -184,18 +152,13 @@ def _rows(context: Context, values: Mapping[str, Mapping[str, float]]) -> list[M
 
 
 def _proofs(
-    context: Context, played: Played, profile: PhaseProfile, computing: _Computing, settings: Settings
+    context: Context, played: Played, profile: PhaseProfile, computing: Computing, settings: Settings
 ) -> list[Metric]:
     """That the computing tier did the work: tokens as `generate` gives them, bytes as the layout says, all requests answered."""
-    model = build(one_model(settings), "cpu")
     config = computing.config("reference", settings.transport, None, 1, settings.seed)
     assert isinstance(config, TorchInstanceConfig)
-    by_number = played.requests.set_index("id")
-    compared = same = 0
-    for number, tokens in sorted(played.tokens.items())[: context.options.compared]:
-        prompt = prompt_of(config, number, int(by_number.loc[number, "input_tokens"]))  # type: ignore[arg-type]
-        expected = generate(model, torch.tensor([prompt]), len(tokens)).tokens
-        compared, same = compared + 1, same + (list(expected) == list(tokens))
+    answers = Answers(build(one_model(settings), "cpu"), config)
+    same, compared = answers.right(played, context.options.compared)
     remote = played.requests[played.requests["route"] == "prfaas"]
     sent, layout_bytes = float(remote["payload_bytes"].sum()), float(profile.kv_bytes(remote["input_tokens"] - 1).sum())
     return [
@@ -253,7 +216,7 @@ def check(settings: Settings, options: Any) -> None:
         )
 
 
-_READS = tuple(
+READS = tuple(
     key
     for key in SIMULATED
     if not key.startswith(("cluster.", "workload.trace")) and key not in ("link.rtt_s", "link.schedule")
@@ -262,7 +225,7 @@ EXPERIMENT = Experiment(
     name="tiers",
     reads={
         "execute": (
-            *MODEL, *_READS, "cluster.prfaas.instances", "cluster.pd.instances", *WIRE, "options",
+            *MODEL, *READS, "cluster.prfaas.instances", "cluster.pd.instances", *WIRE, "options",
         ),
     },
     run=run,

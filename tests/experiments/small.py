@@ -73,6 +73,12 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "options.first_tokens=16", "options.last_tokens=64", "options.repeats=3", "options.batches=[1]", "options.contexts=[16]",
         "options.decode_steps=2",
     ],
+    ("live_stress", "execute"): [
+        "model=qwen3_235b", "options.requests=20", "options.rate_per_s=4", "options.every_s=2.5", "options.for_s=0.5",
+        "link.schedule=[{at_s: 1, for_s: 1, rate_bps: 0}]", "cluster.pd.instances=2", "cluster.prfaas.instances=1",
+        "workload.lengths.mu=3.3", "workload.lengths.minimum_tokens=16", "workload.lengths.maximum_tokens=64", "workload.output_tokens=3",
+        "policy.threshold_tokens=32",
+    ],
     ("table2", "execute"): ["options.lengths=[16,32]"],
     ("live_faults", "emulate"): [
         *_LIVE, "options.every_s=15", "options.for_s=15", "options.kinds=[kill]", "link.schedule=[{at_s: 5, for_s: 4, rate_bps: 0}]",
@@ -81,6 +87,11 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         *_LIVE, "link.schedule=[{at_s: 5, for_s: 10, rate_bps: 2e9}]", "options.cases=[two_timescale]",
     ],
     ("live_burst", "emulate"): [*_LIVE, "options.cases=[two_timescale]"],
+    ("bandwidth_wall", "emulate"): [
+        "options.rates_bps=[5e9]", "options.live_rates_bps=[5e9]", "options.requests=1000", "options.search_requests=100",
+        "options.search_width=0.5", "options.time_scale=100", "cluster.pd.instances=2", "cluster.prfaas.instances=1", "link.backend=relay",
+        "policy.threshold_step_tokens=2000",
+    ],
     ("link_fidelity", "emulate"): [
         "options.backends=[relay]", "options.rates_bps=[1e8]", "options.rtts_s=[0.02]", "options.losses=[0.0]", "options.connections=[1]",
         "options.congestion_controls=[cubic]", "options.rate_s=0.3", "options.iperf3_s=1.0",

@@ -1,0 +1,77 @@
+"""A live deployment that computes: the model's instances, its profile on this machine, and the tokens that it should answer with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+
+from repro.engine.reference import generate
+from repro.engine.torch_engine import EngineSpec
+from repro.experiments.base import Context
+from repro.experiments.live import Played
+from repro.experiments.profile import accelerator_of
+from repro.kvcache.state import layout
+from repro.models.build import build
+from repro.models.spec import ModelSpec
+from repro.profiles.base import PhaseProfile
+from repro.profiles.measured import ProfileSpec, measure, profile_of
+from repro.serving.fleet import Config
+from repro.serving.torch_instance import TorchInstanceConfig, prompt_of
+from repro.transport import TransportSpec
+from repro.workload.lengths import LengthDistribution
+
+
+@dataclass(frozen=True)
+class Computing:
+    """Makes instances that compute that model; prompts repeat after `prompts` requests."""
+
+    engine: EngineSpec
+    vocabulary: int
+    prompts: int
+
+    def config(self, name: str, transport: TransportSpec, host: str | None, batch_max: int, seed: int) -> Config:
+        """What an instance of that name is started with."""
+        return TorchInstanceConfig(name, self.engine, transport, host, self.vocabulary, self.prompts, batch_max, seed)
+
+
+def measured_profile(context: Context, spec: ModelSpec, law: LengthDistribution, repeats: int) -> PhaseProfile:
+    """The model's profile on this machine's CPU over those lengths, in as many threads and chunks as an instance will have."""
+    options = context.options
+    measuring = ProfileSpec(
+        chunk_tokens=options.chunk_tokens, first_tokens=max(16, int(law.minimum_tokens)),
+        last_tokens=max(32, int(law.maximum_tokens)), repeats=repeats, contexts=(64, int(law.maximum_tokens)),
+    )  # fmt: skip
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        states = layout(build(spec, "meta"))
+        found = measure(build(spec, "cpu"), build(spec, "meta"), measuring, context.progress)
+        return profile_of(spec.name, spec.name, accelerator_of(torch.device("cpu")), found, states, measuring)
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass
+class Answers:
+    """The tokens that the model's own `generate` gives to a deployment's prompts; each prompt is asked once."""
+
+    model: torch.nn.Module
+    config: TorchInstanceConfig
+    _known: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+
+    def expected(self, number: int, input_tokens: int, output_tokens: int) -> list[int]:
+        """The answer to a request."""
+        key = (number % self.config.prompts, input_tokens)
+        if len(self._known.get(key, ())) < output_tokens:
+            prompt = prompt_of(self.config, number, input_tokens)
+            self._known[key] = list(generate(self.model, torch.tensor([prompt]), output_tokens).tokens)
+        return self._known[key][:output_tokens]
+
+    def right(self, played: Played, most: int | None = None) -> tuple[int, int]:
+        """Of the answers, or the first `most` of them: how many are right, and how many there are."""
+        lengths: pd.Series[int] = played.requests.set_index("id")["input_tokens"]
+        answers = sorted(played.tokens.items())[:most]
+        same = [self.expected(number, int(lengths[number]), len(tokens)) == list(tokens) for number, tokens in answers]
+        return sum(same), len(same)
