@@ -17,7 +17,7 @@ DOC = Path(__file__).parents[2] / "docs" / "models.md"
 REFUSED = {"bert": "not causal", "minimax": "cache of its own", "rwkv": "takes no cache"}
 ONE_CHUNK = {"falcon_mamba", "jamba", "mamba"}
 #: By chunk, tokens of state: the shortest, around the window (9) and the chunk, and several chunks with a rest.
-LENGTHS = {16: (1, 2, 8, 9, 10, 15, 16, 17, 259), 256: (255, 257, 259)}
+LENGTHS = {16: (1, 2, 8, 9, 10, 15, 16, 17, 53), 256: (255, 257, 259)}
 QUICK = ("deepseek_v3", "falcon_h1", "gemma3_text", "jamba", "lfm2", "qwen3_next")
 
 

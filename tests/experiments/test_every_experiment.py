@@ -12,6 +12,7 @@ from watching import Watch
 from repro import runner
 from repro.composition import compose
 from repro.experiments import base
+from repro.record.loading import flat
 from repro.record.metrics import each
 
 METRICS = metrics()
@@ -88,6 +89,8 @@ def test_an_experiment_runs_draws_and_reads_what_it_declares(
     undescribed = {(row.metric, row.unit) for row in each(rows) if unknown(row.metric, row.unit, METRICS)}
     assert not undescribed, "not in docs/metrics.md, or with another unit"
 
+    other = [key for key in flat(record.configuration) if not declared(experiment, tier, key)]
+    assert not other or experiment.parts, "in the record without being declared"
     unread = {key for key in watch.read if not declared(experiment, tier, key) and key not in PASSED_OVER}
     unread = {key for key in unread if key.rpartition(".")[2] not in base.DESCRIPTIONS} - LOOKED_AT.get(name, {}).keys()
     assert not unread, "read without being declared"
