@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from repro.configuration import build
+from repro.configuration import build, plain, rebuilt
 from repro.errors import UserError
 from repro.presets import CONF, choice_of, groups
 from repro.settings import Settings
@@ -88,34 +89,114 @@ def compose(words: Sequence[str]) -> Composition:
         raise UserError(explain(error)) from error
 
 
+@dataclass
+class _Chosen:
+    """What a set of choices composes to: as Hydra has it, as plain values, and as a run, where it is one without further values.
+
+    `accepted` are keys with the types of value that OmegaConf takes for them as they are.
+    """
+
+    pickled: bytes
+    values: Mapping[str, Any]
+    base: Composition | None
+    accepted: set[tuple[str, type]] = field(default_factory=set)
+
+    def composed(self, own: Sequence[str]) -> Any:
+        """Hydra's configuration with these values of the command line."""
+        from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+        composed = pickle.loads(self.pickled)  # a third of the time of a deep copy
+        ConfigLoaderImpl._apply_overrides_to_config([_parsed(word) for word in own], composed)
+        return composed
+
+    def learn(self, own: Sequence[str], settings: Settings) -> None:
+        """Note which values came out as they went in, but for whole numbers that became numbers."""
+        values = plain(settings)
+        for word in own:
+            key, value = _assignment(word)
+            if key is not None and (type(value), type(_at(values, key))) in _UNCHANGED:
+                self.accepted.add((key, type(value)))
+
+    def quick(self, own: Sequence[str], words: Sequence[str]) -> Composition | None:
+        """The run with these values, where OmegaConf has accepted such ones before; only nodes that they change are built anew."""
+        if self.base is None:
+            return None
+        values = dict(self.values)
+        for word in own:
+            key, value = _assignment(word)
+            if key is None or (key, type(value)) not in self.accepted:
+                return None
+            _refuse_infinite(value, key)
+            values = _with(values, key.split("."), value)
+        touched = {name: value for name, value in values.items() if value is not self.values.get(name)}
+        settings = rebuilt(self.base.settings, touched)
+        asked = dict.fromkeys([*_asked_by_words(words), *self.base.asked])
+        return Composition(settings, tuple(key for key in asked if key.split(".")[0] not in _CHOOSERS), tuple(words))
+
+
+_SCALARS = (type(None), bool, int, float, str)
+_UNCHANGED = {*((kind, kind) for kind in _SCALARS), (int, float)}
+#: Keys on which others depend.
+_ENTANGLED = (*_CHOOSERS, "name", "model", "size", "pretrained")
+
+
+def _assignment(word: str) -> tuple[str | None, Any]:
+    """The key and value of a word that does nothing but give a key below a node a number, a text or null; else no key."""
+    override = _parsed(word)
+    key = str(override.key_or_group)
+    if override.is_delete() or not re.fullmatch(r"\w+(\.\w+)*", key) or key.split(".")[0] in _ENTANGLED:
+        return None, None
+    value = override.value()
+    return (key, value) if type(value) in _SCALARS else (None, None)
+
+
+def _at(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
+
+
+def _with(values: Mapping[str, Any], names: Sequence[str], value: Any) -> dict[str, Any]:
+    first, *rest = names
+    return {**values, first: _with(values.get(first) or {}, rest, value) if rest else value}
+
+
 @contextlib.contextmanager
 def composer() -> Iterator[Callable[[Sequence[str]], Composition]]:
     """A `compose` for many runs that differ in values: within, files are read once for each set of choices.
 
     Hydra applies the values of the command line last, to what the files gave; so what the files gave can serve every run that chooses
-    the same files. A test holds it against `compose`.
+    the same files. Values like those that were accepted before are put in without asking OmegaConf again, which takes most of the time of
+    a run without a clock. A test holds it against `compose`.
     """
     from hydra import compose as composed_by_hydra
     from hydra import initialize_config_dir
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     register()
-    chosen: dict[tuple[str, ...], bytes] = {}
+    chosen: dict[tuple[str, ...], _Chosen] = {}
 
     def one(words: Sequence[str]) -> Composition:
         words = list(map(forced, words))
         try:
             choosing = tuple(word for word in words if _chooses(word))
+            own = [word for word in words if word not in choosing]
             if choosing not in chosen:
-                chosen[choosing] = pickle.dumps(composed_by_hydra("config", overrides=list(choosing)))
-            composed = pickle.loads(chosen[choosing])  # a third of the time of a deep copy
-            ConfigLoaderImpl._apply_overrides_to_config(
-                [_parsed(word) for word in words if word not in choosing], composed
-            )
-            return of(composed, words)
+                composed = composed_by_hydra("config", overrides=list(choosing))
+                values: Any = OmegaConf.to_container(composed, resolve=True)
+                base = None
+                with contextlib.suppress(UserError):  # values may be needed before it is a run
+                    base = of(composed, choosing)
+                chosen[choosing] = _Chosen(pickle.dumps(composed), values, base)
+            known = chosen[choosing]
+            if (found := known.quick(own, words)) is not None:
+                return found
+            found = of(known.composed(own), words)
+            known.learn(own, found.settings)
+            return found
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(error)) from error
 

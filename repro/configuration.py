@@ -116,6 +116,17 @@ def build(spec: type[T], values: Mapping[str, Any], key: str = "") -> T:
         raise UserError(key + str(error).removeprefix(usual)) from error
 
 
+def rebuilt(value: T, changes: Mapping[str, Any]) -> T:
+    """The frozen value with some of its fields built anew from plain YAML values.
+
+    Raises:
+        UserError: as `build`.
+    """
+    hints = _hints(typing.cast(Any, type(value)))
+    fields = {name: _convert(hints[name], change, name) for name, change in changes.items()}
+    return typing.cast(T, dataclasses.replace(typing.cast(Any, value), **fields))
+
+
 def plain(value: Any) -> Any:
     """The inverse of `build`: nested dictionaries and lists of plain values, as they go to YAML and JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -14,6 +14,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,10 +170,7 @@ class Experiment:
 
     def reads_key(self, key: str, tier: str) -> bool:
         """Whether a key can change the result on that tier, or, for a node, whether something below it can."""
-        reads = (*self.reads[tier], *_ALWAYS)
-        node, _, last = key.rpartition(".")
-        described = last in DESCRIPTIONS and any(_within(read, node) for read in reads)
-        return described or any(_within(key, read) or _within(read, key) for read in reads)
+        return _wanted(key, (*self.reads[tier], *_ALWAYS))
 
 
 def composite(context: Context) -> Outcome:
@@ -183,6 +181,21 @@ def composite(context: Context) -> Outcome:
 #: Where the modules of a group lie.
 _ROOMS = {"experiment": "experiments", "bench": "bench"}
 _ALWAYS = ("name", "tier", *PRESENTATION)
+
+
+# Kept, because the points of a sweep ask for the same keys.
+@lru_cache(maxsize=1 << 14)
+def _wanted(key: str, reads: tuple[str, ...]) -> bool:
+    """Whether a key, or something below it, is among those that are read, or describes one of them."""
+    node, _, last = key.rpartition(".")
+    described = last in DESCRIPTIONS and any(_within(read, node) for read in reads)
+    return described or any(_within(key, read) or _within(read, key) for read in reads)
+
+
+@lru_cache(maxsize=1 << 14)
+def _whole(key: str, reads: tuple[str, ...]) -> bool:
+    """Whether a key is read with all that is below it."""
+    return any(_within(key, read) for read in reads)
 
 
 def _within(key: str, node: str) -> bool:
@@ -218,21 +231,15 @@ def refuse_unread(experiment: Experiment, tier: str, asked: Iterable[str]) -> No
 
 def restricted(values: Mapping[str, Any], experiment: Experiment, tier: str) -> dict[str, Any]:
     """The part of a plain configuration that the experiment reads on this tier: what a record holds and a hash covers."""
-    keys = (*_ALWAYS, *experiment.reads[tier])
+    reads = (*experiment.reads[tier], *_ALWAYS)
 
     def kept(value: Any, key: str) -> Any:
-        if any(_within(key, read) for read in keys):
-            return value
-        if isinstance(value, Mapping) and any(_within(read, key) for read in keys):
-            return {name: kept(item, f"{key}.{name}") for name, item in value.items() if wanted(f"{key}.{name}")}
+        if isinstance(value, Mapping) and not _whole(key, reads) and any(_within(read, key) for read in reads):
+            below = ((name, item, f"{key}.{name}") for name, item in value.items())
+            return {name: kept(item, where) for name, item, where in below if _wanted(where, reads)}
         return value
 
-    def wanted(key: str) -> bool:
-        node, _, last = key.rpartition(".")
-        beside = last in DESCRIPTIONS and any(_within(read, node) for read in keys)
-        return beside or any(_within(key, read) or _within(read, key) for read in keys)
-
-    return {name: kept(value, name) for name, value in values.items() if wanted(name)}
+    return {name: kept(value, name) for name, value in values.items() if _wanted(name, reads)}
 
 
 def load(name: str) -> Experiment:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pandas as pd
 
@@ -49,13 +50,31 @@ class Metric:
 
 def frame(rows: Iterable[Metric]) -> pd.DataFrame:
     """Rows in the columns of the contract."""
-    records = [{**asdict(row), "deviation_pct": row.deviation_pct} for row in rows]
-    return pd.DataFrame(records, columns=list(COLUMNS))
+    return pd.DataFrame([[getattr(row, name) for name in COLUMNS] for row in rows], columns=list(COLUMNS))
 
 
-def read(path: Path) -> pd.DataFrame:
+def read(path: Path | TextIO) -> pd.DataFrame:
     """A metrics.csv, with text columns as text."""
     return pd.read_csv(path, dtype=dict.fromkeys(("experiment", "tier", "case", "metric", "unit", "source"), str))
+
+
+def read_all(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[int]]:
+    """Many files of the same columns as one table, and how many rows are of each; in one go, as thousands take their time."""
+    bodies, head = [], ""
+    for path in paths:
+        first, _, body = path.read_text().partition("\n")
+        if head not in ("", first):
+            return _one_by_one(paths)
+        head = first
+        bodies.append(body)
+    table = read(io.StringIO("\n".join([head, "".join(bodies)])))
+    rows = [body.count("\n") for body in bodies]
+    return (table, rows) if len(table) == sum(rows) else _one_by_one(paths)
+
+
+def _one_by_one(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[int]]:
+    tables = [read(path)[list(COLUMNS)] for path in paths]
+    return pd.concat(tables, ignore_index=True), [len(table) for table in tables]
 
 
 def each(table: pd.DataFrame) -> Iterator[Any]:

@@ -30,13 +30,17 @@ def found(text: str) -> bool:
 
 def redacted(value: Any) -> Any:
     """Plain values, lists and dictionaries with every secret in their texts taken out."""
+    return _redacted(value, _of_environment())
+
+
+def _redacted(value: Any, known: list[str]) -> Any:
     if isinstance(value, str):
         value = _FORMS.sub(REDACTED, value)
-        for secret in _of_environment():
+        for secret in known:
             value = value.replace(secret, REDACTED)
         return value
     if isinstance(value, dict):
-        return {key: redacted(item) for key, item in value.items()}
+        return {key: _redacted(item, known) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [redacted(item) for item in value]
+        return [_redacted(item, known) for item in value]
     return value

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from repro.profiles.base import PrefillCurve
 from repro.scheduling.throughput import Deployment
@@ -29,6 +30,11 @@ def prefill_latency(deployment: Deployment, threshold_tokens: float) -> PrefillL
     return _latency(deployment.lengths, deployment.prfaas.prefill, deployment.pd.prefill, float(threshold_tokens))
 
 
+@lru_cache(maxsize=64)
+def _over_atoms(law: LengthDistribution, curve: PrefillCurve) -> NDArray[np.float64]:
+    return curve(law.atoms()[0])
+
+
 @lru_cache(maxsize=256)
 def _latency(
     law: LengthDistribution, prfaas: PrefillCurve, pd: PrefillCurve, threshold_tokens: float
@@ -41,7 +47,7 @@ def _latency(
         mean += (1 - p) * float(law.expectation_below(pd, threshold_tokens))
     tokens, mass = law.atoms()
     offloaded = tokens > threshold_tokens
-    seconds = np.where(offloaded, prfaas(tokens), pd(tokens))
-    order = np.argsort(seconds)
+    seconds = np.where(offloaded, _over_atoms(law, prfaas), _over_atoms(law, pd))
+    order = np.argsort(seconds, kind="stable")  # two runs in order, which this merges
     reached = np.cumsum(mass[order])
     return PrefillLatency(mean, float(np.interp(0.9 * reached[-1], reached - mass[order] / 2, seconds[order])))

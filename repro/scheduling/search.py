@@ -17,9 +17,10 @@ from repro.scheduling.throughput import (
     Deployment,
     Lengths,
     OperatingPoint,
+    Thresholds,
     at_thresholds,
     decode_per_instance,
-    evaluate,
+    operating_point,
 )
 
 FloatArray = NDArray[np.float64]
@@ -35,11 +36,17 @@ class Surface:
     prfaas_bound: FloatArray
     pd_prefill_bound: FloatArray
     pd_decode_bound: FloatArray
+    rows: Thresholds
+
+    def best_row(self) -> tuple[int, int]:
+        """The row and N_p of the highest Λ_max; of equals, the smallest threshold, then the smallest N_p."""
+        row, column = np.unravel_index(int(np.nanargmax(self.lambda_max)), self.lambda_max.shape)
+        return int(row), int(self.n_p[column])
 
     def best(self) -> tuple[float, int]:
-        """Threshold and N_p of the highest Λ_max; of equals, the smallest threshold, then the smallest N_p."""
-        row, column = np.unravel_index(int(np.nanargmax(self.lambda_max)), self.lambda_max.shape)
-        return float(self.threshold_tokens[row]), int(self.n_p[column])
+        """Threshold and N_p of the highest Λ_max."""
+        row, n_p = self.best_row()
+        return float(self.threshold_tokens[row]), n_p
 
 
 def threshold_grid(deployment: Deployment, step_tokens: int) -> FloatArray:
@@ -67,7 +74,7 @@ def surface(deployment: Deployment, threshold_tokens: FloatArray, n_p: NDArray[n
         )
     pd_decode = np.asarray((deployment.n_pd - n_p) * decode_per_instance(deployment), np.float64)
     best = np.minimum(np.minimum(prfaas[:, None], pd_prefill), pd_decode[None, :])
-    return Surface(rows.tokens, n_p, best, prfaas, pd_prefill, pd_decode)
+    return Surface(rows.tokens, n_p, best, prfaas, pd_prefill, pd_decode, rows)
 
 
 def grid_search(deployment: Deployment, step_tokens: int = 100, lengths: Lengths = "representative") -> OperatingPoint:
@@ -106,5 +113,6 @@ def search(deployment: Deployment, policy: PolicySpec) -> OperatingPoint:
             f"policy.n_p: {policy.n_p} of {deployment.n_pd} PD instances leaves none to decode; accepted: 0 to {deployment.n_pd - 1}"
         )
     splits = np.arange(deployment.n_pd) if policy.n_p is None else np.array([policy.n_p])
-    threshold, n_p = surface(deployment, thresholds, splits, policy.lengths).best()
-    return evaluate(deployment, threshold, n_p, deployment.n_pd - n_p, policy.lengths)
+    found = surface(deployment, thresholds, splits, policy.lengths)
+    row, n_p = found.best_row()
+    return operating_point(deployment, found.rows, row, n_p, deployment.n_pd - n_p)

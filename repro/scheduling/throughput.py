@@ -183,8 +183,17 @@ def evaluate(deployment: Deployment, threshold_tokens: float, n_p: int, n_d: int
     Raises:
         UserError: when requests are routed to a stage that has no instance.
     """
-    row = at_thresholds(deployment, threshold_tokens, lengths)
-    p = float(row.offload_fraction[0])
+    return operating_point(deployment, at_thresholds(deployment, threshold_tokens, lengths), 0, n_p, n_d)
+
+
+def operating_point(deployment: Deployment, rows: Thresholds, row: int, n_p: int, n_d: int) -> OperatingPoint:
+    """Equations 5 and 6 at one of the thresholds for which equations 3 and 4 are known.
+
+    Raises:
+        UserError: when requests are routed to a stage that has no instance.
+    """
+    threshold_tokens = float(rows.tokens[row])
+    p = float(rows.offload_fraction[row])
     if p > 0 and deployment.n_prfaas == 0:
         raise UserError(
             f"policy.threshold_tokens: {threshold_tokens:g} sends {p:.1%} of requests to PrfaaS, which has no instance; "
@@ -197,21 +206,21 @@ def evaluate(deployment: Deployment, threshold_tokens: float, n_p: int, n_d: int
         )
     if n_d < 1:
         raise UserError(f"policy.n_d: {n_d} leaves no PD-D instance; accepted: 1 or more")
-    prfaas = float(row.prfaas_per_s[0]) if p > 0 else 0.0
-    pd_prefill = n_p * float(row.pd_prefill_per_instance_per_s[0]) if p < 1 else 0.0
+    prfaas = float(rows.prfaas_per_s[row]) if p > 0 else 0.0
+    pd_prefill = n_p * float(rows.pd_prefill_per_instance_per_s[row]) if p < 1 else 0.0
     stages = Stages(prfaas, pd_prefill, n_d * decode_per_instance(deployment))
     sustained = stages.lambda_max(p)
     egress = 0.0
     if p > 0:
         egress = sustained * p * 8 * _bytes_above(deployment.lengths, deployment.prfaas.kv, threshold_tokens)
     return OperatingPoint(
-        threshold_tokens=float(threshold_tokens),
+        threshold_tokens=threshold_tokens,
         n_prfaas=deployment.n_prfaas,
         n_p=n_p,
         n_d=n_d,
         offload_fraction=p,
-        l_long_tokens=float(row.l_long_tokens[0]),
-        l_short_tokens=float(row.l_short_tokens[0]),
+        l_long_tokens=float(rows.l_long_tokens[row]),
+        l_short_tokens=float(rows.l_short_tokens[row]),
         stages=stages,
         lambda_max=sustained,
         egress_bps=egress,

@@ -18,7 +18,7 @@ from repro import runner
 from repro.errors import UserError, writing
 from repro.record import tracking
 from repro.record.directory import BusyError, Record, RunDirectory
-from repro.record.metrics import COLUMNS
+from repro.record.metrics import COLUMNS, read_all
 from repro.report import sweep_document
 from repro.settings import Settings
 from repro.sweeps.definition import Sweep, plain_key
@@ -94,20 +94,16 @@ def points_table(sweep: Sweep, ended: Sequence[Ended]) -> pd.DataFrame:
 
 def metrics_table(sweep: Sweep, ended: Sequence[Ended]) -> pd.DataFrame:
     """Every value of every finished point: `point`, a column for each axis, then the columns of metrics.csv."""
-    tables = []
-    for end, own in zip(ended, _values(sweep), strict=True):
-        if end.state == "failed":
-            continue
-        table = Record(Path(end.path)).metrics[list(COLUMNS)]
-        beside = {key: value for key, value in own.items() if key not in COLUMNS}
-        tables.append(pd.concat([_constant({"point": end.number, **beside}, len(table)), table], axis=1))
-    if not tables:
+    done = [(end, own) for end, own in zip(ended, _values(sweep), strict=True) if end.state != "failed"]
+    if not done:
         return pd.DataFrame(columns=["point", *COLUMNS])
-    return pd.concat(tables, ignore_index=True)
-
-
-def _constant(values: dict[str, object], rows: int) -> pd.DataFrame:
-    return pd.DataFrame({key: [value] * rows for key, value in values.items()})
+    table, rows = read_all([Path(end.path) / "metrics.csv" for end, _ in done])
+    beside: dict[str, list[object]] = {"point": [end.number for end, _ in done]}
+    for key in done[0][1]:
+        if key not in COLUMNS:
+            beside[key] = [own[key] for _, own in done]
+    repeated = pd.DataFrame(beside).loc[lambda points: points.index.repeat(rows)].reset_index(drop=True)
+    return pd.concat([repeated, table[list(COLUMNS)]], axis=1)
 
 
 def _values(sweep: Sweep) -> list[dict[str, object]]:

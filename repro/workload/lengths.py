@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -155,8 +155,8 @@ class TruncatedLogNormal(Value):
 
     def _integral_below(self, function: CurveFunction, threshold_tokens: ArrayLike) -> tuple[FloatArray, float]:
         """E[f(L) · 1(L ≤ t)] for each t, and E[f(L)]."""
-        edges, mass, centre = self._bins
-        cumulative = np.concatenate([[0.0], np.cumsum(mass * function(centre))])
+        edges = self._bins[0]
+        cumulative = _cumulative(self, function)
         threshold = self._clip(threshold_tokens)
         index = np.clip(np.searchsorted(edges, threshold, side="right") - 1, 0, _BINS - 1)
         # Inside the bin that t cuts, the remaining mass sits at its own exact mean.
@@ -184,6 +184,14 @@ class TruncatedLogNormal(Value):
     def sample(self, rng: np.random.Generator, n: int) -> NDArray[np.int64]:
         """Inverse-transform samples, rounded to whole tokens."""
         return np.rint(self.quantile(rng.random(n))).astype(np.int64)
+
+
+# Kept, because the points of a sweep and the variants of a spread ask for the same integrals at other thresholds.
+@lru_cache(maxsize=64)
+def _cumulative(law: TruncatedLogNormal, function: CurveFunction) -> FloatArray:
+    """E[f(L) · 1(L ≤ edge)] at each edge of the law's bins."""
+    _, mass, centre = law._bins
+    return np.concatenate([[0.0], np.cumsum(mass * function(centre))])
 
 
 def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> FloatArray:
