@@ -19,6 +19,7 @@ from repro.composition import explain, forced, register
 from repro.errors import UserError
 from repro.presets import CONF
 from repro.settings import PRESENTATION
+from repro.sweeps import launcher_nodes
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def read(words: Sequence[str]) -> Sweep:
     running = [word for word in words if word.startswith("hydra")]
     chosen = [f"sweep={name}"] if name else []
     register()
+    launcher_nodes.register()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -54,18 +54,38 @@ class Ended:
 inherited: list[Compose] = []
 
 
+#: Holds what a process has opened for its points until it ends.
+_open = contextlib.ExitStack()
+
+
 @cache
 def _own_composer() -> Compose:
-    return contextlib.ExitStack().enter_context(composer())
+    return _open.enter_context(composer())
+
+
+def _composed(point: Point) -> Composition:
+    composition = (inherited[-1] if inherited else _own_composer())(point.words)
+    return replace(composition, settings=replace(composition.settings, processes=point.processes))
+
+
+def seen(point: Point, lost: str) -> Ended:
+    """What a point's own directory says of it: that it is done, why it failed, or else that it was `lost`."""
+    path = ""
+    try:
+        prepared = runner.prepare(_composed(point))
+        path = str(prepared.directory.path)
+        if prepared.finished():
+            return Ended(point.number, "ran", path)
+        return Ended(point.number, "failed", path, _failed_since(prepared.directory.path, point.since) or lost)
+    except UserError as error:
+        return Ended(point.number, "failed", path, str(error))
 
 
 def attempt(point: Point, progress: runner.Progress = lambda line: None) -> Ended:
     """Run a point unless it is done, was found wanting since the sweep began, or is another's."""
     started, path = time.monotonic(), ""
     try:
-        composition = (inherited[-1] if inherited else _own_composer())(point.words)
-        composition = replace(composition, settings=replace(composition.settings, processes=point.processes))
-        prepared = runner.prepare(composition)
+        prepared = runner.prepare(_composed(point))
         path = str(prepared.directory.path)
         if prepared.finished():
             return Ended(point.number, "found", path)

@@ -204,7 +204,7 @@ USEFUL: tuple[Callable[[], Finding], ...] = (
     _package("cryptography", "cryptography", "no TLS between the clusters", "scripts/setup"),
     _package("nixl", "nixl", "transport=nixl is refused", "pip install nixl (see repro/transport/remote_memory.py)"),
     _package("mooncake-transfer-engine-non-cuda", "mooncake", "transport=mooncake is refused", "pip install '.[transport]'"),
-    _package("ray", "ray", "no launcher for several nodes by Ray", "pip install ray"),
+    _package("ray", "ray", "no hydra/launcher=ray", "pip install '.[ray]'"),
     _package("submitit", "submitit", "no hydra/launcher=submitit_slurm", "pip install '.[cluster]'"),
     _program("sbatch", "sweeps stay on this machine", "run on a SLURM login node"),
     _wandb,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import signal
@@ -66,6 +68,17 @@ def test_a_mistake_in_a_composed_point_is_said_as_anywhere() -> None:
         one(["experiment=table6", "policy.n_p=abc"])
     with composer() as one, pytest.raises(UserError, match=r"link\.bogus: no such key"):
         one(["experiment=table6", "link.bogus=1"])
+
+
+def test_a_process_that_inherits_no_composer_keeps_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as stack:
+        monkeypatch.setattr(points, "_open", stack)
+        points._own_composer.cache_clear()
+        for seed in (1, 2):
+            composed = points._own_composer()(["experiment=table6", f"seed={seed}", "link=metro"])
+            assert composed.settings.seed == seed
+            gc.collect()  # what nobody holds would be closed
+    points._own_composer.cache_clear()
 
 
 def test_every_combination_is_a_point_and_the_users_words_replace_the_files() -> None:
