@@ -6,10 +6,12 @@ was worth.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
-from repro.experiments import simulated
+from repro.experiments import simulated, study_figures
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.scheduling.admission import AdmissionSpec
@@ -18,6 +20,10 @@ from repro.scheduling.short_term import ShortTermSpec
 from repro.simulate.deployments import requests, with_scheduler
 from repro.simulate.link_spec import CapacityChange
 from repro.workload.arrivals import Piecewise
+
+#: Arrivals come faster for the last minute of every five; the link drops, and later fails.
+_EVERY_S, _BURST_S = 300.0, 60.0
+_DROP_S, _DOWN_S = (450.0, 510.0), (800.0, 820.0)
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ def run(context: Context) -> Outcome:
     options: Options = context.options
     setting = simulated.Setting.of(context)
     whole = setting.link.rate_bps
-    faults = ((450.0, options.dropped_bps), (510.0, whole), (800.0, 0.0), (820.0, whole))
+    faults = ((_DROP_S[0], options.dropped_bps), (_DROP_S[1], whole), (_DOWN_S[0], 0.0), (_DOWN_S[1], whole))
     link = replace(setting.link, changes=tuple(CapacityChange(at, rate) for at, rate in faults))
     policies = setting.policies(link)
     full = policies["two_timescale"]
@@ -51,18 +57,27 @@ def run(context: Context) -> Outcome:
         "chunked_prefill": replace(full, chunk_tokens=8192),
         "static": policies["static"],
     }
-    arrivals = Piecewise((setting.rate(options.load), setting.rate(options.burst_load)), (240.0, 60.0))
+    rates = setting.rate(options.load), setting.rate(options.burst_load)
+    arrivals = Piecewise(rates, (_EVERY_S - _BURST_S, _BURST_S))
     count = round(setting.rate(0.8 * options.load + 0.2 * options.burst_load) * options.duration_s)
     comparison = simulated.Comparison(cases, partial(requests, setting.base, arrivals, count), "two_timescale")
     window_s = (options.warmup_s, options.duration_s)
     return simulated.compare(context, [comparison], window_s, setting.slo, options.seeds)
 
 
+def happenings(options: Mapping[str, Any]) -> list[study_figures.Span]:
+    """Bursts, and what happens to the link."""
+    return [
+        *study_figures.every(_EVERY_S, _BURST_S, options["duration_s"], "burst of arrivals"),
+        *(study_figures.Span(*span, "link slower or down") for span in (_DROP_S, _DOWN_S)),
+    ]
+
+
 EXPERIMENT = Experiment(
     "ablation",
     {"simulate": (*SIMULATED, *SCHEDULER, "options")},
     run,
-    simulated.FIGURES,
+    study_figures.figures(happenings),
     Options,
     simulated.check,
     profile_files,

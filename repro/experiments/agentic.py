@@ -13,7 +13,7 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
-from repro.experiments import simulated
+from repro.experiments import simulated, study_figures
 from repro.experiments.base import CACHES, REBALANCE, SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.experiments.scale import multiplied
@@ -106,10 +106,10 @@ def draw_rebalancing(record: Record) -> Figure:
     for column in ("value", "ci_low", "ci_high"):
         rows[column] = rows[column].where(rows["unit"] != "bit/s", rows[column] / 1e9)
     figure, (left, right) = style.panels(2, height_in=2.6)
-    simulated.bars(left, rows[rows["metric"] == "link_egress_bps"].reset_index(drop=True))
+    study_figures.bars(left, rows[rows["metric"] == "link_egress_bps"].reset_index(drop=True))
     left.set(xlabel="egress (Gbps)", title="All that left PrfaaS")
     changed = rows["metric"].str.startswith("link_egress_bps_minus") & rows["case"].str.endswith("_rebalanced")
-    simulated.bars(right, rows[changed].reset_index(drop=True))
+    study_figures.bars(right, rows[changed].reset_index(drop=True))
     right.axvline(0, color="black", lw=0.8)
     right.set(xlabel="paired difference (Gbps)", title="Against the same, not rebalanced")
     return figure
@@ -117,10 +117,10 @@ def draw_rebalancing(record: Record) -> Figure:
 
 def draw_goodput(record: Record) -> Figure:
     """Goodput of the cases with one PD cluster."""
-    return simulated.draw_goodput(record, SHARED)
+    return study_figures.draw_goodput(record, SHARED)
 
 
-FIGURES = {"over_time": simulated.draw_over_time, "goodput": draw_goodput, "rebalancing": draw_rebalancing}
+FIGURES = {"over_time": study_figures.draw_over_time, "goodput": draw_goodput, "rebalancing": draw_rebalancing}
 EXPERIMENT = Experiment(
     "agentic",
     {"simulate": (*SIMULATED, *SCHEDULER, *CACHES, *REBALANCE, "options")},

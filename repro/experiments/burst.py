@@ -5,11 +5,13 @@ Static thresholds split a burst as they split everything; the fast loop sends to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from repro.errors import UserError
-from repro.experiments import simulated
+from repro.experiments import simulated, study_figures
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.simulate.deployments import requests
@@ -46,11 +48,16 @@ def run(context: Context) -> Outcome:
     )
 
 
+def bursts(options: Mapping[str, Any]) -> list[study_figures.Span]:
+    """When arrivals come faster."""
+    return study_figures.every(options["every_s"], options["burst_s"], options["duration_s"], "burst of arrivals")
+
+
 EXPERIMENT = Experiment(
     "burst",
     {"simulate": (*SIMULATED, *SCHEDULER, "options")},
     run,
-    simulated.FIGURES,
+    study_figures.figures(bursts),
     Options,
     simulated.check,
     profile_files,

@@ -351,19 +351,31 @@ def draw(record: Record) -> Figure:
     rate.set(
         xscale="log", xlabel="asked rate (bit/s)", ylabel="off the ideal (%)", title="Is the rate the one asked for?"
     )
-    milliseconds = np.geomspace(1, 300, 50)
-    rtt.plot(
-        milliseconds, np.maximum(0.6, 0.015 * milliseconds), color=style.GREY, linestyle=":", label="allowed median"
-    )
-    rtt.set(
-        xscale="log", yscale="symlog", xlabel="asked RTT (ms)", ylabel="error (ms)", title="Round trip (faint: P99)"
-    )
+    _draw_allowed_rtt(rtt, centre)
     _draw_loss(loss, links)
     _draw_theory(theory, streams)
     for axis in (rate, rtt, loss, theory):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
     return figure
+
+
+def _draw_allowed_rtt(axis: Any, links: pd.DataFrame) -> None:
+    """Scales of the round trips, from none at all to hundreds of milliseconds, and the error that a median may have."""
+    asked_ms = sorted(1e3 * links["asked_rtt_s"].unique())
+    milliseconds = np.linspace(0, max(300.0, *asked_ms), 400)
+    allowed = np.maximum(0.6, 0.015 * milliseconds)
+    axis.plot(milliseconds, allowed, color=style.GREY, linestyle=":", label="allowed median")
+    axis.set_xscale("symlog", linthresh=1.0)
+    axis.set_yscale("symlog", linthresh=0.1)
+    axis.set_xticks(asked_ms, [f"{value:g}" for value in asked_ms])
+    ticks = [-10, -1, -0.1, 0, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high := 4 * high)  # room for the legend
+    axis.set_yticks([tick for tick in ticks if low <= tick <= high])
+    axis.set_yticklabels([f"{tick:g}" for tick in ticks if low <= tick <= high])
+    axis.minorticks_off()
+    axis.set(xlabel="asked RTT (ms)", ylabel="error (ms)", title="Round trip (faint: P99)")
 
 
 def _draw_loss(axis: Any, links: pd.DataFrame) -> None:

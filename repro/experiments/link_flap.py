@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from repro.errors import UserError
-from repro.experiments import simulated
+from repro.experiments import simulated, study_figures
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.simulate.deployments import requests
@@ -34,10 +36,8 @@ def run(context: Context) -> Outcome:
     options: Options = context.options
     setting = simulated.Setting.of(context)
     changes = []
-    at_s = options.every_s
-    while at_s + options.down_s < options.duration_s:
-        changes += [CapacityChange(at_s, 0.0), CapacityChange(at_s + options.down_s, setting.link.rate_bps)]
-        at_s += options.every_s
+    for outage in outages(vars(options)):
+        changes += [CapacityChange(outage.start_s, 0.0), CapacityChange(outage.end_s, setting.link.rate_bps)]
     link = replace(setting.link, changes=tuple(changes))
     arrivals = Poisson(setting.rate(options.load))
     count = round(setting.rate(options.load) * options.duration_s)
@@ -48,11 +48,20 @@ def run(context: Context) -> Outcome:
     )
 
 
+def outages(options: Mapping[str, Any]) -> list[study_figures.Span]:
+    """When the link is down."""
+    found, at_s = [], options["every_s"]
+    while at_s + options["down_s"] < options["duration_s"]:
+        found.append(study_figures.Span(at_s, at_s + options["down_s"], "link down"))
+        at_s += options["every_s"]
+    return found
+
+
 EXPERIMENT = Experiment(
     "link_flap",
     {"simulate": (*SIMULATED, *SCHEDULER, "options")},
     run,
-    simulated.FIGURES,
+    study_figures.figures(outages),
     Options,
     simulated.check,
     profile_files,

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from repro.errors import UserError
-from repro.experiments import simulated
+from repro.experiments import simulated, study_figures
 from repro.experiments.base import SCHEDULER, SIMULATED, WIRE, Context, Outcome
 from repro.experiments.live import Played, Wire, calibrated, deployed
 from repro.experiments.study import run_once
@@ -221,7 +221,7 @@ def draw(record: Record) -> Figure:
         for tier, dash in (("live", "-"), ("simulate", ":")):
             own = series[(series["case"] == case) & (series["tier"] == tier)]
             mean = own.groupby("at_s")[["arrived", "met", "ttft_s"]].mean()
-            label = f"{simulated.POLICY_NAMES.get(case, case)}, {_NAMES[tier]}"
+            label = f"{study_figures.POLICY_NAMES.get(case, case)}, {_NAMES[tier]}"
             top.plot(mean.index, 100 * mean["met"] / mean["arrived"], dash, color=colour, label=label)
             bottom.plot(mean.index, mean["ttft_s"], dash, color=colour, label=label)
     if len(events):
@@ -247,7 +247,7 @@ def goodputs(record: Record, through: str) -> str:
     """The sentence of a finding: goodput of the policies, live beside simulated."""
     cases = [case for case in dict.fromkeys(record.metrics["case"]) if "." not in case]
     words = [
-        f"{simulated.POLICY_NAMES.get(case, case)} {value(record, case, 'goodput'):.2f} req/s live and "
+        f"{study_figures.POLICY_NAMES.get(case, case)} {value(record, case, 'goodput'):.2f} req/s live and "
         f"{value(record, f'{case}.simulate', 'goodput'):.2f} simulated"
         for case in cases
     ]

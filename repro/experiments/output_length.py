@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from repro.experiments import simulated
+from repro.experiments import simulated, study_figures
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.scheduling.throughput import Deployment
@@ -52,7 +52,7 @@ EXPERIMENT = Experiment(
     "output_length",
     {"simulate": (*SIMULATED, *SCHEDULER, "options")},
     run,
-    {"goodput": simulated.draw_goodput},
+    {"goodput": study_figures.draw_goodput},
     Options,
     simulated.check,
     profile_files,

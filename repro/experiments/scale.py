@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from repro.errors import UserError
-from repro.experiments import simulated
+from repro.experiments import simulated, study_figures
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.experiments.study import Point, run_points
@@ -118,7 +118,12 @@ def draw(record: Record) -> Figure:
     for index, case in enumerate(dict.fromkeys(sizes["case"])):
         own = sizes[sizes["case"] == case]
         colour, marker, dash = style.SERIES[index]
-        look = {"color": colour, "marker": marker, "linestyle": dash, "label": simulated.POLICY_NAMES.get(case, case)}
+        look = {
+            "color": colour,
+            "marker": marker,
+            "linestyle": dash,
+            "label": study_figures.POLICY_NAMES.get(case, case),
+        }
         left.plot(own["gpus"], 1000 * own["goodput"] / own["gpus"], **look)
         right.plot(own["gpus"], own["ttft_p99_s"], **look)
     for axis in (left, right):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from repro.errors import UserError
-from repro.experiments import simulated
+from repro.experiments import simulated, study_figures
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.scheduling.throughput import Deployment
@@ -56,6 +59,11 @@ def _shifted(
     return replace(requests(base, arrivals, count, seed), shifted=after, shift_at_s=at_s)
 
 
+def longer(options: Mapping[str, Any]) -> list[study_figures.Span]:
+    """When prompts are longer."""
+    return [study_figures.Span(options["at_s"], math.inf, "longer prompts")]
+
+
 #: Requests count from the shift on, which moves μ of the log-normal lengths: a mixture or a trace has none.
 _READS = tuple(
     key for key in (*SIMULATED, *SCHEDULER) if key != "workload.mixture" and not key.startswith("workload.trace")
@@ -64,7 +72,7 @@ EXPERIMENT = Experiment(
     "shift",
     {"simulate": (*_READS, *(f"options.{key}" for key in ("load", "duration_s", "seeds", "at_s", "mu_shift")))},
     run,
-    simulated.FIGURES,
+    study_figures.figures(longer),
     Options,
     simulated.check,
     profile_files,

@@ -6,26 +6,22 @@ paired values, and says whether a policy helps even where seeds differ more than
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments.base import Context, Outcome
 from repro.experiments.deployment import check_deployment, deployment, operating_points
 from repro.experiments.study import Point, run_once, run_points, seeds_of
-from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.record.request_metrics import good, over_runs, summarise
-from repro.record.statistics import Estimate
-from repro.report import style
-from repro.report.words import label
+from repro.record.requests import ANSWERED
+from repro.record.statistics import Estimate, repeats_for, warm_up
 from repro.scheduling.adaptive import AdaptiveSpec
 from repro.scheduling.long_term import LongTermSpec
 from repro.scheduling.policies import RandomSplit, Threshold
@@ -41,18 +37,6 @@ from repro.simulate.stability import growth_of
 from repro.workload.spec import ServiceLevel
 from repro.workload.stream import RequestBatch
 
-POLICY_NAMES = {
-    "static": "static t",
-    "short_term": "short-term only",
-    "two_timescale": "both timescales",
-    "random_split": "random split",
-    "naive": "naive heterogeneous",
-    "static_rebalanced": "static t, rebalanced",
-    "no_short_term": "no short-term loop",
-    "no_long_term": "no long-term loop",
-    "least_work_to_round_robin": "round robin, not least work",
-    "two_timescale_rebalanced": "both, rebalanced",
-}
 _UNITS = {
     "goodput": "req/s", "good_fraction": "", "ttft_mean_s": "s", "ttft_p50_s": "s", "ttft_p90_s": "s", "ttft_p99_s": "s",
     "tpot_mean_s": "s", "offload_fraction": "", "completed_fraction": "", "cached_fraction": "", "egress_bps": "bit/s",
@@ -60,6 +44,11 @@ _UNITS = {
 }  # fmt: skip
 _SAMPLES = ("goodput", "good_fraction", "ttft_mean_s", "ttft_p90_s", "link_egress_bps")
 
+#: From when on, and until when, requests count by their arrival; None begins where a run has settled.
+Window = tuple[float | None, float]
+USUAL_WARMUP_S = 60.0
+#: The difference, as a share of the baseline, for which a study says how many seeds show it.
+SOUGHT = 0.02
 #: More requests in the system for every hundred that arrive, from the second quarter of a run to the last: its queues grow.
 OVERLOADED = 0.05
 
@@ -72,15 +61,18 @@ class StudyOptions:
 
     duration_s: float = 1200.0
     seeds: int = 5
-    warmup_s: float = 60.0
+    warmup_s: float = USUAL_WARMUP_S
 
     def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise UserError(f"options.seeds: {self.seeds} is below 2, which an interval needs")
-        if not 0 <= self.warmup_s < self.duration_s:
-            raise UserError(
-                f"options.warmup_s: {self.warmup_s} must lie between 0 and options.duration_s ({self.duration_s})"
-            )
+        check_effort(self.duration_s, self.seeds, self.warmup_s)
+
+
+def check_effort(duration_s: float, seeds: int, warmup_s: float) -> None:
+    """Refuse fewer seeds than an interval needs, and a warm-up as long as the run. Raises UserError naming the key."""
+    if seeds < 2:
+        raise UserError(f"options.seeds: {seeds} is below 2, which an interval needs")
+    if not 0 <= warmup_s < duration_s:
+        raise UserError(f"options.warmup_s: {warmup_s} must lie between 0 and options.duration_s ({duration_s})")
 
 
 @dataclass(frozen=True)
@@ -210,13 +202,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a study keeps of one run: its metrics, its course over time, what the controllers did, and, if asked, its requests."""
+    """What a study keeps of one run: its metrics, its course over time, what the controllers did, and, if asked, its requests.
+
+    `settled_s` is when TTFT has settled by MSER-5, infinity where it does not.
+    """
 
     values: Mapping[str, float]
     series: pd.DataFrame
     controls: pd.DataFrame
     cut: bool
     requests: pd.DataFrame | None
+    settled_s: float
     overloaded: bool = False
 
 
@@ -224,11 +220,13 @@ class Measured:
 class Measuring:
     """Simulates one point and measures the requests that arrive in the window; `keep` names the case whose requests are kept.
 
+    A window without a beginning begins where the run has settled, or at `USUAL_WARMUP_S` where it does not.
+
     `link_egress_bps` is all that left PrfaaS from the first arrival to the last finish, prefixes fetched and copied for caches included;
     `egress_bps` is the requests' own in the window.
     """
 
-    window_s: tuple[float, float]
+    window_s: Window
     slo: ServiceLevel
     bin_s: float
     seed: int
@@ -237,7 +235,11 @@ class Measuring:
     def __call__(self, point: Point) -> Measured:
         """Simulate and measure."""
         requests, summary = run_once(point.spec, point.stream)
-        values = summarise(requests, self.window_s, self.slo).values()
+        settled_s = settles(requests)
+        from_s, until_s = self.window_s
+        if from_s is None:
+            from_s = settled_s if math.isfinite(settled_s) else min(USUAL_WARMUP_S, until_s / 2)
+        values = summarise(requests, (from_s, until_s), self.slo).values()
         values["link_egress_bps"] = 8 * summary.egress_bytes / max(summary.last_finish_s, 1e-9)
         values["copied_bytes"] = summary.copied_bytes
         first = point.seed == self.seed
@@ -247,8 +249,16 @@ class Measuring:
             pd.DataFrame(summary.samples if first else (), columns=Sample._fields),
             summary.overloaded or bool(summary.unfinished),
             requests if first and point.case == self.keep else None,
+            settled_s,
             overloaded(requests),
         )
+
+
+def settles(requests: pd.DataFrame) -> float:
+    """When the TTFT of requests in the order of their arrival has settled, in seconds; infinity where it does not."""
+    answered = requests[requests["outcome"].isin(ANSWERED)]
+    cut = warm_up(answered["ttft_s"].to_numpy())
+    return math.inf if cut < 0 else float(answered["arrival_s"].iloc[cut]) if cut else 0.0
 
 
 def overloaded(requests: pd.DataFrame) -> bool:
@@ -262,7 +272,7 @@ def overloaded(requests: pd.DataFrame) -> bool:
 def compare(
     context: Context,
     comparisons: Sequence[Comparison],
-    window_s: tuple[float, float],
+    window_s: Window,
     slo: ServiceLevel,
     seeds: int,
     *,
@@ -284,6 +294,8 @@ def compare(
     series: list[pd.DataFrame] = []
     controls: list[pd.DataFrame] = []
     samples: list[dict[str, Any]] = []
+    settled: list[float] = []
+    needed: list[int] = []
     kept: pd.DataFrame | None = None
     for one in comparisons:
         found: dict[str, list[Mapping[str, float]]] = {case: [] for case in one.cases}
@@ -293,6 +305,7 @@ def compare(
             for case in one.cases:
                 run = next(results)
                 found[case].append(run.values)
+                settled.append(run.settled_s)
                 series.append(run.series.assign(case=one.prefix + case, seed=seed))
                 if seed == first:
                     controls.append(run.controls.assign(case=one.prefix + case))
@@ -308,14 +321,52 @@ def compare(
             for seed, own in zip(seeds_of(context, seeds), runs, strict=True)
             for metric in _UNITS
         ]
-        rows += _rows(context, found, dict.fromkeys(found, one.baseline) | dict(one.against), one.prefix, growing)
+        against = dict.fromkeys(found, one.baseline) | dict(one.against)
+        rows += _rows(context, found, against, one.prefix, growing)
+        needed += _seeds_needed(found, against)
         for case, runs in growing.items():
             rows.append(context.metric(one.prefix + case, "runs_overloaded", runs, "runs", "simulated", n=seeds))
             context.progress(f"{one.prefix}{case}: queues grow in {runs} of {seeds} runs; its TTFT is not compared")
         for case, runs in flagged.items():
             rows.append(context.metric(one.prefix + case, "runs_cut_or_unfinished", runs, "runs", "simulated", n=seeds))
     tables = {"series": pd.concat(series), "controls": pd.concat(controls), "samples": pd.DataFrame(samples)}
-    return Outcome(rows, tables, requests=kept)
+    statistics = [_warm_up_said(window_s[0], settled), *_power_said(needed)]
+    return Outcome(rows, tables, requests=kept, provenance={"statistics": statistics})
+
+
+def _warm_up_said(from_s: float | None, settled_s: Sequence[float]) -> str:
+    """What was cut of each run, and what MSER-5 would cut."""
+    known = [value for value in settled_s if math.isfinite(value)]
+    never = len(settled_s) - len(known)
+    cut = "where it has settled" if from_s is None else f"{from_s:g} s"
+    said = f"Requests count from {cut} on."
+    if known:
+        said += f" By MSER-5 on TTFT {len(known)} of {len(settled_s)} runs settle after {min(known):.0f} to {max(known):.0f} s"
+        said += f" (median {float(np.median(known)):.0f} s)."
+    if never:
+        said += f" {never} of {len(settled_s)} do not: their load changes, or their queues grow."
+        said += f" Of these, requests count from {USUAL_WARMUP_S:g} s on." if from_s is None else ""
+    return said
+
+
+def _seeds_needed(found: Mapping[str, Sequence[Mapping[str, float]]], against: Mapping[str, str]) -> Iterable[int]:
+    """For each case, how many seeds show a difference of `SOUGHT` of the baseline's goodput."""
+    for case, values in found.items():
+        others = found.get(against[case], ())
+        if case == against[case] or len(others) < 2:
+            continue
+        pairs = [value["goodput"] - other["goodput"] for value, other in zip(values, others, strict=True)]
+        scatter, usual = float(np.std(pairs, ddof=1)), float(np.mean([other["goodput"] for other in others]))
+        if scatter > 0 and usual > 0:
+            yield repeats_for(scatter, SOUGHT * usual)
+
+
+def _power_said(needed: Sequence[int]) -> list[str]:
+    if not needed:
+        return []
+    few, many = min(needed), max(needed)
+    seeds = f"{few}" if few == many else f"{few} to {many}"
+    return [f"A paired difference of {SOUGHT:.0%} in goodput is seen four times out of five with {seeds} seeds."]
 
 
 def _rows(
@@ -356,122 +407,3 @@ def over_time(requests: pd.DataFrame, bin_s: float, slo: ServiceLevel) -> pd.Dat
     at = (requests["arrival_s"] // bin_s) * bin_s
     bins = requests.assign(at_s=at, met=met).groupby("at_s")
     return bins.agg(arrived=("id", "size"), met=("met", "sum"), ttft_s=("ttft_s", "mean")).reset_index()
-
-
-def _style(index: int) -> dict[str, Any]:
-    colour, _, dash = style.SERIES[index % len(style.SERIES)]
-    return {"color": colour, "linestyle": dash}
-
-
-#: More lines than these in one panel cannot be told apart.
-_MOST_LINES = 3
-_MOST_BARS = 11
-
-
-def case_name(case: str) -> str:
-    """What a figure calls a case: words, and of a prefix such as `fixed_256.` what it says of the outputs."""
-    prefix, _, own = case.rpartition(".")
-    name = POLICY_NAMES.get(own, label(own))
-    if found := re.fullmatch(r"(fixed|log_normal)_(\d+)", prefix):
-        return f"output {found.group(2)}, {found.group(1).replace('_', '-')}: {name}"
-    return f"{prefix.replace('_', ' ')}: {name}" if prefix else name
-
-
-def draw_over_time(record: Record) -> Figure:
-    """Share of requests that meet the service level by time of arrival, and, where lines are few, mean TTFT and the threshold.
-
-    Of more than three cases each has a panel of its own, with what it is compared with in grey.
-    """
-    series, controls = record.table("series"), record.table("controls")
-    cases = list(dict.fromkeys(series["case"]))
-    if len(cases) > _MOST_LINES:
-        return _draw_each_over_time(series, cases)
-    figure, (top, middle, bottom) = style.panels(1, 3, height_in=6.2, sharex=True)
-    for index, case in enumerate(cases):
-        mean = series[series["case"] == case].groupby("at_s")[["arrived", "met", "ttft_s"]].mean()
-        top.plot(mean.index, 100 * mean["met"] / mean["arrived"], label=case_name(case), **_style(index))
-        middle.plot(mean.index, mean["ttft_s"], **_style(index))
-        own = controls[controls["case"] == case] if len(controls) else controls
-        if len(own):
-            bottom.plot(own["at_s"], own["threshold_tokens"] / 1000, **_style(index))
-    top.set(ylabel="within SLO (%)", title="Requests that meet the service level, by time of arrival")
-    top.set_ylim(-3, 103)
-    middle.set(ylabel="mean TTFT (s)", yscale="log")
-    bottom.set(ylabel="threshold t (K tokens)", xlabel="time (s)")
-    if len(cases) > 1:
-        figure.legend(loc="outside upper center", ncols=len(cases))
-    return figure
-
-
-def _draw_each_over_time(series: pd.DataFrame, cases: Sequence[str]) -> Figure:
-    met = series.groupby(["case", "at_s"])[["arrived", "met"]].mean()
-    share = 100 * met["met"] / met["arrived"]
-    baselines = [case for case in cases if case.rpartition(".")[2] == "static"] or list(cases[:1])
-    others = [case for case in cases if case not in baselines]
-    # A policy that lets a queue grow answers long after the last arrival of the others; their time is the figure's.
-    last_s = min(share[case].index.max() for case in cases)
-    columns = min(3, len(others))
-    rows = -(-len(others) // columns)
-    figure, axes = style.panels(columns, rows, height_in=1.5 * rows + 0.9, sharex=True, sharey=True)
-    for axis, case in zip(axes, others, strict=False):
-        beside = [one for one in baselines if one.rpartition(".")[0] == case.rpartition(".")[0]] or baselines
-        axis.plot(share[beside[0]].index, share[beside[0]], color=style.GREY, lw=1.2, linestyle="--")
-        axis.plot(share[case].index, share[case], color=style.BLUE, lw=1.6)
-        axis.set_title(case_name(case), fontsize=8)
-        axis.set(xlim=(0, last_s), ylim=(-3, 103))
-    for axis in axes[len(others) :]:
-        axis.remove()
-    figure.supxlabel("time of arrival (s)", fontsize=9)
-    figure.supylabel("requests within the SLO (%)", fontsize=9)
-    figure.suptitle(
-        f"Each case (blue) beside {case_name(baselines[0])} (grey)", x=0.01, ha="left", fontsize=10, weight="bold"
-    )
-    return figure
-
-
-def draw_goodput(record: Record, without: str = "\0") -> Figure:
-    """Goodput of each policy with its interval, and the paired difference to the baseline; cases that begin with `without` are left out."""
-    table = record.metrics[~record.metrics["case"].str.startswith(without)]
-    rows = table[table["metric"] == "goodput"].reset_index(drop=True)
-    # Many long names leave no room for bars beside each other.
-    many = len(rows) > _MOST_BARS
-    figure, (left, right) = (
-        style.panels(1, 2, height_in=0.38 * len(rows) + 1) if many else style.panels(2, height_in=3.4)
-    )
-    bars(left, rows)
-    growing = set(table.loc[table["metric"] == "runs_overloaded", "case"])
-    if growing:
-        names = [POLICY_NAMES.get(case, case) + (" (overloaded)" if case in growing else "") for case in rows["case"]]
-        left.set_yticks(range(len(names)), names)
-    left.set(xlabel="goodput (req/s)", title="Goodput at the SLO")
-    paired = table[table["metric"].str.startswith("goodput_minus_")].reset_index(drop=True)
-    if len(paired):
-        bars(right, paired)
-        right.axvline(0, color="black", lw=0.8)
-        baselines = [metric.removeprefix("goodput_minus_") for metric in paired["metric"]]
-        usual = POLICY_NAMES.get(baselines[0], baselines[0])
-        right.set(xlabel="paired difference (req/s)", title=f"Against {usual}")
-        names = [case_name(str(case)) for case in paired["case"]]
-        other = [
-            name if base == baselines[0] else f"{name}\n− {POLICY_NAMES.get(base, base)}"
-            for name, base in zip(names, baselines, strict=True)
-        ]
-        right.set_yticks(range(len(other)), other)
-    return figure
-
-
-def bars(axis: Axes, rows: pd.DataFrame) -> None:
-    """Values of the cases from top to bottom, with their intervals."""
-    import seaborn  # a second of imports that only drawing needs
-
-    names = [case_name(str(case)) for case in rows["case"]]
-    at = list(range(len(rows)))
-    seaborn.barplot(x=rows["value"].to_numpy(), y=at, orient="h", color=style.BLUE, saturation=1, ax=axis)
-    error = [np.nan_to_num(rows["value"] - rows["ci_low"]), np.nan_to_num(rows["ci_high"] - rows["value"])]
-    axis.errorbar(rows["value"], at, xerr=error, fmt="none", ecolor="black", capsize=3, lw=1)
-    axis.set_yticks(at, names)
-    axis.set(ylabel="")
-    axis.grid(axis="y", visible=False)
-
-
-FIGURES = {"over_time": draw_over_time, "goodput": draw_goodput}

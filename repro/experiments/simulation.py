@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from repro.errors import UserError
-from repro.experiments import simulated
+from repro.experiments import simulated, study_figures
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.settings import Settings
@@ -21,18 +21,18 @@ _USUAL_LOAD = 0.8
 
 
 @dataclass(frozen=True)
-class Options(simulated.StudyOptions):
+class Options:
     """`load` is the mean arrival rate as a share of Λ_max by the model with true means, 0.8 if null. Sessions and traces bring their own
-    rate; a trace also its own duration.
+    rate; a trace also its own duration. Requests count from `warmup_s` on; null cuts each run where MSER-5 says that it has settled.
     """
 
     load: float | None = None
     duration_s: float = 1200.0
     seeds: int = 5
-    warmup_s: float = 60.0
+    warmup_s: float | None = simulated.USUAL_WARMUP_S
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        simulated.check_effort(self.duration_s, self.seeds, self.warmup_s or 0.0)
         if self.load is not None and not self.load > 0:
             raise UserError(f"options.load: {self.load} is not positive")
 
@@ -64,7 +64,8 @@ def run(context: Context) -> Outcome:
         partial(settings.workload.stream, rate, duration_s),
         baseline="deployment",
     )
-    window_s = (min(options.warmup_s, duration_s / 2), duration_s)
+    warmup_s = None if options.warmup_s is None else min(options.warmup_s, duration_s / 2)
+    window_s = (warmup_s, duration_s)
     return simulated.compare(context, [comparison], window_s, setting.slo, options.seeds)
 
 
@@ -72,7 +73,7 @@ EXPERIMENT = Experiment(
     "simulation",
     {"simulate": (*SIMULATED, *SCHEDULER, "policy.cache", "policy.rebalance", "workload", "options")},
     run,
-    {"over_time": simulated.draw_over_time},
+    {"over_time": study_figures.draw_over_time},
     Options,
     check,
     profile_files,

@@ -16,7 +16,7 @@ from repro.experiments.deployment import deployment, operating_points
 from repro.experiments.study import run_points, seeds_of
 from repro.paper import tables
 from repro.record.directory import Record
-from repro.record.metrics import Metric
+from repro.record.metrics import Metric, value
 from repro.record.request_metrics import UNITS, Totals, over_runs
 from repro.record.statistics import Estimate
 from repro.report import style
@@ -172,22 +172,25 @@ def _throughput_rows(
 
 
 def draw_loads(record: Record) -> Figure:
-    """TTFT over load for the three deployments: mean as lines, P90 dashed, with their intervals."""
-    table = record.table("loads")
+    """TTFT over the arrival rate for the three deployments, up to the Λ_max of each: mean as lines, P90 dashed, with their intervals."""
+    table, metrics = record.table("loads"), record.metrics
     figure, (axis,) = style.panels(1)
-    for case, colour in style.CASE_COLOURS.items():
+    looks = zip(style.CASE_COLOURS.items(), style.SERIES, strict=False)
+    for (case, colour), (_, marker, _) in looks:
+        if not (table["case"] == case).any():
+            continue
+        most_per_s = value(metrics, "lambda_max", case)
+        axis.axvline(most_per_s, color=colour, lw=0.8, linestyle=":")
         for metric, dash, label in (("ttft_mean_s", "-", "mean"), ("ttft_p90_s", "--", "P90")):
             rows = table[(table["case"] == case) & (table["metric"] == metric)]
-            if len(rows):
-                axis.plot(
-                    100 * rows["load"], rows["value"], dash, color=colour, label=f"{style.CASE_NAMES[case]}, {label}"
-                )
-                axis.fill_between(100 * rows["load"], rows["low"], rows["high"], color=colour, alpha=0.2, lw=0)
+            rate_per_s, name = rows["load"] * most_per_s, f"{style.CASE_NAMES[case]}, {label}"
+            axis.plot(rate_per_s, rows["value"], dash, marker=marker, ms=3.5, color=colour, label=name)
+            axis.fill_between(rate_per_s, rows["low"], rows["high"], color=colour, alpha=0.2, lw=0)
     axis.set(
-        xlabel="load (% of each deployment's own Λ_max)",
+        xlabel="arrival rate (req/s); dotted: the deployment's Λ_max",
         ylabel="TTFT (s)",
         title="What the paper's queue-free TTFT leaves out",
     )
     axis.set_ylim(bottom=0)
-    axis.legend(ncols=1)
+    axis.legend(ncols=1, handlelength=3)
     return figure

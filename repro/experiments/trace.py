@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from repro.errors import UserError
-from repro.experiments import simulated
+from repro.experiments import simulated, study_figures
 from repro.experiments.base import CACHES, SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.kvcache.pool import CacheSpec, HybridPool
@@ -140,7 +140,7 @@ EXPERIMENT = Experiment(
     "trace",
     {"simulate": (*_READS, "options")},
     run,
-    simulated.FIGURES,
+    study_figures.FIGURES,
     Options,
     check,
     files,

@@ -40,7 +40,10 @@ def write(folder: Path, title: str, question: str, records: Sequence[Record]) ->
         Section("Claims", (f"{counts}. {_INPUT}",), (), (_claims(claims),)) if len(claims) else Section("Claims"),
         Section("Figures", (), pictures(records)),
         Section(
-            "Values", (), (), [_values(record, open=len(records) == 1) for record in records if len(record.metrics)]
+            "Values",
+            _statistics(records),
+            (),
+            [_values(record, open=len(records) == 1) for record in records if len(record.metrics)],
         ),
     ]
     provenance = page.provenance_rows(records[0].provenance)
@@ -68,6 +71,15 @@ def _findings(records: Sequence[Record]) -> list[Line]:
             command = f"python -m repro experiment={record.configuration['name']} …"
             hinges = f"It hinges on this: {known['hinges_on']} " if known["hinges_on"] else ""
             lines.append(Line(f"{hinges}With your own numbers:", code=command))
+    return lines
+
+
+def _statistics(records: Sequence[Record]) -> list[str]:
+    """What the records say of their own statistics; of several records, with whose it is."""
+    lines = []
+    for record in records:
+        whose = f"{record.configuration['name']}: " if len(records) > 1 else ""
+        lines += [f"{whose}{line}" for line in record.provenance.get("statistics", ())]
     return lines
 
 
