@@ -64,6 +64,18 @@ def values(frame: pd.DataFrame) -> str:
     return table(header, rows, numbers, "Values of the records.")
 
 
+def claims(frame: pd.DataFrame) -> str:
+    """The paper's claims beside what was found, as `repro.report.comparison.compare` gives them."""
+    rows = [
+        [str(row.statement).rstrip("."), readable(row.paper, row.unit), readable(row.ours, row.unit), percent(row.deviation_pct),
+         row.verdict]
+        for row in each(frame)
+    ]  # fmt: skip
+    return table(
+        ["claim", "paper", "ours", "deviation", "verdict"], rows, {1, 2, 3}, "The paper's claims and what was found."
+    )
+
+
 def differences(frame: pd.DataFrame, a: str, b: str) -> str:
     """A comparison of two sides."""
     rows = [

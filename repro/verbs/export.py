@@ -1,13 +1,15 @@
-"""Values of many records as one file, by its ending .parquet, .csv or .tex: export <folder> … --to <file> [--metric <name> …]."""
+"""Values of many records as one file, or fragments for a paper: export <folder> … --to <file>.parquet|.csv|.tex or --paper <folder>."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from repro.arguments import Parser
 from repro.errors import UserError, writing
-from repro.record.loading import load
-from repro.report import latex
+from repro.experiments import base
+from repro.record.loading import load, records
+from repro.report import latex, paper_document, style
 
 
 def main(argv: list[str]) -> int:
@@ -16,12 +18,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "folders", nargs="+", metavar="FOLDER", help="run directories, sweeps, or glob patterns of them"
     )
-    parser.add_argument(
-        "--to", type=Path, required=True, metavar="FILE", help="a .parquet, .csv or .tex (booktabs) file"
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--to", type=Path, metavar="FILE", help="a .parquet, .csv or .tex (booktabs) file")
+    where.add_argument(
+        "--paper", type=Path, metavar="FOLDER", help="claims.tex, figures.tex, and paper.tex that holds them"
     )
+    parser.add_argument("--column", choices=style.COLUMNS, default="single", help="how wide figures of --paper are set")
     parser.add_argument("--metric", nargs="+", default=[], metavar="NAME", help="only these metrics")
     parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="only these cases")
     options = parser.parse_args(argv)
+    if options.paper is not None:
+        if options.metric or options.case:
+            raise UserError("--metric, --case: choose values of --to; accepted beside --paper: --column")
+        print(_paper(options.folders, options.paper, options.column))
+        return 0
     table = load(*options.folders)
     for column, wanted in (("metric", options.metric), ("case", options.case)):
         unknown = [name for name in wanted if name not in set(table[column])]
@@ -46,3 +56,16 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--to: {target.name!r} has no known ending; accepted: .parquet, .csv, .tex")
     print(target)
     return 0
+
+
+def _paper(folders: Sequence[str], target: Path, column: style.Column) -> Path:
+    found = records(*folders)
+    if not found:
+        raise UserError(f"{', '.join(folders)}: no finished run; accepted: run directories with a DONE file")
+    kinds = [(record.configuration["name"], record.configuration["tier"]) for record in found]
+    twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+    if twice is not None:
+        raise UserError(f"--paper: several runs of experiment={twice[0]} tier={twice[1]}; accepted: one of each")
+    figures = [base.load(name).figures_for(tier) for name, tier in kinds]
+    with writing(target):
+        return paper_document.write(target, found, figures, column)

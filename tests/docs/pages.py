@@ -13,8 +13,8 @@ _UNITS = {"": "1", "nan": "1", "B": "bytes"}
 
 
 def quoted(page: Path) -> list[str]:
-    """What stands between backticks, and the lines of code blocks."""
-    blocks = page.read_text().split("```")
+    """What stands between backticks, and the lines of code blocks, of which one that ends in a backslash is one with the next."""
+    blocks = page.read_text().replace("\\\n", "").split("```")
     lines = [line for block in blocks[1::2] for line in block.splitlines()[1:]]
     return [*lines, *(word for block in blocks[::2] for word in re.findall(r"`([^`]+)`", block))]
 
@@ -36,3 +36,13 @@ def unknown(metric: str, unit: str, known: dict[str, set[str]]) -> bool:
     names = [metric, metric.partition("_minus_")[0]]
     names += [name for name in known if "<kind>" in name and re.fullmatch(name.replace("<kind>", r"[a-z_]+"), metric)]
     return not any(unit in known.get(name, ()) for name in names)
+
+
+def commands(page: Path) -> list[str]:
+    """Every command of the kit that a page gives, in a block or between backticks, without its comment."""
+    found = []
+    for line in quoted(page):
+        word = re.split(r"\s+#\s", line)[0].strip()
+        if word.startswith(("python -m repro ", "scripts/bench ")):
+            found.append(word)
+    return list(dict.fromkeys(found))

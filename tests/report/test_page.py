@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -98,17 +100,58 @@ def test_a_figure_for_one_column_is_as_wide_as_one(tmp_path: Path) -> None:
     assert abs(width / 150 - style.SINGLE_IN) < 0.1
 
 
+#: Shows a report in frames of a phone's and a desktop's width, light and dark, and writes down what can be seen in each.
+FRAMES = """<!doctype html><title>frames</title><link rel="icon" href="data:,">
+<iframe width="390" height="800" data-theme="light"></iframe><iframe width="390" height="800" data-theme="dark"></iframe>
+<iframe width="1280" height="800" data-theme="light"></iframe><iframe width="1280" height="800" data-theme="dark"></iframe>
+<pre id="found"></pre>
+<script>
+const linear = v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+const light = colour => { const [r, g, b] = colour.match(/[\\d.]+/g).map(linear);
+  return .2126 * r + .7152 * g + .0722 * b; };
+const contrast = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
+const found = [];
+for (const frame of document.querySelectorAll("iframe")) {
+  frame.addEventListener("load", () => {
+    const page = frame.contentDocument, root = page.documentElement, style = e => page.defaultView.getComputedStyle(e);
+    root.dataset.theme = frame.dataset.theme;
+    const row = page.querySelector("section[aria-labelledby=claims] tbody").rows[0];
+    const inside = box => box.left >= 0 && box.right <= frame.width;
+    const seen = [...row.cells].slice(0, 4).every(cell => inside(cell.getBoundingClientRect()));
+    const paper = style(page.body).backgroundColor;
+    const least = Math.min(...["body", "a", ".question", ".reproduced", ".input", "figcaption", "dt"].map(
+      name => contrast(style(page.querySelector(name)).color, paper)));
+    const fits = root.scrollWidth <= frame.width, dark = light(paper) < .2;
+    found.push({width: +frame.width, theme: frame.dataset.theme, seen, least, fits, dark});
+    document.getElementById("found").textContent = JSON.stringify(found);
+  });
+  frame.src = "report.html";
+}
+</script>
+"""
+
+
 @pytest.mark.slow
-def test_the_page_says_nothing_on_the_browsers_console(report: Path, tmp_path: Path) -> None:
+def test_the_page_fits_a_phone_and_a_desktop_in_light_and_dark_and_says_nothing_on_the_console(
+    report: Path, tmp_path: Path
+) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium here")
+    frames = report.with_name("frames.html")
+    frames.write_text(FRAMES)
     done = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}",
-         "--window-size=500,900", "--dump-dom", f"file://{report}"],
+         "--allow-file-access-from-files", "--window-size=1400,3400", "--virtual-time-budget=10000", "--dump-dom", f"file://{frames}"],
         capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
-    assert 'id="theme"' in done.stdout
+    seen = json.loads(html.unescape(re.findall(r'<pre id="found">(.*?)</pre>', done.stdout)[0]))
+    assert {(one["width"], one["theme"]) for one in seen} == {(w, t) for w in (390, 1280) for t in ("light", "dark")}
+    for one in seen:
+        assert one["fits"], f"wider than {one['width']} px"
+        assert one["seen"], "claim, paper, ours and verdict are in sight"
+        assert one["least"] >= 4.5, "text stands out from its ground"
+        assert one["dark"] == (one["theme"] == "dark")
     assert "CONSOLE" not in done.stderr
 
 
