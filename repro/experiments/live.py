@@ -24,10 +24,12 @@ from repro.scheduling.views import Sample
 from repro.serving.faults import FaultSchedule, LiveFault
 from repro.serving.fleet import Config, Fleet, LocalLauncher, Place
 from repro.serving.instance import InstanceConfig
+from repro.serving.listener import Listener
 from repro.serving.load import LoadGenerator
 from repro.serving.messages import FromInstance, Report
 from repro.serving.router import Router
 from repro.serving.scale import Scale, Scaling, calibrate
+from repro.serving.upkeep import kept_up
 from repro.simulate.spec import SimulationSpec
 from repro.simulate.stability import TOLERANCE, bisect, growth_of
 from repro.transport import TransportSpec
@@ -201,8 +203,7 @@ class Deployment:
         batches = list(batches)
         router.scheduler.cover(max((batch.longest_tokens() for batch in batches), default=1))
         scale = replace(self._wire.scale, origin_s=self._origin_s())
-        # Numbers are used once, so that what an instance still says of an earlier run is nobody's.
-        first, self._next_number = self._next_number, self._next_number + _NUMBERS
+        first = self.first_number()
         load = LoadGenerator(batches, scale, router.submit, first)
         began_s = time.monotonic()
         router.start(fleet, scale)
@@ -236,10 +237,41 @@ class Deployment:
             payload_bytes=int(requests.loc[requests["route"] == "prfaas", "payload_bytes"].sum()),
             unfinished=unfinished,
             overloaded=router.overloaded,
-            samples=pd.DataFrame(router.samples, columns=Sample._fields),
+            samples=pd.DataFrame(list(router.samples), columns=Sample._fields),
             events=tuple(router.events),
             tokens={number - first: found for number, found in router.tokens.items()},
         )
+
+    def first_number(self) -> int:
+        """The first of ten million request numbers used once, so that what an instance still says of earlier ones is nobody's."""
+        first, self._next_number = self._next_number, self._next_number + _NUMBERS
+        return first
+
+    @contextmanager
+    def serving(self, listener: Listener, limit_requests: int) -> Iterator[Router]:
+        """A router for requests that somebody submits one by one until the block ends.
+
+        Instances that end are started anew. Whoever is still in the system at the end is told to the listener as timed out.
+        """
+        spec, fleet = self.spec, self._fleet
+        fleet.wait()
+        router = self._router = Router(
+            spec.scheduler,
+            spec.pd[0],
+            spec.prfaas[0] if spec.prfaas else None,
+            self._wire.scale,
+            link_bps=self._wire.link.rate_bps or math.inf,
+            limit_requests=limit_requests,
+            hands_over=self._computes,
+            listener=listener,
+        )
+        router.start(fleet, replace(self._wire.scale, origin_s=self._origin_s()))
+        try:
+            with kept_up(fleet, self._replace):
+                yield router
+        finally:
+            router.close()
+            self._router = None
 
     def _origin_s(self) -> float:
         """The first moment of a run, on CLOCK_MONOTONIC: that of the link's schedule, which begins with the first run."""

@@ -14,8 +14,8 @@ import pandas as pd
 #: Where a request was prefilled: in the PD cluster, or in the PrfaaS cluster with its KVCache sent over the link.
 ROUTES = ("pd", "prfaas")
 #: `fell_back`: prefilled in the PD cluster after its offloaded prefill or transfer was given up; it was answered all the same.
-#: `refused`: admission turned it away on arrival.
-OUTCOMES = ("ok", "failed", "timed_out", "fell_back", "refused")
+#: `refused`: admission turned it away on arrival. `cancelled`: who asked went away before the last token.
+OUTCOMES = ("ok", "failed", "timed_out", "fell_back", "refused", "cancelled")
 #: Outcomes of requests that were answered in full.
 ANSWERED = ("ok", "fell_back")
 
@@ -36,7 +36,7 @@ COLUMNS: Mapping[str, tuple[str, str]] = MappingProxyType({
     "ttft_s": ("number", "arrival to the first token"),
     "tpot_s": ("number", "mean time per output token after the first; 0 where there was one"),
     "finish_s": ("number", "last token"),
-    "outcome": ("text", "ok, failed, timed_out, fell_back or refused"),
+    "outcome": ("text", "ok, failed, timed_out, fell_back, refused or cancelled"),
     "prefill_worker": ("text", "instance that prefilled it; empty where none did"),
     "decode_worker": ("text", "instance that decoded it; empty where none did"),
 })  # fmt: skip

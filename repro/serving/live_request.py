@@ -42,6 +42,15 @@ class LiveRequest:
         self.attempt += 1
 
     @property
+    def phase(self) -> str:
+        """Where it is, one of `listener.PHASES`."""
+        if not math.isnan(self.first_s):
+            return "decode"
+        if not math.isnan(self.delivered_s):
+            return "decode_queue"
+        return "transfer" if not math.isnan(self.end_s) else "prefill"
+
+    @property
     def offloaded(self) -> bool:
         """Whether it is prefilled in the PrfaaS cluster."""
         return self.decision is not None and self.decision.offload

@@ -1,8 +1,8 @@
-"""What router and instances say to each other: small typed messages. They carry token counts and names, never a prompt or state.
+"""What router and instances say to each other: small typed messages. They carry token counts and names, never state.
 
 On the channel a message is a JSON object whose `kind` names its type; one of another form is refused by name. Times are CLOCK_MONOTONIC in
 seconds, which all processes of a machine share. A request that is tried again has another `attempt`, so that what an earlier one still says
-can be told from it.
+can be told from it. A prompt that a client sent goes once per attempt, to the instance that prefills it; other prompts are drawn there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Connect(Said, frozen=True):
 
 class Prefill(Said, frozen=True):
     """Prefill a request, and send its KVCache of `kv_bytes` to decode instance `to`; with none it stays in the cluster, whose own network
-    is no bottleneck (equation 4).
+    is no bottleneck (equation 4). `prompt` holds the token ids where a client sent them; without one the instance has the prompt from
+    the request's number.
     """
 
     request: int
@@ -41,6 +42,7 @@ class Prefill(Said, frozen=True):
     output_tokens: int
     kv_bytes: float
     to: str | None
+    prompt: list[int] | None = None
 
 
 class Decode(Said, frozen=True):
@@ -122,6 +124,13 @@ class Decoding(Said, frozen=True):
     first_s: float
 
 
+class Stepped(Said, frozen=True):
+    """A decode step of an instance that streams: (request, attempt, index of the token in the answer, token) for each of its batch."""
+
+    at_s: float
+    tokens: list[tuple[int, int, int, int]]
+
+
 class Finished(Said, frozen=True):
     """A request's last token; all of them, from an engine that computes some."""
 
@@ -156,7 +165,9 @@ class Report(Said, frozen=True):
 
 
 ToInstance = Connect | Prefill | Decode | Forget | Slow | Memory | Report
-FromInstance = Ready | Connected | Prefilled | Delivered | Undelivered | Decoding | Finished | Sending | Lateness
+FromInstance = (
+    Ready | Connected | Prefilled | Delivered | Undelivered | Decoding | Stepped | Finished | Sending | Lateness
+)
 
 _ENCODER = msgspec.json.Encoder()
 #: By `kind`: of one class msgspec knows the form already, of a union it works it out in every call, which takes thirty times as long.

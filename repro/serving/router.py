@@ -6,6 +6,9 @@ come to it as tasks of one event loop, so nothing in it needs a lock. It sees to
 
 A request is tried until it is answered: what was lost with an instance or a transfer is dispatched anew with the next attempt's number, and
 what an earlier attempt still says is ignored, so that each request is answered once at most. While nobody is there to take it, it waits.
+
+A `Listener` makes it a router that serves for as long as it is asked to: requests are submitted one by one, their tokens are told as they
+come, and nothing is kept of those that have left.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import gc
 import math
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import MutableSequence, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -33,9 +38,12 @@ from repro.serving.clockwork import Clockwork
 from repro.serving.egress import Egress
 from repro.serving.fleet import Fleet
 from repro.serving.instance import ATTEMPTS
+from repro.serving.listener import PHASES, Listener, View
 from repro.serving.live_request import LIVE_COLUMNS, LiveRequest
 from repro.serving.scale import Scale
 
+#: What a router that serves without end keeps of samples, events and lateness.
+_KEPT = 1000
 #: A decode instance that had no memory for a request is passed over for so long, in seconds of the deployment.
 _REST_S = 5.0
 
@@ -58,20 +66,23 @@ class Router:
         link_bps: float = math.inf,
         limit_requests: int = 20_000,
         hands_over: bool = False,
+        listener: Listener | None = None,
     ) -> None:
+        self._listener = listener
+        kept = None if listener is None else _KEPT
         self._spec, self._pd_plan, self._prfaas_plan = spec, pd_plan, prfaas_plan
         self._link_bps = link_bps
         self.scale = scale
         self.clock = Clockwork()
         self.overloaded = False
-        self.samples: list[Sample] = []
+        self.samples: MutableSequence[Sample] = deque(maxlen=kept)
         self.rows: list[tuple[Any, ...]] = []
         #: By request, what an engine that computes has answered.
         self.tokens: dict[int, list[int]] = {}
-        self.lateness: dict[str, list[say.Lateness]] = {}
+        self.lateness: defaultdict[str, deque[say.Lateness]] = defaultdict(partial(deque[say.Lateness], maxlen=kept))
         self.sending: dict[str, say.Sending] = {}
         #: Faults, deaths, conversions and lost transfers, each with the deployment's time, in words.
-        self.events: list[tuple[float, str]] = []
+        self.events: MutableSequence[tuple[float, str]] = deque(maxlen=kept)
         self._fleet: Fleet | None = None
         self._live: dict[int, LiveRequest] = {}
         self._limit = limit_requests
@@ -120,6 +131,16 @@ class Router:
     def submit(self, number: int, arrival_s: float, tokens: int, output_tokens: int) -> None:
         """A request, due at `arrival_s` of the deployment's time."""
         self.clock.ask(self._arrive, number, arrival_s, tokens, output_tokens)
+
+    def stop(self, number: int, outcome: str, output_tokens: int) -> None:
+        """Let a request leave before its last token, with that outcome and so many tokens: it is complete, too late, or nobody waits."""
+        self.clock.ask(self._stop, number, outcome, output_tokens)
+
+    def view(self) -> Future[View]:
+        """How it stands, once its thread comes to it."""
+        found = Future[View]()
+        self.clock.ask(lambda: found.set_result(self._view()))
+        return found
 
     def heard(self, name: str, said: say.FromInstance) -> None:
         """What an instance said."""
@@ -216,7 +237,8 @@ class Router:
         self._tell(
             request.prefill,
             say.Prefill(
-                request.number, request.attempt, request.tokens, decision.cached_tokens, request.output_tokens, decision.kv_bytes, to
+                request.number, request.attempt, request.tokens, decision.cached_tokens, request.output_tokens, decision.kv_bytes, to,
+                self._listener.prompt(request.number) if self._listener is not None else None,
             ),
         )  # fmt: skip
 
@@ -243,12 +265,16 @@ class Router:
 
     def _hear(self, name: str, said: say.FromInstance) -> None:
         if isinstance(said, say.Lateness):
-            self.lateness.setdefault(name, []).append(said)
+            self.lateness[name].append(said)
         elif isinstance(said, say.Sending):
             self.sending[name] = said
+            if self._listener is not None:
+                self._listener.sent(name, said)
         elif isinstance(said, say.Ready):
             if name in self._dead:
                 self._repaired(name)
+        elif isinstance(said, say.Stepped):
+            self._stepped(said)
         elif not (self._is_down or isinstance(said, say.Connected)):
             request = self._live.get(said.request)
             if request is not None and request.attempt == said.attempt:
@@ -272,7 +298,7 @@ class Router:
             case say.Decoding():
                 request.joined_s, request.first_s = said.joined_s, said.first_s
             case say.Finished():
-                if said.tokens is not None:
+                if said.tokens is not None and self._listener is None:
                     self.tokens[request.number] = said.tokens
                 self._finished += 1
                 self._finished_tokens += request.output_tokens
@@ -282,6 +308,50 @@ class Router:
                 if said.full:
                     self._rest(int(name.partition(".")[2]))
                 self._again(request)
+
+    def _stepped(self, said: say.Stepped) -> None:
+        """Hand on the tokens of a step, but for those of attempts that were given up."""
+        if self._listener is not None and not self._is_down:
+            live = self._live
+            self._listener.stepped([
+                (number, index, token)
+                for number, attempt, index, token in said.tokens
+                if number in live and live[number].attempt == attempt
+            ])  # fmt: skip
+
+    def _stop(self, number: int, outcome: str, output_tokens: int) -> None:
+        request = self._live.get(number)
+        if request is None:
+            return
+        self._give_up_at(request)
+        request.output_tokens = output_tokens
+        if outcome == "ok":
+            self._finished += 1
+            self._finished_tokens += output_tokens
+            outcome = "fell_back" if request.fell_back else "ok"
+        self._leave(request, outcome, time.monotonic())
+
+    def _view(self) -> View:
+        home, phases = self.scheduler.pd[0], dict.fromkeys(PHASES, 0)
+        for request in self._live.values():
+            phases[request.phase] += 1
+        names = self._fleet.names if self._fleet is not None else []
+        state = home.state
+        return View(
+            state.threshold_tokens,
+            state.bandwidth_scarce,
+            self.scheduler.prfaas[0].link_up if self.scheduler.prfaas else False,
+            state.link.utilisation,
+            phases,
+            {name: len(self._holds.get(name, ())) for name in names},
+            {name: self._role(name) for name in names},
+        )
+
+    def _role(self, name: str) -> str:
+        if name in self._dead:
+            return "down"
+        cluster, _, index = name.partition(".")
+        return "decode" if cluster == "pd0" and int(index) in self.scheduler.pd[0].decoding else "prefill"
 
     def _rest(self, instance: int) -> None:
         """Pass a decode instance over that has no memory: holding the fewest requests, it would be given all that come."""
@@ -330,8 +400,12 @@ class Router:
 
     def _leave(self, request: LiveRequest, outcome: str, finish_s: float = math.nan) -> None:
         self._unhold(request)
-        self.rows.append(request.row(outcome, finish_s, self.scale))
+        row = request.row(outcome, finish_s, self.scale)
         self._live.pop(request.number, None)
+        if self._listener is not None:
+            self._listener.left(dict(zip(LIVE_COLUMNS, row, strict=True)))
+        else:
+            self.rows.append(row)
         if not self._live:
             with self._empty:
                 self._empty.notify_all()

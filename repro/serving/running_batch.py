@@ -43,6 +43,11 @@ class RunningBatch:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._running
 
+    @property
+    def running(self) -> list[Generation]:
+        """Requests that have tokens to come."""
+        return list(self._running.values())
+
     def admit(self, handover: Handover) -> None:
         """Count in a request that the engine has just taken."""
         self._running[handover.request_id] = Generation(handover, now_s())
@@ -61,6 +66,11 @@ class RunningBatch:
             del self._running[request_id]
             self._engine.leave(request_id)
         return finished
+
+    def drop(self, request_id: int) -> None:
+        """Give up a request that is not done; it has left the engine."""
+        del self._running[request_id]
+        self._engine.leave(request_id)
 
 
 def report(finished: Generation, engine: TorchEngine, parent: Parent, log: SpanLog) -> None:

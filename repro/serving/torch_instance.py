@@ -2,8 +2,8 @@
 
 It speaks the same messages, so the same router drives both. One thread computes: a prefill to its end, layer by layer onto the wire, else a
 step of the running batch. KVCache goes to the decode instance that the router named, from a PrfaaS instance over the link and from a PD
-instance within the cluster: state crosses sockets only, never memory. Messages carry no prompt: each instance draws it from the request's
-number, as a real one would read it from a store.
+instance within the cluster: state crosses sockets only, never memory. A prompt comes with the request where a client sent it; otherwise the
+instance draws it from the request's number, as a real one would read it from a store.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ from repro.transport import Received, Receiver, Sender, TransferFailed, Transpor
 
 @dataclass(frozen=True)
 class TorchInstanceConfig:
-    """What a computing instance is started with. Prompts have ids below `vocabulary`, and repeat after `prompts` requests."""
+    """What a computing instance is started with. Prompts that it draws have ids below `vocabulary`, and repeat after `prompts` requests.
+
+    One that `streams` tells the tokens of every decode step as they come, not only all of them at the end.
+    """
 
     MODULE: ClassVar = "repro.serving.torch_instance"
     name: str
@@ -48,6 +51,7 @@ class TorchInstanceConfig:
     prompts: int
     batch_max: int
     seed: int = 0
+    streams: bool = False
 
 
 def prompt_of(config: TorchInstanceConfig, number: int, tokens: int) -> tuple[int, ...]:
@@ -67,6 +71,28 @@ class _Arrived:
     states: list[State] | Exception
 
 
+class _Gone:
+    """Requests that were given up, the latest few thousand; the thread that reads messages adds, the one that computes takes."""
+
+    _KEPT = 4096
+
+    def __init__(self) -> None:
+        self._keys: dict[int, None] = {}
+        self._lock = threading.Lock()
+
+    def add(self, key: int) -> None:
+        """Note that a request was given up."""
+        with self._lock:
+            self._keys[key] = None
+            if len(self._keys) > self._KEPT:  # of requests that had left when they were given up
+                del self._keys[next(iter(self._keys))]
+
+    def take(self, key: int) -> bool:
+        """Whether it was, once."""
+        with self._lock:
+            return self._keys.pop(key, self) is None
+
+
 class TorchInstance:
     """The instance itself; its methods run in the thread that computes."""
 
@@ -82,10 +108,16 @@ class TorchInstance:
         self._joined = set[int]()
         self._inbox: queue.SimpleQueue[Message | _Arrived | tuple[str, Sender]] = queue.SimpleQueue()
         self._senders: dict[str, Sender] = {}
-        self._gone = set[int]()
+        self._gone = _Gone()
         self._slow = 1.0
         self._full = False
         self.put = self._inbox.put
+
+    def hear(self, message: Message) -> None:
+        """Take a message, in the thread that reads them: what is given up is known before its turn comes."""
+        if message["kind"] == "forget":
+            self._gone.add(message["request"] * ATTEMPTS + message["attempt"])
+        self.put(message)
 
     def run(self) -> None:
         """Serve until told to stop: prefill goes before decode steps, as in a server without chunked mixing."""
@@ -104,6 +136,8 @@ class TorchInstance:
             began_s = now_s()
             finished = self._batch.step()
             self._linger(began_s)
+            if self._config.streams:
+                self._stream([*self._batch.running, *finished])
             for generation in finished:
                 self._finish(generation)
             self._admit()
@@ -123,7 +157,7 @@ class TorchInstance:
             case say.Connect():
                 background(self._connect, told, name=f"connect {told.name}")
             case say.Forget():
-                self._gone.add(told.request * ATTEMPTS + told.attempt)
+                self._forget(told.request * ATTEMPTS + told.attempt)
             case say.Slow():
                 self._slow = told.factor
             case say.Memory():
@@ -155,14 +189,14 @@ class TorchInstance:
 
     def _prefill(self, asked: say.Prefill) -> None:
         key = asked.request * ATTEMPTS + asked.attempt
-        if key in self._gone:
-            self._gone.discard(key)
+        if self._gone.take(key):
             return
         sender = self._senders.get(asked.to or "")
         if sender is None:
             self._tell(say.Undelivered(asked.request, asked.attempt, f"no connection to {asked.to}"))
             return
-        request = Request(key, prompt_of(self._config, asked.request, asked.input_tokens), asked.output_tokens)
+        prompt = tuple(asked.prompt or prompt_of(self._config, asked.request, asked.input_tokens))
+        request = Request(key, prompt, asked.output_tokens)
         outbox = Outbox(sender, True, CodecSpec(), self._log)
         sender.begin(key)
         start_s = now_s()
@@ -204,8 +238,7 @@ class TorchInstance:
         while self._waiting and len(self._joined) < self._config.batch_max:
             arrived = self._waiting.pop(0)
             number, attempt = divmod(arrived.key, ATTEMPTS)
-            if arrived.key in self._gone:
-                self._gone.discard(arrived.key)
+            if self._gone.take(arrived.key):
                 continue
             try:
                 if self._full:
@@ -224,11 +257,31 @@ class TorchInstance:
             self._joined.add(arrived.key)
             self._tell(say.Delivered(number, attempt, arrived.at_s, arrived.payload_bytes))
 
+    def _forget(self, key: int) -> None:
+        """Give up a request that decodes; one that has yet to come is given up when it does."""
+        if key in self._joined:
+            self._gone.take(key)
+            self._joined.discard(key)
+            self._batch.drop(key)
+            self._log.take()
+
+    def _stream(self, generations: list[Generation]) -> None:
+        """Tell the step that has just ended: who took a first token, and every token of it."""
+        tokens = []
+        for generation in generations:
+            number, attempt = divmod(generation.handover.request_id, ATTEMPTS)
+            if len(generation.tokens) == 1:
+                self._tell(say.Decoding(number, attempt, generation.joined_s, generation.times_s[0]))
+            tokens.append((number, attempt, len(generation.tokens) - 1, generation.tokens[-1]))
+        if tokens:
+            self._tell(say.Stepped(now_s(), tokens))
+
     def _finish(self, generation: Generation) -> None:
         number, attempt = divmod(generation.handover.request_id, ATTEMPTS)
         self._joined.discard(generation.handover.request_id)
         self._log.take()
-        self._tell(say.Decoding(number, attempt, generation.joined_s, generation.times_s[0]))
+        if not self._config.streams:
+            self._tell(say.Decoding(number, attempt, generation.joined_s, generation.times_s[0]))
         self._tell(say.Finished(number, attempt, generation.times_s[-1], generation.tokens))
 
 
@@ -244,7 +297,7 @@ def work(parent: Parent, config: Message) -> None:
 
     if receiver is not None:
         threading.Thread(target=receive, args=(receiver,), name="receive", daemon=True).start()
-    parent.deliver(instance.put)
+    parent.deliver(instance.hear)
     parent.send_text(say.encoded(say.Ready(receiver.port if receiver is not None else 0)))
     instance.run()
 
