@@ -27,9 +27,9 @@ from repro.record.statistics import Estimate
 
 T = TypeVar("T")
 
-#: What vLLM counts of every request that it finishes: the seconds between its scheduling and its first token.
-ENGINE_PREFILL: Final = "vllm:request_prefill_time_seconds"
-ENGINE_HITS: Final = "vllm:prefix_cache_hits_total"
+#: What vLLM, and the kit where it serves, count of every request that they finish: the seconds between its scheduling and its first token.
+ENGINE_PREFILL: Final = ("vllm:request_prefill_time_seconds", "prfaas_request_prefill_time_seconds")
+ENGINE_HITS: Final = ("vllm:prefix_cache_hits_total", "prfaas_prefix_cache_hits_total")
 #: A repeated prompt that takes less than this of a new one came from a cache, and one that takes more than the second did not.
 _CACHED_BELOW, _COMPUTED_ABOVE = 0.7, 0.85
 #: Broken answers per timing that are asked again; one more ends the measurement.
@@ -268,11 +268,16 @@ def _too_much(run: _Measuring, timings: list[Timing], length: int) -> str:
 
 def _engine_prefill_s(before: Mapping[str, float], after: Mapping[str, float], requests: int) -> float | None:
     """The engine's own mean of these requests; None where it has none, or counted those of others as well."""
-    counts = [counters.get(f"{ENGINE_PREFILL}_count") for counters in (before, after)]
-    sums = [counters.get(f"{ENGINE_PREFILL}_sum") for counters in (before, after)]
+    counts = [_counted(counters, ENGINE_PREFILL, "_count") for counters in (before, after)]
+    sums = [_counted(counters, ENGINE_PREFILL, "_sum") for counters in (before, after)]
     if counts[1] is None or sums[1] is None or counts[1] - (counts[0] or 0.0) != requests:
         return None
     return (sums[1] - (sums[0] or 0.0)) / requests
+
+
+def _counted(counters: Mapping[str, float], names: Sequence[str], part: str = "") -> float | None:
+    """The counter by the first of its names that the engine knows; None where it knows none."""
+    return next((counters[name + part] for name in names if name + part in counters), None)
 
 
 def _prefix_cache(run: _Measuring, prefill: Sequence[Timing], round_trip_s: float) -> tuple[str, float]:
@@ -281,13 +286,13 @@ def _prefix_cache(run: _Measuring, prefill: Sequence[Timing], round_trip_s: floa
     added = max(run.added, default=0)
     longest = max(prefill, key=lambda timing: timing.tokens)
     ratios, cached = [], 0
-    before = run.server.counters().get(ENGINE_HITS)
+    before = _counted(run.server.counters(), ENGINE_HITS)
     for _ in range(min(3, run.spec.repeats)):
         ask = partial(run.server.answer, run.server.prompt(longest.tokens - added, run.rng), 1)
         new, again = run.asked("a new prompt", ask), run.asked("a repeated prompt", ask)
         cached = max(cached, again.cached_tokens)
         ratios.append((again.ttft_s - round_trip_s) / max(new.ttft_s - round_trip_s, 1e-9))
-    ratio, hits = statistics.median(ratios), run.server.counters().get(ENGINE_HITS)
+    ratio, hits = statistics.median(ratios), _counted(run.server.counters(), ENGINE_HITS)
     if cached or hits is not None:
         # The engine's word: times of a machine that does other things as well say less.
         found = "on" if cached or (hits or 0.0) > (before or 0.0) else "off"
