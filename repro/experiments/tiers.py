@@ -81,7 +81,7 @@ def run(context: Context) -> Outcome:
     """Measure the profile, find the operating point, and ask every tier."""
     options, settings = context.options, context.settings
     model = one_model(settings)
-    profile = _profile(context)
+    profile = own_profile(context)
     base = Deployment(
         profile, settings.cluster.prfaas.instances, profile, settings.cluster.pd.instances, settings.link.rate_bps or float("inf"),
         settings.workload.length_law(), settings.workload.mean_output_tokens(),
@@ -127,7 +127,7 @@ def run(context: Context) -> Outcome:
     return Outcome(rows, {"tiers": table}, requests=kept)
 
 
-def _profile(context: Context) -> PhaseProfile:
+def own_profile(context: Context) -> PhaseProfile:
     """The profile that was asked for, else the model's own, measured now in as many threads as an instance will have."""
     settings, options = context.settings, context.options
     if settings.profile is not None:
