@@ -253,14 +253,15 @@ class Api:
             if may_end and token in ends:
                 self._front.leave(answer, "ok", tokens)
                 yield _Piece(stop.rest(), token, "stop")
-                return
+                break
             text = stop.take(text_of(token))
             if stop.found:
                 self._front.leave(answer, "ok", tokens)
                 yield _Piece(text, token, "stop")
-                return
+                break
             last = tokens == answer.output_tokens
             yield _Piece(text + stop.rest() if last else text, token, "length" if last else None)
+        await self._front.ended(answer)
 
     async def _whole(self, shape: Shape, answer: Answer, pieces: AsyncIterator[_Piece]) -> Response:
         found = [piece async for piece in pieces]

@@ -66,6 +66,7 @@ class Answer:
     first_s: float = 0.0
     last_s: float = 0.0
     over: bool = False
+    counted: asyncio.Event = field(default_factory=asyncio.Event)
     news: asyncio.Queue[int | Mapping[str, Any]] = field(default_factory=asyncio.Queue)
 
 
@@ -131,6 +132,12 @@ class Front:
                 raise ApiError(status, words, code=news["outcome"], retry_after_s=1 if status in (429, 503) else None)
             yield news
 
+    async def ended(self, answer: Answer) -> None:
+        """Wait, a moment at most, until the router has counted a complete answer: whoever reads the metrics next shall find it there."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await answer.counted.wait()
+
     def leave(self, answer: Answer, outcome: str, output_tokens: int | None = None) -> None:
         """Nothing more is wanted of a request: it is complete (`ok`), too late (`timed_out`), or whoever asked has gone (`cancelled`)."""
         # Once all tokens are there, the router's own news of the end is on its way.
@@ -179,6 +186,7 @@ class Front:
         self.rows.append({**row, "ttft_front_s": ttft_s})
         tpot_s = (answer.last_s - answer.first_s) / (answer.heard - 1) if answer.heard > 1 else float("nan")
         self.exposition.left(row, answer.heard, ttft_s if row["outcome"] in ANSWERED else float("nan"), tpot_s)
+        answer.counted.set()
 
     # In the router's thread.
 
