@@ -1,7 +1,7 @@
 """One PrfaaS cluster for several PD clusters: what sharing saves when their peaks fall on different hours.
 
 Tenants are alike but for the hour of their peak. Each alone must have PrfaaS instances and a link for its own peak; together they need
-what the hour with the most needs. How a burst of one tenant reaches the others is not answered here.
+what the hour with the most needs. How a burst of one tenant reaches the others is the question of `experiment=tenants`.
 """
 
 from __future__ import annotations

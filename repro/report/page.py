@@ -80,6 +80,20 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Card:
+    """A part of the page in a sentence and a small picture, which leads there."""
+
+    title: str
+    text: str
+    picture: Picture | None
+
+    @property
+    def anchor(self) -> str:
+        """Where it leads."""
+        return anchor(self.title)
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of the page."""
 
@@ -87,6 +101,7 @@ class Section:
     texts: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
+    cards: Sequence[Card] = ()
 
     @property
     def anchor(self) -> str:
@@ -119,7 +134,7 @@ def write(
     """Write report.html and report.md into `folder`; returns the path of the former."""
     context = {
         "title": title, "question": question, "lead": lead, "provenance": provenance,
-        "sections": [section for section in sections if section.texts or section.pictures or section.tables],
+        "sections": [section for section in sections if section.texts or section.pictures or section.tables or section.cards],
     }  # fmt: skip
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=lambda name: bool(name and name.endswith(".html.j2")),

@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.image import imread, thumbnail
 
 from repro.presets import choices
 from repro.record.directory import Record
 from repro.report import page, style, sweep_figures
 from repro.report.comparison import readable
-from repro.report.page import Cell, Column, Picture, Section, Table
+from repro.report.page import Card, Cell, Column, Picture, Section, Table
 from repro.report.sweep_spec import SweepSpec
 from repro.report.words import label, value_label
 
 #: More rows than these make a page that nobody reads; the table itself has them all.
 _MOST_ROWS = 400
+#: Width of a figure on the page of findings.
+_THUMBNAIL_PX = 560
 
 
 def write(record: Record, spec: SweepSpec) -> Path:
@@ -49,16 +52,30 @@ def write(record: Record, spec: SweepSpec) -> Path:
 
 
 def _findings(record: Record, points: pd.DataFrame) -> list[Section]:
-    """What each point found, where it is a study, with its figures."""
-    sections = []
+    """What each point found, where it is a study: all of them on one page, a sentence and a thumbnail each, then each with its figures."""
+    sections, cards = list[Section](), list[Card]()
     for path in points.loc[points["state"] == "done", "path"]:
         run = Record(record.path / str(path))
         if finding := run.provenance.get("finding"):
             name = run.configuration["name"]
-            hinges = f"It hinges on this: {run.provenance['hinges_on']} With your own numbers: python -m repro experiment={name} …"
+            own = ", ".join(f"options.{key}=…" for key in run.configuration.get("options", {}))
+            hinges = f"It hinges on this: {run.provenance['hinges_on']}"
+            command = f"With your own numbers: python -m repro experiment={name}, and any of {own}"
             pictures = [Picture(label(file.stem), file) for file in sorted((run.path / "figures").glob("*.png"))]
-            sections.append(Section(label(name), (str(finding), hinges), pictures))
-    return sections
+            sections.append(Section(label(name), (str(finding), hinges, command), pictures))
+            cards.append(Card(label(name), str(finding), _thumbnail(record.path, name, pictures)))
+    return [Section("Findings", cards=cards), *sections] if cards else []
+
+
+def _thumbnail(folder: Path, name: str, pictures: Sequence[Picture]) -> Picture | None:
+    """The first figure in small, kept beside the sweep's own."""
+    if not pictures:
+        return None
+    path = folder / "figures" / f"{name}_small.png"
+    path.parent.mkdir(exist_ok=True)
+    width = imread(pictures[0].path).shape[1]
+    thumbnail(str(pictures[0].path), str(path), scale=min(1.0, _THUMBNAIL_PX / width))
+    return Picture(pictures[0].title, path)
 
 
 def axes_of(record: Record, points: pd.DataFrame) -> dict[str, Sequence[object]]:

@@ -112,6 +112,7 @@ class Simulation:
             batch.check(after_s=now)
             self.scheduler.cover(batch.longest_tokens())
             chains, turns = batch.chains, batch.turns
+            homes = [self.pd_clusters[home] for home in batch.homes.tolist()] if batch.homes is not None else None
             for i, (arrival_s, tokens, output) in enumerate(
                 zip(batch.arrival_s.tolist(), batch.input_tokens.tolist(), batch.output_tokens.tolist(), strict=True)
             ):
@@ -119,7 +120,8 @@ class Simulation:
                     now, _, handler, argument = pop(heap)
                     handler(now, argument)
                 now = arrival_s
-                arrive(now, tokens, output, chains[i] if chains else None, turns[i] if turns else None)
+                chain, turn = chains[i] if chains else None, turns[i] if turns else None
+                arrive(now, tokens, output, chain, turn, homes[i] if homes else None)
             if len(live) > limit:
                 overloaded = True
                 break

@@ -37,7 +37,8 @@ class Turn(NamedTuple):
 
 class RequestBatch(NamedTuple):
     """Some requests in order of arrival: seconds from the beginning, whole tokens, block keys where prefixes are shared, and the turns that
-    wait for answers, where the conversation is closed-loop.
+    wait for answers, where the conversation is closed-loop. `homes` are numbers of PD clusters, where requests
+    belong to one whatever its share.
     """
 
     arrival_s: NDArray[np.float64]
@@ -45,6 +46,7 @@ class RequestBatch(NamedTuple):
     output_tokens: NDArray[np.int64]
     chains: list[Chains] | None = None
     turns: list[Turn | None] | None = None
+    homes: NDArray[np.int64] | None = None
 
     def check(self, after_s: float) -> None:
         """Refuse what is no request: a time that is none or goes back before `after_s`, and lengths below one token.
@@ -129,8 +131,9 @@ class Recorded:
             part = slice(at, at + CHUNK_REQUESTS)
             chains = whole.chains[part] if whole.chains is not None else None
             turns = whole.turns[part] if whole.turns is not None else None
+            homes = whole.homes[part] if whole.homes is not None else None
             yield RequestBatch(
-                whole.arrival_s[part], whole.input_tokens[part], whole.output_tokens[part], chains, turns
+                whole.arrival_s[part], whole.input_tokens[part], whole.output_tokens[part], chains, turns, homes
             )
 
 

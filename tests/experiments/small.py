@@ -29,6 +29,10 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "options.rates_bps=[1e10]", "options.rtts_s=[0.0,0.05]", "options.losses=[0.0,0.001]", "options.connections=[1]",
     ],
     ("many_clusters", "model"): ["options.tenants=[2]", "options.spreads_h=[12]"],
+    ("edge_decode", "model"): ["options.tokens=[2048]", "options.compared_tokens=2048", "options.links=[home_fibre]"],
+    ("tenants", "simulate"): [
+        "options.tenants=2", "options.duration_s=60", "options.at_s=20", "options.for_s=20", "options.seeds=2",
+    ],
     ("peak_hours", "simulate"): ["options.day_s=120"],
     ("long_contexts", "model"): ["options.medians_tokens=[2e4]", "options.outputs_tokens=[512,8192]"],
     ("cost_map", "model"): ["policy.threshold_step_tokens=2000"],
