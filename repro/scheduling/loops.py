@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
-from repro.scheduling import adaptive, long_term, short_term
+from repro.scheduling import adaptive, long_term, short_term, timetable
 from repro.scheduling.adaptive import Situation, Split
 from repro.scheduling.clusters import PdClusterState, PrfaasClusterState
 from repro.scheduling.decisions import Conversion
@@ -76,6 +76,22 @@ def move_node(spec: SchedulerSpec, pd: PdClusterState, seen: Observation, report
     decode = DecodeView(len(pd.decoding), pd.tokens_per_s, report.finished_tokens / report.finished)
     move = long_term.step(spec.long_term, usual, decode, pd.costs)
     return _convert(pd, move, report) if move else None
+
+
+def follow(now_s: float, spec: SchedulerSpec, pd: PdClusterState, report: PdReport) -> Conversion | None:
+    """One look at the timetable: its threshold from its moment on, and the next node on its way to the split."""
+    wanted = timetable.planned(spec.timetable, now_s)
+    if wanted is None:
+        return None
+    if wanted.threshold_tokens != pd.short_term.threshold_tokens:
+        pd.short_term = pd.short_term._replace(threshold_tokens=wanted.threshold_tokens)
+        pd.state = pd.state._replace(threshold_tokens=wanted.threshold_tokens)
+    to_prefill = sum([conversion.to == "prefill" for conversion in pd.conversions])
+    turning = 2 * to_prefill - len(pd.conversions)
+    way = timetable.step(pd.serving + to_prefill, turning, wanted)
+    if not way or (way > 0 and len(pd.decoding) < 2) or (way < 0 and not pd.serving):
+        return None
+    return _convert(pd, way, report)
 
 
 def adapt(

@@ -260,9 +260,12 @@ class Scheduler:
     def long_term(self, now_s: float, pd: int, links: Sequence[LinkReport], report: PdReport) -> Conversion | None:
         """The slow loop of a PD cluster: which node changes its role, if any; none while nothing has finished.
 
-        The paper's rule moves one node at a time; the adaptive one sends the next while others are on their way.
+        The paper's rule moves one node at a time; the adaptive one sends the next while others are on their way. A timetable is
+        followed as it is written.
         """
         home = self.pd[pd]
+        if self.spec.timetable:
+            return loops.follow(now_s, self.spec, home, report)
         if self.spec.adaptive.enabled:
             seen = loops.observe(now_s, self.spec, home, self.prfaas, self._estimated(now_s, links))
             return loops.adapt(now_s, self.spec, home, seen, report)

@@ -17,6 +17,7 @@ from repro.scheduling.placement import PLACEMENTS
 from repro.scheduling.policies import RandomSplit, Router, Threshold, router
 from repro.scheduling.rebalance import RebalanceSpec
 from repro.scheduling.short_term import ShortTermSpec
+from repro.scheduling.timetable import PERIOD_S, Planned
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class SchedulerSpec:
     """What a `Scheduler` is made of: a policy whose threshold and router have been found, as numbers and values.
 
     `fallback_s`: after so long an outage of the link, transfers are given up and prefilled in the PD cluster; null never.
+    `timetable` moves threshold and nodes at set times, in place of a slow loop.
     """
 
     router: Router = field(default_factory=Threshold)
@@ -89,14 +91,21 @@ class SchedulerSpec:
     admission: AdmissionSpec = field(default_factory=AdmissionSpec)
     fallback_s: float | None = None
     rebalance: RebalanceSpec = field(default_factory=RebalanceSpec)
+    timetable: tuple[Planned, ...] = ()
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
             raise UserError(f"policy.placement: {self.placement!r} is unknown; accepted: {', '.join(PLACEMENTS)}")
+        if self.timetable and (self.adaptive.enabled or self.long_term.enabled):
+            raise UserError("timetable: a slow loop moves the same nodes; accepted: one of the two")
+        if [entry.at_s for entry in self.timetable] != sorted(entry.at_s for entry in self.timetable):
+            raise UserError("timetable: its moments are not in order")
 
     @property
     def slow_period_s(self) -> float | None:
-        """How often the slow loop looks, the paper's or the adaptive one; null without one."""
+        """How often the slow loop looks, the paper's, the adaptive one or the timetable; null without one."""
+        if self.timetable:
+            return PERIOD_S
         if self.adaptive.enabled:
             return self.adaptive.period_s
         return self.long_term.period_s if self.long_term.enabled else None

@@ -28,6 +28,7 @@ class Control:
         give_up: Callable[[float], None],
     ) -> None:
         self.samples: list[Sample] = []
+        self.conversions = 0
         self._scheduler = scheduler
         self._prfaas_clusters = prfaas_clusters
         self._events = events
@@ -90,6 +91,7 @@ class Control:
         )
         conversion = self._scheduler.long_term(now_s, pd.index, self._links(now_s), report)
         if conversion is not None:
+            self.conversions += 1
             stage = pd.decode if conversion.to == "prefill" else pd.prefill
             stage.close(now_s, conversion.instance, lambda now, _: self._restart(now, pd, conversion))
 

@@ -33,7 +33,8 @@ from repro.workload.stream import RequestBatch
 class Summary:
     """How a run ended. `overloaded`: it was cut because more requests than the limit were in the system.
 
-    `egress_bytes` is all that left PrfaaS clusters; `copied_bytes` what rebalancing sent, either way, in `copies`.
+    `egress_bytes` is all that left PrfaaS clusters; `copied_bytes` what rebalancing sent, either way, in `copies`;
+    `conversions` is how many nodes left their role.
     """
 
     arrived: int
@@ -48,6 +49,7 @@ class Summary:
     samples: tuple[Sample, ...]
     copies: int = 0
     copied_bytes: float = 0.0
+    conversions: int = 0
 
 
 class Simulation:
@@ -145,6 +147,7 @@ class Simulation:
             samples=tuple(self._control.samples),
             copies=self.rebalancing.copies if self.rebalancing else 0,
             copied_bytes=self.rebalancing.copied_bytes if self.rebalancing else 0.0,
+            conversions=self._control.conversions,
         )
 
 

@@ -56,6 +56,9 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
     ("link_flap", "simulate"): [*_STUDY, "options.every_s=25"],
     ("output_length", "simulate"): [*_STUDY, "options.means=[256]"],
     ("scale", "simulate"): ["options.factors=[1,2]", "options.minimum_requests=300"],
+    ("scenarios", "simulate"): [
+        "options.seeds=2", "options.hours=3", "options.hour_s=150", "options.warmup_s=10", "options.scenarios=[longer_outputs]",
+    ],
     ("shift", "simulate"): ["options.seeds=2", "options.duration_s=70", "options.at_s=30"],
     ("simulation", "simulate"): _STUDY,
     ("trace", "simulate"): ["options.trace=TRACE"],

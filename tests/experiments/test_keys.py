@@ -52,6 +52,9 @@ SILENT = {
     "options.format": "recognised by itself", "options.time_unit": "shown in tests of traces", "options.columns": "of CSV only",
     "options.requests": "shown in tests of traces", "options.duration_s": "shown in tests of traces",
     "model": "a list of models; shown below",
+    "options.mu_change": "shown in tests of scenarios", "options.lost_instances": "shown in tests of scenarios",
+    "options.link_factor": "shown in tests of scenarios", "options.link_headroom": "shown in tests of scenarios",
+    "options.crowd_factor": "shown in tests of scenarios", "options.hit_rate": "shown in tests of scenarios",
     "options.at_s": "moved within the window of a short run", "options.mu_shift": "",
 }  # fmt: skip
 #: The same for one experiment.
