@@ -246,7 +246,7 @@ def _rows(context: Context, name: str, place: World, found: Mapping[str, Sequenc
                 (best - value) / best for best, value in zip(oracle, own, strict=True)
             ])  # fmt: skip
             lags = [reaction_s(place, a.series, b.series) for a, b in zip(runs, found["oracle"], strict=True)]
-            estimates["reaction_s", "s"] = Estimate.of(lags)
+            estimates["reaction_s", "s"] = Estimate.of(lags, place.seconds)
         if case != "static":
             estimates["goodput_over_static_fraction", ""] = Estimate.of_signed([
                 value / other - 1 for other, value in zip(static, own, strict=True)
@@ -323,7 +323,8 @@ def draw(record: Record) -> Figure:
                 np.nan_to_num(np.maximum(value - scale * own["ci_low"], 0)),
                 np.nan_to_num(np.maximum(scale * own["ci_high"] - value, 0)),
             ]
-            axis.errorbar(value, at, xerr=error, fmt="none", ecolor=colour, lw=1, capsize=2)
+            if axis is left:  # few seeds leave wide intervals of counts and times; the record has them
+                axis.errorbar(value, at, xerr=error, fmt="none", ecolor=colour, lw=1, capsize=2)
             faces = ["white" if f"{scenario}.{policy}" in growing else colour for scenario in scenarios]
             axis.scatter(
                 value, at, marker=marker, c=faces, edgecolors=colour, s=26, zorder=3,
