@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from repro.configuration import build
 from repro.errors import UserError
@@ -30,11 +31,9 @@ from repro.record.metrics import Metric
 from repro.record.request_metrics import over_runs, summarise
 from repro.record.statistics import Estimate
 from repro.report import style
-from repro.scheduling.adaptive import AdaptiveSpec
 from repro.scheduling.long_term import LongTermSpec
 from repro.scheduling.policies import Threshold
 from repro.scheduling.search import search
-from repro.scheduling.short_term import ShortTermSpec
 from repro.scheduling.spec import PolicySpec
 from repro.scheduling.throughput import Deployment, OperatingPoint
 from repro.settings import Settings
@@ -193,26 +192,27 @@ def cases_of(
     policy, base = settings.policy, place.conditions[0].base
     paper = build(PolicySpec, preset("policy", "paper"))
 
-    def at(point: OperatingPoint, chosen: PolicySpec) -> SimulationSpec:
-        return place.happening(simulated.scheduled(deployed(base, point, place.link), chosen, point))
-
-    def still(spec: SimulationSpec) -> SimulationSpec:
-        return with_scheduler(
-            spec, router=Threshold(), short_term=ShortTermSpec(), long_term=LongTermSpec(), adaptive=AdaptiveSpec(), fallback_s=None
+    def at(point: OperatingPoint, **loops: object) -> SimulationSpec:
+        spec = with_scheduler(
+            deployed(base, point, place.link), router=policy.router_at(point.offload_fraction), placement=policy.placement,
+            admission=policy.admission, **loops,
         )  # fmt: skip
+        return place.happening(spec)
+
+    def still(point: OperatingPoint) -> SimulationSpec:
+        return with_scheduler(at(point), router=Threshold())
 
     first = search(base, free)
-    begun = replace(policy, name="begun")
-    loops = replace(paper, router=policy.router, placement=policy.placement, admission=policy.admission)
-    adaptive, both = at(first, begun), at(first, loops)
+    adaptive = at(first, short_term=policy.short_term, adaptive=policy.adaptive, fallback_s=policy.fallback_s)
+    both = at(first, short_term=paper.short_term, long_term=paper.long_term, fallback_s=paper.fallback_s)
     threshold, n_p = plans.best_static(place, tables)
     sequence = plans.best_sequence(place, tables, gone_s := _gone_s(base, policy.adaptive.restart_s))
     starts = replace(free, threshold_tokens=min(sequence[0][0], base.lengths.maximum_tokens), n_p=sequence[0][1])
-    prophet = still(at(search(base, starts), policy))
+    prophet = still(search(base, starts))
     held = replace(free, threshold_tokens=min(threshold, base.lengths.maximum_tokens), n_p=n_p)
     return {
-        "static": with_scheduler(still(at(search(base, held), policy)), threshold_tokens=threshold),
-        "by_hand": with_scheduler(still(adaptive), timetable=plans.by_hand(place, free, hour_s)),
+        "static": with_scheduler(still(search(base, held)), threshold_tokens=threshold),
+        "by_hand": with_scheduler(still(first), timetable=plans.by_hand(place, free, hour_s)),
         "short_term": with_scheduler(both, long_term=LongTermSpec()),
         "long_term": with_scheduler(both, short_term=replace(paper.short_term, enabled=False)),
         "two_timescale": both,
@@ -266,7 +266,7 @@ def reaction_s(place: World, own: pd.DataFrame, oracle: pd.DataFrame) -> float:
     changes = [b for (a, b) in itertools.pairwise(range(len(starts))) if place.conditions[a] != place.conditions[b]]
     bins = np.arange(0.0, place.seconds, _BIN_S)
 
-    def share(table: pd.DataFrame) -> np.ndarray:
+    def share(table: pd.DataFrame) -> NDArray[np.float64]:
         sums = table.set_index("at_s")[["arrived", "met"]].reindex(bins, fill_value=0).rolling(_WINDOW).sum()
         return np.asarray(sums["met"] / sums["arrived"])
 
@@ -291,8 +291,8 @@ def finding(record: Record) -> str:
     """The largest regret of each policy, and how the adaptive one does against static."""
     regret = _cases(record.metrics, "regret_fraction")
     worst = {policy: 100 * regret.loc[regret["policy"] == policy, "value"].max() for policy in POLICIES}
-    over = _cases(record.metrics, "goodput_over_static_fraction")
-    over = over[over["policy"] == "adaptive"].set_index("scenario")["value"]
+    gains = _cases(record.metrics, "goodput_over_static_fraction")
+    over = gains[gains["policy"] == "adaptive"].set_index("scenario")["value"]
     turns = _cases(record.metrics, "conversions_per_hour")
     most = turns.loc[turns["policy"] == "adaptive", "value"].max()
     return (

@@ -36,6 +36,12 @@ LOOKED_AT = {
     "sensitivity": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "agentic": {"policy.rebalance.enabled": "its cases switch it on and off themselves"},
     "tiers": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
+    "scenarios": {
+        "workload.mixture": "the law of lengths asks whether there is one; what is set is refused",
+        "workload.trace": "the law of lengths asks whether there is one; what is set is refused",
+        "policy.threshold_tokens": "a check that the deployment can serve; what is set is refused",
+        "policy.n_p": "the same",
+    },
     "shift": {
         "workload.mixture": "the law of lengths asks whether there is one; what is set is refused",
         "workload.trace": "the law of lengths asks whether there is one; what is set is refused",
