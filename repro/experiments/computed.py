@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -43,12 +45,19 @@ def measured_profile(context: Context, spec: ModelSpec, law: LengthDistribution,
         chunk_tokens=options.chunk_tokens, first_tokens=max(16, int(law.minimum_tokens)),
         last_tokens=max(32, int(law.maximum_tokens)), repeats=repeats, contexts=(64, int(law.maximum_tokens)),
     )  # fmt: skip
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
+    with _threads(options.threads):
         states = layout(build(spec, "meta"))
         found = measure(build(spec, "cpu"), build(spec, "meta"), measuring, context.progress)
         return profile_of(spec.name, spec.name, accelerator_of(torch.device("cpu")), found, states, measuring)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute in so many threads: two that wait for each other in every operation are slow where a core is not theirs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
 
@@ -59,6 +68,7 @@ class Answers:
 
     model: torch.nn.Module
     config: TorchInstanceConfig
+    threads: int
     _known: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
     def expected(self, number: int, input_tokens: int, output_tokens: int) -> list[int]:
@@ -73,5 +83,6 @@ class Answers:
         """Of the answers, or the first `most` of them: how many are right, and how many there are."""
         lengths: pd.Series[int] = played.requests.set_index("id")["input_tokens"]
         answers = sorted(played.tokens.items())[:most]
-        same = [self.expected(number, int(lengths[number]), len(tokens)) == list(tokens) for number, tokens in answers]
+        with _threads(self.threads):
+            same = [self.expected(number, int(lengths[number]), len(found)) == list(found) for number, found in answers]
         return sum(same), len(same)

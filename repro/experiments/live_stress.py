@@ -132,7 +132,7 @@ def run(context: Context) -> Outcome:
     )
     config = computing.config("reference", settings.transport, None, 1, settings.seed)
     assert isinstance(config, TorchInstanceConfig)
-    answers = Answers(build(model, "cpu"), config)
+    answers = Answers(build(model, "cpu"), config, options.threads)
     repeats = []
     for seed in range(settings.seed, settings.seed + options.repeats):
         found = _repeat(context, spec, base, computing, answers, seed)

@@ -157,7 +157,7 @@ def _proofs(
     """That the computing tier did the work: tokens as `generate` gives them, bytes as the layout says, all requests answered."""
     config = computing.config("reference", settings.transport, None, 1, settings.seed)
     assert isinstance(config, TorchInstanceConfig)
-    answers = Answers(build(one_model(settings), "cpu"), config)
+    answers = Answers(build(one_model(settings), "cpu"), config, context.options.threads)
     same, compared = answers.right(played, context.options.compared)
     remote = played.requests[played.requests["route"] == "prfaas"]
     sent, layout_bytes = float(remote["payload_bytes"].sum()), float(profile.kv_bytes(remote["input_tokens"] - 1).sum())

@@ -81,7 +81,8 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "options.decode_steps=2",
     ],
     ("live_stress", "execute"): [
-        "model=qwen3_235b", "options.requests=20", "options.rate_per_s=4", "options.every_s=2.5", "options.for_s=0.5",
+        "model=qwen3_235b", "profile=paper_1t_h200", "options.requests=20", "options.rate_per_s=4", "options.every_s=2.5",
+        "options.for_s=1", "options.kinds=[slow]",
         "link.schedule=[{at_s: 1, for_s: 1, rate_bps: 0}]", "cluster.pd.instances=2", "cluster.prfaas.instances=1",
         "workload.lengths.mu=3.3", "workload.lengths.minimum_tokens=16", "workload.lengths.maximum_tokens=64", "workload.output_tokens=3",
         "policy.threshold_tokens=32",
