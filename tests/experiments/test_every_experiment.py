@@ -35,6 +35,7 @@ PASSED_OVER = {
 LOOKED_AT = {
     "sensitivity": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "agentic": {"policy.rebalance.enabled": "its cases switch it on and off themselves"},
+    "live_stress": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "tiers": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "scenarios": {
         "workload.mixture": "the law of lengths asks whether there is one; what is set is refused",
