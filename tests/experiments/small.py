@@ -85,7 +85,7 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "options.for_s=1", "options.kinds=[slow]",
         "link.schedule=[{at_s: 1, for_s: 1, rate_bps: 0}]", "cluster.pd.instances=2", "cluster.prfaas.instances=1",
         "workload.lengths.mu=3.3", "workload.lengths.minimum_tokens=16", "workload.lengths.maximum_tokens=64", "workload.output_tokens=3",
-        "policy.threshold_tokens=32",
+        "policy.threshold_tokens=null",
     ],
     ("table2", "execute"): ["options.lengths=[16,32]"],
     ("live_faults", "emulate"): [
