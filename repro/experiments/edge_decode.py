@@ -4,13 +4,15 @@ A device at home reads its weights fast enough to decode, and has a hundredth of
 prefills and the state goes down the device's own link. Times are a roofline: prefill is arithmetic, decode is memory, each at a stated
 share of the data sheet; S_kv is exact. A device holds its weights in few bits, the state comes in bfloat16.
 
+Whether coarse weights still answer right from the service's state is measured with `tier=execute model=bytes` (`edge_decode_measured`).
+
 The numbers are yours to set: `options.devices`, `options.links` (names of conf/link), `options.tokens`, `options.weight_bits`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pandas as pd
@@ -18,7 +20,10 @@ from matplotlib.figure import Figure
 
 from repro.configuration import build
 from repro.errors import UserError
-from repro.experiments.base import Context, Experiment, Outcome
+from repro.experiments import edge_decode_measured
+from repro.experiments.base import MODEL, Context, Experiment, Outcome
+from repro.experiments.edge_decode_measured import MeasuredOptions
+from repro.experiments.split_model import check_one
 from repro.link.spec import LinkSpec
 from repro.models import spec
 from repro.models.architectures import layout_of
@@ -81,7 +86,7 @@ MODELS = (
 class Options:
     """What decodes where, how long prompts are, and which shares of the data sheets are reached.
 
-    `kv_ratio` is what a codec leaves of the state on the link (1 sends it as it is; `experiment=codecs` measures some).
+    `kv_ratio` is what a codec leaves of the state on the link (1 sends it as it is; `experiment=kv_diet` measures it).
     """
 
     devices: tuple[Device, ...] = DEVICES
@@ -94,6 +99,7 @@ class Options:
     compute_share: float = 0.5
     memory_share: float = 0.7
     kv_ratio: float = 1.0
+    measured: MeasuredOptions = field(default_factory=MeasuredOptions)
 
     def __post_init__(self) -> None:
         if not self.devices or not self.models or not self.links:
@@ -154,6 +160,11 @@ def attention_flops(values: dict[str, Any], tokens: int) -> float:
 
 
 def run(context: Context) -> Outcome:
+    """On either tier."""
+    return edge_decode_measured.run(context) if context.settings.tier == "execute" else _modelled(context)
+
+
+def _modelled(context: Context) -> Outcome:
     """Every model on every device over every link at every length; and the slowest link over which the split comes first."""
     options, workload = context.options, context.settings.workload
     links = {name: build(LinkSpec, preset("link", name), "link") for name in options.links}
@@ -234,7 +245,9 @@ def _metrics(context: Context, case: str, costs: Costs, own: list[dict[str, Any]
 
 def check(settings: Settings, options: Options) -> None:
     """Links must be there, with a rate. Raises UserError naming the key."""
-    del settings
+    if settings.tier == "execute":
+        check_one(settings, options)
+        return
     for name in options.links:
         if build(LinkSpec, preset("link", name), "link").rate_bps is None:
             raise UserError(f"options.links: {name} has no rate; accepted: choices of conf/link with rate_bps")
@@ -242,6 +255,8 @@ def check(settings: Settings, options: Options) -> None:
 
 def finding(record: Record) -> str:
     """Where the split gains most and least, and which link it takes."""
+    if record.configuration["tier"] == "execute":
+        return edge_decode_measured.finding(record)
     table, options = record.metrics, record.configuration["options"]
     ratio = table[table["metric"] == "ttft_edge_to_local"].set_index("case")["value"]
     best, worst = str(ratio.idxmin()), str(ratio.idxmax())
@@ -309,11 +324,17 @@ def draw(record: Record) -> Figure:
     return figure
 
 
+#: What the roofline takes; the measurement has a node of its own.
+_MODELLED = tuple(f"options.{item.name}" for item in fields(Options) if item.name != "measured")
 EXPERIMENT = Experiment(
     name="edge_decode",
-    reads={"model": ("workload.slo.tokens_per_s", "workload.output_tokens", "options")},
+    reads={
+        "model": ("workload.slo.tokens_per_s", "workload.output_tokens", *_MODELLED),
+        "execute": (*MODEL, "options.measured"),
+    },
     run=run,
     figures={"edge_decode": draw},
+    tier_figures={"execute": {"edge_decode": edge_decode_measured.draw}},
     options=Options,
     check=check,
     finding=finding,

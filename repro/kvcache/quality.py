@@ -69,7 +69,7 @@ def codec_quality(
     received, on_link, encode_s, decode_s = through(states, spec, clock)
     restored = restore(received, model.config, prompt_tokens)  # type: ignore[arg-type]
     following = ids[:, prompt_tokens:]
-    reference, judged = (_log_probabilities(model, following, c, prompt_tokens) for c in (cache, restored))
+    reference, judged = (log_probabilities(model, following, c, prompt_tokens) for c in (cache, restored))
     kl = (reference.exp() * (reference - judged)).sum(-1)
     raw = sum(state.nbytes for state in states)
     return CodecQuality(
@@ -80,12 +80,12 @@ def codec_quality(
         kl_nats=float(kl.mean()),
         kl_max_nats=float(kl.max()),
         token_agreement=float((reference.argmax(-1) == judged.argmax(-1)).float().mean()),
-        loss_nats=_loss(judged, following),
-        loss_reference_nats=_loss(reference, following),
+        loss_nats=loss_of(judged, following),
+        loss_reference_nats=loss_of(reference, following),
     )
 
 
-def _log_probabilities(model: torch.nn.Module, following: torch.Tensor, cache: Cache, seen_tokens: int) -> torch.Tensor:
+def log_probabilities(model: torch.nn.Module, following: torch.Tensor, cache: Cache, seen_tokens: int) -> torch.Tensor:
     """Distributions [n − 1, vocabulary] of the tokens after each but the last, one decode step at a time."""
     rows = [
         forward(model, following[:, at : at + 1], cache, seen_tokens + at)[0].double()
@@ -94,5 +94,6 @@ def _log_probabilities(model: torch.nn.Module, following: torch.Tensor, cache: C
     return torch.log_softmax(torch.stack(rows), dim=-1)
 
 
-def _loss(log_probabilities: torch.Tensor, following: torch.Tensor) -> float:
+def loss_of(log_probabilities: torch.Tensor, following: torch.Tensor) -> float:
+    """Mean loss in nats of the tokens after the first, by their predecessors' distributions."""
     return float(torch.nn.functional.nll_loss(log_probabilities, following[0, 1:]))

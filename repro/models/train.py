@@ -140,6 +140,16 @@ def train_checkpoint(folder: Path, spec: TrainSpec, name: str, progress: Callabl
     return record
 
 
+def checkpoint_of(folder: Path, spec: TrainSpec, name: str, progress: Callable[[str], None]) -> Path:
+    """The checkpoint below `folder` that this training of these sources gives: made once, found again after that."""
+    values = json.dumps([name, asdict(spec), Corpus.of().digest], sort_keys=True)
+    kept = folder / f"{name}-{spec.steps}-{hashlib.sha256(values.encode()).hexdigest()[:12]}"
+    if not (kept / "training.json").is_file():  # written last
+        progress(f"training {name} for {spec.steps} steps on the bytes of this repository")
+        train_checkpoint(kept, spec, name, progress)
+    return kept
+
+
 def load_bytes(name: str) -> spec.ModelSpec:
     """The specification in float32, to train in; its vocabulary must be of at least 256."""
     model = spec.load(name)

@@ -21,6 +21,7 @@ _LIVE = [
     "link.backend=relay",
     "options.load=0.5",
 ]
+_UNTRAINED = ["options.training.steps=1", "options.training.batch=1", "options.training.window_tokens=32"]
 #: (experiment, tier) → what makes it small.
 SMALL: Mapping[tuple[str, str], list[str]] = {
     ("case_study", "model"): ["options.parts=[table5]"],
@@ -30,8 +31,26 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
     ],
     ("many_clusters", "model"): ["options.tenants=[2]", "options.spreads_h=[12]"],
     ("edge_decode", "model"): ["options.tokens=[2048]", "options.compared_tokens=2048", "options.links=[home_fibre]"],
+    ("edge_decode", "execute"): [
+        "model=bytes", "options.measured.bits=[4]", "options.measured.prompts=1", "options.measured.prompt_tokens=32",
+        "options.measured.following_tokens=4", *(word.replace("options.", "options.measured.") for word in _UNTRAINED),
+    ],
     ("tenants", "simulate"): [
         "options.tenants=2", "options.duration_s=60", "options.at_s=20", "options.for_s=20", "options.seeds=2",
+    ],
+    ("batch_efficiency", "execute"): [
+        "model=qwen3_235b", "options.prompt_tokens=32", "options.batches=[1,2]", "options.chunks_tokens=[16]", "options.repeats=2",
+        "options.requests=100", "policy.threshold_step_tokens=2000",
+    ],
+    ("kv_diet", "execute"): [
+        "options.prompts=1", "options.prompt_tokens=48", "options.following_tokens=4", *_UNTRAINED, "options.repeats=1",
+    ],
+    ("privacy", "execute"): [
+        "options.prompts=1", "options.tokens=6", *_UNTRAINED, "options.tls_bytes=2000000",
+    ],
+    ("decoupling", "execute"): [
+        "model=qwen3_235b", "options.input_tokens=40", "options.chunk_tokens=16", "options.repeats=2", "options.output_tokens=2",
+        "options.links=[loopback]",
     ],
     ("peak_hours", "simulate"): ["options.day_s=120"],
     ("long_contexts", "model"): ["options.medians_tokens=[2e4]", "options.outputs_tokens=[512,8192]"],

@@ -1,0 +1,145 @@
+"""`experiment=edge_decode tier=execute model=bytes`: do coarse weights still answer right from the state that full weights left?
+
+A device at home that prefills by itself makes its state with the same coarse weights that it decodes with; one that gets the service's
+state mixes a fine past with coarse weights. Both are held against the model as it is, token by token of held-out text, on a small
+hybrid model that was trained on this repository's bytes. Weights are rounded to the nearest of 2^bits levels in groups of 64.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from repro.errors import UserError
+from repro.experiments.base import Context, Outcome
+from repro.experiments.table3 import one_model
+from repro.models.train import TrainSpec
+from repro.record.directory import Record
+from repro.record.metrics import value
+from repro.record.statistics import Estimate
+from repro.report import style
+
+_GROUP = 64
+WAYS = {"split": "the service's state", "local": "its own state"}
+
+
+@dataclass(frozen=True)
+class MeasuredOptions:
+    """`prompts` of `prompt_tokens` bytes, judged on the `following_tokens`, with decode weights in each of `bits`.
+
+    Without `pretrained` the model is trained first, as `training` says.
+    """
+
+    bits: tuple[int, ...] = (8, 4, 3)
+    prompts: int = 4
+    prompt_tokens: int = 512
+    following_tokens: int = 48
+    training: TrainSpec = field(default_factory=lambda: TrainSpec(steps=60))
+
+    def __post_init__(self) -> None:
+        if not self.bits or not all(2 <= bits <= 8 for bits in self.bits):
+            raise UserError(f"options.measured.bits: {list(self.bits)}; accepted: one or more of 2 to 8")
+        for key, least in (("prompts", 1), ("prompt_tokens", 2), ("following_tokens", 2)):
+            if getattr(self, key) < least:
+                raise UserError(f"options.measured.{key}: {getattr(self, key)}; accepted: {least} or more")
+
+
+def run(context: Context) -> Outcome:
+    """Every number of bits, with the service's state and with the device's own, on the same prompts."""
+    table = pd.DataFrame([*_judged(context)])
+    rows = []
+    for (bits, way), own in table.groupby(["bits", "way"], sort=False):
+        for metric, unit in (("kl_nats", "nats"), ("token_agreement", ""), ("loss_increase_nats", "nats")):
+            numbers = own[metric].to_list()
+            found = Estimate.of_signed(numbers) if metric.startswith("loss") else Estimate.of(numbers)
+            ends = (found.low, found.high)
+            rows.append(
+                context.metric(f"{bits} bits, {way}", metric, found.value, unit, "measured", interval=ends, n=found.n)
+            )
+    return Outcome(rows, {"judged": table})
+
+
+def _judged(context: Context) -> Iterator[dict[str, Any]]:
+    from repro.kvcache.quality import log_probabilities, loss_of
+    from repro.models.build import build
+    from repro.models.prefill import chunked_prefill
+    from repro.models.train import Corpus, checkpoint_of
+
+    options: MeasuredOptions = context.options.measured
+    spec = one_model(context.settings)
+    if spec.pretrained is None:
+        folder, training = (
+            Path(context.settings.results) / "checkpoints",
+            options.training,
+        )
+        spec = replace(spec, pretrained=str(checkpoint_of(folder, training, spec.name, context.progress)))
+    model, held_out = build(spec), Corpus.of().held_out
+    coarse = {bits: rounded(model, bits) for bits in options.bits}
+    length, stride = options.prompt_tokens + options.following_tokens, len(held_out) // options.prompts
+    for prompt in range(options.prompts):
+        ids = held_out[None, prompt * stride : prompt * stride + length]
+        before, after = ids[:, : options.prompt_tokens], ids[:, options.prompt_tokens :]
+        fine, _ = chunked_prefill(model, before)
+        right = log_probabilities(model, after, copy.deepcopy(fine), options.prompt_tokens)
+        for bits, other in coarse.items():
+            for way in WAYS:
+                cache = copy.deepcopy(fine) if way == "split" else chunked_prefill(other, before)[0]
+                found = log_probabilities(other, after, cache, options.prompt_tokens)
+                yield {
+                    "bits": bits, "way": way, "prompt": prompt, "kl_nats": float((right.exp() * (right - found)).sum(-1).mean()),
+                    "token_agreement": float((right.argmax(-1) == found.argmax(-1)).double().mean()),
+                    "loss_increase_nats": loss_of(found, after) - loss_of(right, after),
+                }  # fmt: skip
+        context.progress(f"{prompt + 1} of {options.prompts} prompts judged")
+
+
+def rounded(model: Any, bits: int) -> Any:
+    """A copy whose linear layers' weights take 2^bits levels, symmetric around zero, with a scale for every 64 of a row."""
+    import torch
+
+    other, most = copy.deepcopy(model), 2 ** (bits - 1) - 1
+    for module in other.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.shape[1] % _GROUP == 0:
+            groups = module.weight.data.float().reshape(module.weight.shape[0], -1, _GROUP)
+            scale = (groups.abs().amax(dim=2, keepdim=True) / most).clamp(min=1e-12)
+            module.weight.data = ((groups / scale).round() * scale).flatten(1).to(module.weight.dtype)
+    return other
+
+
+def finding(record: Record) -> str:
+    """Whether the service's state helps or harms coarse weights."""
+    table, options = record.metrics, record.configuration["options"]["measured"]
+    words = [
+        f"{value(table, 'kl_nats', f'{bits} bits, split'):.1e} against {value(table, 'kl_nats', f'{bits} bits, local'):.1e} "
+        f"nats with {bits} bits "
+        f"({100 * value(table, 'token_agreement', f'{bits} bits, split'):.0f} and "
+        f"{100 * value(table, 'token_agreement', f'{bits} bits, local'):.0f} % of the tokens unchanged)"
+        for bits in options["bits"]
+    ]
+    return f"From the service's state, coarse decode weights diverge from the model by {'; '.join(words)} from a state of their own."
+
+
+def draw(record: Record) -> Figure:
+    """KL divergence over the bits of the decode weights, by whose state they go on from."""
+    table = record.table("judged")
+    figure, axes = style.panels(2, height_in=3.2)
+    for (way, own), (colour, marker, dash) in zip(table.groupby("way", sort=False), style.SERIES, strict=False):
+        means = own.groupby("bits")[["kl_nats", "token_agreement"]].mean()
+        label = f"from {WAYS[str(way)]}"
+        axes[0].plot(
+            means.index, means["kl_nats"].clip(lower=1e-9), color=colour, marker=marker, linestyle=dash, label=label
+        )
+        axes[1].plot(means.index, 100 * means["token_agreement"], color=colour, marker=marker, linestyle=dash)
+    bits = sorted(table["bits"].unique())
+    for axis, name in zip(axes, ("KL of the next token (nats)", "tokens unchanged (%)"), strict=True):
+        axis.set_xticks(bits, [str(int(each)) for each in bits])
+        axis.set(xlabel="bits of the decode weights", ylabel=name)
+    axes[0].set(yscale="log", title="Is the answer still right?")
+    axes[0].legend()
+    return figure
