@@ -41,7 +41,7 @@ from repro.scheduling.throughput import Deployment, decode_per_instance
 from repro.settings import Settings
 
 SEEN = {
-    "exact": "as it is sent", "int8": "in int8", "other_weights": "by slightly\nother weights", "guess": "no state:\nthe model's guess",
+    "exact": "as it is sent", "int8": "in int8", "other_weights": "with other\nweights", "guess": "no state:\na guess",
 }  # fmt: skip
 CASES = {
     "prfaas_pd": "PrfaaS-PD", "homogeneous_pd": "all trusted,\nas many GPUs", "trusted_alone": "trusted PD\ncluster alone",
