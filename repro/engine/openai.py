@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -35,6 +36,8 @@ force education
 _EXTRAS: Final = {"ignore_eos": True, "return_token_ids": True}
 _SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(\{.*\})?\s+(\S+)")
 _CHUNK_CHARACTERS: Final = 200
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_NO_LIMITS: Final = httpx.Limits(max_connections=None)
 
 
 def base_url(text: str, key: str) -> str:
@@ -55,7 +58,8 @@ def base_url(text: str, key: str) -> str:
 class OpenAIServer:
     """A server behind a URL; a context manager. Every method may raise BrokenAnswerError or RefusedError.
 
-    `vocabulary` bounds the token ids of prompts; `as_text` sends words even where ids are taken.
+    `vocabulary` bounds the token ids of prompts; `as_text` sends words even where ids are taken. With `socket` the server is behind
+    that Unix socket, whatever the URL's host.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class OpenAIServer:
         timeout_s: float = 60.0,
         key: str = "options.endpoint",
         as_text: bool = False,
+        socket: Path | None = None,
     ) -> None:
         self.url, self._key, self._vocabulary = base_url(url, key), key, vocabulary
         headers = {}
@@ -79,7 +84,7 @@ class OpenAIServer:
         self._client = httpx.Client(
             headers=headers,
             timeout=httpx.Timeout(timeout_s),
-            limits=httpx.Limits(max_connections=None),
+            transport=httpx.HTTPTransport(uds=None if socket is None else str(socket), limits=_NO_LIMITS, trust_env=False),
             trust_env=False,
         )
         self._extras: dict[str, Any] = dict(_EXTRAS)
@@ -233,11 +238,37 @@ class OpenAIServer:
 
     def counters(self) -> Mapping[str, float]:
         """What /metrics shows, in the text form of Prometheus, summed over labels; empty where there is none."""
+        return parse_counters(self._metrics())
+
+    def info(self, name: str) -> Mapping[str, str]:
+        """The labels of a metric of /metrics whose value says nothing; empty where there is none."""
+        return parse_info(self._metrics(), name)
+
+    def _metrics(self) -> str:
         try:
             response = self._client.get(f"{self.url.removesuffix('/v1')}/metrics")
         except httpx.HTTPError:
-            return {}
-        return parse_counters(response.text) if response.status_code == 200 else {}
+            return ""
+        return response.text if response.status_code == 200 else ""
+
+
+def answers_at(socket: Path) -> bool:
+    """Whether a server behind that Unix socket says that it is ready."""
+    transport = httpx.HTTPTransport(uds=str(socket), verify=False, trust_env=False)
+    try:
+        with httpx.Client(transport=transport, timeout=5.0, trust_env=False) as client:
+            return client.get("http://engine/health").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def parse_info(text: str, name: str) -> dict[str, str]:
+    """The labels of the first sample of that name in Prometheus' text form."""
+    for line in text.splitlines():
+        match = _SAMPLE.match(line)
+        if match is not None and match[1] == name:
+            return dict(_LABEL.findall(match[2] or ""))
+    return {}
 
 
 def parse_counters(text: str) -> dict[str, float]:

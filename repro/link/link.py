@@ -90,9 +90,12 @@ class Link(ABC):
     def dial(self, port: int, side: Side = "prefill") -> tuple[str, int]:
         """Where a client on `side` connects to reach `port` of the other side through the link."""
 
-    def start(self) -> float:
-        """Begin the schedule and the capacity trace; returns that moment, monotonic. Before, all is constant."""
-        return time.monotonic()
+    def start(self, elapsed_s: float = 0.0) -> float:
+        """Begin the schedule and the capacity trace, as if `elapsed_s` ago; returns that moment, monotonic. Before, all is constant.
+
+        Begun again, it goes to another moment of the schedule.
+        """
+        return time.monotonic() - elapsed_s
 
     def signals(self) -> LinkSignals:
         """The link's own counters now."""
@@ -175,9 +178,9 @@ class RelayLink(DirectLink):
             self._ports[port, side] = int(answer["port"])
         return "127.0.0.1", self._ports[port, side]
 
-    def start(self) -> float:
+    def start(self, elapsed_s: float = 0.0) -> float:
         """Begin the schedule."""
-        at_s = time.monotonic()
+        at_s = time.monotonic() - elapsed_s
         self._relay.ask("start", at_s=at_s)
         return at_s
 
@@ -220,9 +223,9 @@ class NamespacedLink(Link):
         _known(side)
         return ADDRESSES[other(side)], port
 
-    def start(self) -> float:
+    def start(self, elapsed_s: float = 0.0) -> float:
         """Begin the schedule and the trace."""
-        at_s = time.monotonic()
+        at_s = time.monotonic() - elapsed_s
         self._keeper.ask("start", at_s=at_s)
         return at_s
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import fake_engine
+
 from repro.experiments import base
 from repro.presets import runs, typed
 
@@ -106,6 +108,10 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "workload.lengths.mu=3.3", "workload.lengths.minimum_tokens=16", "workload.lengths.maximum_tokens=64", "workload.output_tokens=3",
         "policy.threshold_tokens=null",
     ],
+    ("engines", "execute"): [
+        "options.environment=ENGINES", "link.backend=none", "options.checkpoints=[dense]", "options.input_tokens=[40]",
+        "options.output_tokens=3", "options.repeats=2", "options.modes=[layerwise]",
+    ],
     ("table2", "execute"): ["options.lengths=[16,32]"],
     ("live_faults", "emulate"): [
         *_LIVE, "options.every_s=15", "options.for_s=15", "options.kinds=[kill]", "link.schedule=[{at_s: 5, for_s: 4, rate_bps: 0}]",
@@ -150,6 +156,8 @@ def words(name: str, tier: str, folder: Path) -> list[str]:
         ]
         trace.write_text("".join(lines))
     small = [word.replace("TRACE", str(trace)) for word in SMALL.get((name, tier), [])]
+    if name == "engines":
+        small = [word.replace("ENGINES", str(fake_engine.environment(folder / "engines"))) for word in small]
     return [
         typed(name), f"tier={tier}", *small, "tracking=disabled", "processes=1", f"results={folder / 'results'}",
     ]  # fmt: skip
