@@ -84,7 +84,9 @@ class OpenAIServer:
         self._client = httpx.Client(
             headers=headers,
             timeout=httpx.Timeout(timeout_s),
-            transport=httpx.HTTPTransport(uds=None if socket is None else str(socket), limits=_NO_LIMITS, trust_env=False),
+            transport=httpx.HTTPTransport(
+                uds=None if socket is None else str(socket), limits=_NO_LIMITS, trust_env=False
+            ),
             trust_env=False,
         )
         self._extras: dict[str, Any] = dict(_EXTRAS)

@@ -27,7 +27,12 @@ _LOOK_S: Final = 0.3
 #: A line of Python's that names an error, whatever the engine's log puts before it.
 _ERROR_LINE: Final = re.compile(r"\b(\w+(?:Error|Exception|NotImplemented)\w*: .+)$")
 #: What a parent process says when a child has failed, which is no reason.
-_NO_REASON: Final = ("Engine core initialization failed", "EngineDeadError", "WorkerProc initialization failed", "cancelled")
+_NO_REASON: Final = (
+    "Engine core initialization failed",
+    "EngineDeadError",
+    "WorkerProc initialization failed",
+    "cancelled",
+)
 
 
 class EngineRefusedError(Exception):
@@ -38,9 +43,7 @@ def interpreter(environment: Path, key: str) -> Path:
     """The Python of an environment that `scripts/engines` made. Raises UserError where it is none."""
     python = environment / "bin" / "python"
     missing = [
-        name
-        for name in ("vllm", "nixl")
-        if not any(environment.glob(f"lib/python3*/site-packages/{name}/__init__.py"))
+        name for name in ("vllm", "nixl") if not any(environment.glob(f"lib/python3*/site-packages/{name}/__init__.py"))
     ]
     if not os.access(python, os.X_OK) or missing:
         what = f"has no {' and no '.join(missing)}" if python.exists() else "holds no environment"
@@ -155,8 +158,9 @@ class Pair:
             if (reason := self.refusal()) is not None:
                 raise EngineRefusedError(reason)
             if time.monotonic() > deadline:
+                log = self._logs / f"vllm-{side}.log"
                 raise UserError(
-                    f"engines: vLLM ({side}) does not answer within {self._start_timeout_s:g} s; its log is {self._logs / f'vllm-{side}.log'}"
+                    f"engines: vLLM ({side}) does not answer within {self._start_timeout_s:g} s; its log is {log}"
                 )
             time.sleep(_LOOK_S)
 

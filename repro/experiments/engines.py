@@ -202,14 +202,18 @@ class _Model:
             return self._of_endpoints(options)
         specs = _specs(self._context.settings.link, options)
         cores = cores_of(options.threads, own=True)
-        metrics = []
+        metrics = list[Metric]()
         with ExitStack() as closing:
             with placed(cores.others):
                 link = closing.enter_context(open_link(scheduled(specs), run="engines"))
             if link.backend == "relay":
-                raise UserError("link.backend: only a relay can be had here, which carries no connection that NIXL opens")
+                raise UserError(
+                    "link.backend: only a relay can be had here, which carries no connection that NIXL opens"
+                )
             conditions = [
-                Condition(spec.name, spec.rate_bps or np.nan, spec.rtt_s) if link.backend != "none" else Condition("loopback")
+                Condition(spec.name, spec.rate_bps or np.nan, spec.rtt_s)
+                if link.backend != "none"
+                else Condition("loopback")
                 for spec in specs
             ]
             if link.backend != "none":
@@ -262,7 +266,9 @@ class _Model:
                         )
                     )  # fmt: skip
                     if server.prepare() != "token ids":
-                        raise UserError(f"options.endpoints.{side}: {url} does not take and give token ids; accepted: vLLM")
+                        raise UserError(
+                            f"options.endpoints.{side}: {url} does not take and give token ids; accepted: vLLM"
+                        )
                     servers.setdefault(side, []).append(server)
             try:
                 return self._served(servers["prefill"], servers["decode"], [Condition("endpoints")], None, None)
@@ -286,7 +292,9 @@ class _Model:
             return []
         context, case = self._context, f"{name}/{VLLM}"
         return [
-            context.metric(case, "logits_max_error", max(one.logits_error for one in found), "", "measured", n=len(found)),
+            context.metric(
+                case, "logits_max_error", max(one.logits_error for one in found), "", "measured", n=len(found)
+            ),
             row(context, case, "logits_tolerance", [found[0].tolerance], "", "computed"),
         ]
 
@@ -339,9 +347,7 @@ def _metrics(context: Context, table: pd.DataFrame) -> Iterator[Metric]:
     ):
         case = "/".join(str(part) for part in (model, tokens, condition, mode) if part != "")
         yield row(context, case, "ttft_mean_s", found["ttft_s"].tolist(), "s")
-        met = good(
-            found["ttft_s"].to_numpy(), np.nan_to_num(found["tpot_s"].to_numpy()), context.settings.workload.slo
-        )
+        met = good(found["ttft_s"].to_numpy(), np.nan_to_num(found["tpot_s"].to_numpy()), context.settings.workload.slo)
         yield context.metric(case, "good_fraction", float(met.mean()), "", "measured", n=len(found))
         if mode not in ALONE_OF:
             continue
@@ -382,9 +388,7 @@ def finding(record: Record) -> str:
     crossed = table[table["rate_bps"].notna()]
     if crossed.empty:
         return ""
-    slowest = crossed[
-        (crossed["rate_bps"] == crossed["rate_bps"].min()) & (crossed["rtt_s"] == crossed["rtt_s"].min())
-    ]
+    slowest = crossed[(crossed["rate_bps"] == crossed["rate_bps"].min()) & (crossed["rtt_s"] == crossed["rtt_s"].min())]
     longest, parts = slowest[slowest["input_tokens"] == slowest["input_tokens"].max()], list[str]()
     for model, rows in longest.groupby("model", sort=False):
         found = {str(mode): _added_s(table, own) for mode, own in rows.groupby("mode")}
@@ -453,7 +457,15 @@ _LINK = tuple(
     f"link.{item.name}"
     for item in fields(LinkSpec)
     if item.name
-    not in ("rate_bps", "reverse_rate_bps", "rtt_s", "capacity_trace", "reverse_capacity_trace", "schedule", "queue_bytes")
+    not in (
+        "rate_bps",
+        "reverse_rate_bps",
+        "rtt_s",
+        "capacity_trace",
+        "reverse_capacity_trace",
+        "schedule",
+        "queue_bytes",
+    )
 )
 EXPERIMENT = Experiment(
     "engines",

@@ -113,9 +113,7 @@ class Instances:
     def _of(self, number: int) -> tuple[Any, Any]:
         return self._prefill[number % len(self._prefill)], self._decode[number % len(self._decode)]
 
-    def _row(
-        self, request: Request, repeat: int, at: Condition, mode: str, ttft_s: float, tpot_s: float
-    ) -> Row:
+    def _row(self, request: Request, repeat: int, at: Condition, mode: str, ttft_s: float, tpot_s: float) -> Row:
         return Row(
             self.model, at.name, at.rate_bps, at.rtt_s, mode, len(request.prompt), repeat, ttft_s, tpot_s, math.nan, math.nan,
             0.0, 0.0, True, 0,

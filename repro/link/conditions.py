@@ -7,7 +7,7 @@ goes to the entry. The buffer before the link is sized for the first condition.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from repro.link.link import Link
@@ -38,16 +38,11 @@ def measured(link: Link, condition: LinkSpec) -> LinkMeasurement:
     return measure(_Seen(condition, link))
 
 
-@dataclass(frozen=True)
 class _Seen:
     """A link as if its condition were all that was asked of it."""
 
-    spec: LinkSpec
-    link: Link
-
-    @property
-    def backend(self) -> str:
-        return self.link.backend
+    def __init__(self, spec: LinkSpec, link: Link) -> None:
+        self.spec, self.link, self.backend = spec, link, link.backend
 
     def command(self, side: Side, argv: Sequence[str]) -> list[str]:
         return self.link.command(side, argv)

@@ -47,7 +47,7 @@ def test_prefills_parameters_go_into_the_decode_request_and_bytes_are_the_engine
 
 def test_a_deployment_that_decodes_alone_is_refused() -> None:
     with pytest.raises(UserError, match="it has decoded alone"):
-        serve_split(Fake(), Fake(moves=0.0), [1, 2, 3], 2, clock())
+        serve_split(Fake(), Fake(moves=0.0), [1, 2, 3], 2, clock(), sleep=lambda s: None)
 
 
 @pytest.mark.parametrize("parameters", [None, {}])

@@ -69,7 +69,10 @@ def started_below(folder: Path) -> list[str]:
 
 def test_bytes_tokens_and_times_of_both_checkpoints_and_nothing_left_behind(tmp_path: Path, engines: Path) -> None:
     record = ran(tmp_path, engines)
-    for model, sizes in {"hybrid": (107_520 + 512 * 128, 107_520 + 512 * 256), "dense": (2048 * 128, 2048 * 256)}.items():
+    for model, sizes in {
+        "hybrid": (107_520 + 512 * 128, 107_520 + 512 * 256),
+        "dense": (2048 * 128, 2048 * 256),
+    }.items():
         for tokens, size in zip((30, 200), sizes, strict=True):
             case = f"{model}/{tokens}/loopback/vllm_nixl"
             assert value(record, case, "kv_bytes") == value(record, case, "kv_bytes_layout") == size
@@ -200,7 +203,8 @@ from pathlib import Path
 from repro.engine.vllm_pair import Pair
 from repro.link import LinkSpec, open_link
 with open_link(LinkSpec(name="none", backend="none"), run="killed") as link:
-    pair = Pair(Path(sys.argv[1]), Path(sys.argv[2]), link, Path(sys.argv[3]), vocabulary=8, most_tokens=64, start_timeout_s=20, answer_timeout_s=5)
+    folders = [Path(word) for word in sys.argv[1:]]
+    pair = Pair(folders[0], folders[1], link, folders[2], vocabulary=8, most_tokens=64, start_timeout_s=20, answer_timeout_s=5)
     with pair:
         print("ready", pair.unconfined, flush=True)
         sys.stdin.read()
