@@ -7,7 +7,7 @@ TTFT itself. vLLM's own counters say what crossed; a deployment that decodes alo
 
 Instances that run elsewhere are measured in place of the kit's, on whatever network they have:
 
-    python -m repro experiment=engines link.backend=none 'options.checkpoints=[/models/x]' \
+    python -m repro experiment=engines link.backend=none 'options.checkpoints=[<folder>]' \
         'options.endpoints={prefill: ["http://a:8000"], decode: ["http://b:8000"]}'
 """
 

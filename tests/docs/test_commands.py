@@ -62,8 +62,15 @@ def stopping(parse: Callable[..., object]) -> Callable[..., object]:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands write where they are started."""
+    """Commands write where they are started, and find what scripts/engines makes there as far as a run looks before it starts."""
     monkeypatch.chdir(tmp_path)
+    for name in (
+        "bin/python",
+        *(f"lib/python3.11/site-packages/{package}/__init__.py" for package in ("vllm", "nixl")),
+    ):
+        made = tmp_path / ".engines" / name
+        made.parent.mkdir(parents=True)
+        made.touch(mode=0o755)
 
 
 def test_the_pages_have_commands_of_every_kind() -> None:
