@@ -317,13 +317,13 @@ def _goer(link: Link | None) -> Any:
 def _specs(link: LinkSpec, options: EnginesOptions) -> list[LinkSpec]:
     """The link's conditions, the fastest first, for which its buffer is made; one where there is no link."""
     if link.backend == "none":
-        return [replace(link, name="loopback")]
+        return [replace(link, name="loopback", rtt_s=0.0, queue_bytes=None)]
     pairs = [
         (rate, rtt)
         for rate in sorted(options.rates_bps or _RATES_BPS, reverse=True)
         for rtt in sorted(options.rtts_s if options.rtts_s is not None else _RTTS_S, reverse=True)
     ]
-    fastest = replace(link, rate_bps=pairs[0][0], rtt_s=pairs[0][1])
+    fastest = replace(link, rate_bps=pairs[0][0], rtt_s=pairs[0][1], queue_bytes=None)
     queue_bytes = int(fastest.queue_limit_bytes("forward"))
     return [
         replace(link, name=f"{_rate_words(rate)}-{1e3 * rtt:g}ms", rate_bps=rate, rtt_s=rtt, queue_bytes=queue_bytes)
