@@ -60,6 +60,15 @@ _RTTS_S: Final = (0.05, 0.01)
 _MODES: Final = ("layerwise", "bulk")
 #: Bytes that the engine counts may be off its layout by so much.
 _BYTES_WITHIN: Final = 0.02
+#: Rate and RTT are the experiment's conditions; everything else of the link is the configuration's.
+_OF_THE_LINK: Final = tuple(
+    item.name
+    for item in fields(LinkSpec)
+    if item.name
+    not in (
+        "rate_bps", "reverse_rate_bps", "rtt_s", "capacity_trace", "reverse_capacity_trace", "schedule", "queue_bytes",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -316,14 +325,15 @@ def _goer(link: Link | None) -> Any:
 
 def _specs(link: LinkSpec, options: EnginesOptions) -> list[LinkSpec]:
     """The link's conditions, the fastest first, for which its buffer is made; one where there is no link."""
+    link = LinkSpec(**{name: getattr(link, name) for name in _OF_THE_LINK})
     if link.backend == "none":
-        return [replace(link, name="loopback", rtt_s=0.0, queue_bytes=None)]
+        return [replace(link, name="loopback")]
     pairs = [
         (rate, rtt)
         for rate in sorted(options.rates_bps or _RATES_BPS, reverse=True)
         for rtt in sorted(options.rtts_s if options.rtts_s is not None else _RTTS_S, reverse=True)
     ]
-    fastest = replace(link, rate_bps=pairs[0][0], rtt_s=pairs[0][1], queue_bytes=None)
+    fastest = replace(link, rate_bps=pairs[0][0], rtt_s=pairs[0][1])
     queue_bytes = int(fastest.queue_limit_bytes("forward"))
     return [
         replace(link, name=f"{_rate_words(rate)}-{1e3 * rtt:g}ms", rate_bps=rate, rtt_s=rtt, queue_bytes=queue_bytes)
@@ -452,24 +462,9 @@ def _by_rtt(table: pd.DataFrame) -> Iterable[tuple[float, pd.DataFrame]]:
     return table.groupby("rtt_s", dropna=False, sort=True)  # type: ignore[return-value]
 
 
-#: Rate and RTT are the experiment's conditions; everything else of the link is the configuration's.
-_LINK = tuple(
-    f"link.{item.name}"
-    for item in fields(LinkSpec)
-    if item.name
-    not in (
-        "rate_bps",
-        "reverse_rate_bps",
-        "rtt_s",
-        "capacity_trace",
-        "reverse_capacity_trace",
-        "schedule",
-        "queue_bytes",
-    )
-)
 EXPERIMENT = Experiment(
     "engines",
-    {"execute": (*_LINK, "transport", "workload.slo", "seed", "options")},
+    {"execute": (*(f"link.{name}" for name in _OF_THE_LINK), "transport", "workload.slo", "seed", "options")},
     run,
     {"engines": draw},
     EnginesOptions,
