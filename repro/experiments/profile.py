@@ -29,6 +29,7 @@ from repro.profiles.presets import save_profile
 from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.report import style
+from repro.serving.devices import one_device
 from repro.settings import Settings
 
 
@@ -38,7 +39,7 @@ def run(context: Context) -> Outcome:
     assert isinstance(options, ProfileSpec)
     if options.endpoint is not None:
         return profile_endpoint(context, spec, options, options.endpoint)
-    device = _device(options.device or "cpu")
+    device = torch.device(one_device("options.device", options.device or "cpu"))
     bare = build(spec, "meta")
     states = layout(build(spec, "meta"))
     measurement = measure(build(spec, device), bare, options, context.progress)
@@ -59,18 +60,9 @@ def check(settings: Settings, options: ProfileSpec) -> None:
     """One model that can be built, or whose state's size is known. Raises UserError naming the key."""
     if options.endpoint is None:
         check_one(settings, options)
+        one_device("options.device", options.device or "cpu")
     else:
         check_endpoint(settings, options.endpoint)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"options.device: {name!r}; accepted: cpu, cuda, cuda:<index>") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"options.device: {name!r}, but torch finds no CUDA device here")
-    return device
 
 
 def accelerator_of(device: torch.device) -> str:

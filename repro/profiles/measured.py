@@ -39,9 +39,10 @@ _OF_ENDPOINTS: Final = ("served_model", "api_key_variable", "timeout_s", "accele
 class ProfileSpec:
     """What to measure. Lengths double from `first_tokens` to `last_tokens`, or to what memory and `budget_s` allow.
 
-    Either the model on a `device` (null: the processor) in chunks of `chunk_tokens` (null: 512), or what answers at `endpoint`, the
-    address of an OpenAI-compatible server: its `served_model` (null: the first that it lists), with the key in the environment variable
-    `api_key_variable`, each answer within `timeout_s` (null: 60), on an `accelerator` that only its owner knows.
+    Either the model on a `device` (null: the processor; auto: a GPU where there is one) in chunks of `chunk_tokens` (null: 512), or
+    what answers at `endpoint`, the address of an OpenAI-compatible server: its `served_model` (null: the first that it lists), with the
+    key in the environment variable `api_key_variable`, each answer within `timeout_s` (null: 60), on an `accelerator` that only its
+    owner knows.
     """
 
     device: str | None = None

@@ -59,9 +59,21 @@ def hand_out_devices(
     # Who asks for a device by its number comes before who takes what is left.
     for side in sorted(asked, key=lambda side: asked[side][0] in ("auto", "cuda")):
         taken = [number for found in numbers.values() for number in found]
-        found = [_number(side, device, count, taken, share=share) for device in asked[side]]
+        key = f"options.{side}.devices"
+        found = [_number(key, device, count, taken, share=share) for device in asked[side]]
         numbers[side] = [number for number in found if number is not None]
     return {side: _given(numbers[side]) for side in asked}
+
+
+def one_device(key: str, device: str, gpus: int | None = None) -> str:
+    """The one device that this process computes on itself: cpu, or cuda:<number> of the `gpus` that it sees.
+
+    Raises:
+        UserError: naming the `key`, where the device does not exist or is refused.
+    """
+    _check(key, device)
+    number = _number(key, device, torch.cuda.device_count() if gpus is None else gpus, (), share=False)
+    return "cpu" if number is None else f"cuda:{number}"
 
 
 def seen(devices: Sequence[str], memory_kept: bool) -> dict[str, Any]:
@@ -92,9 +104,8 @@ def _check(key: str, device: str) -> None:
         raise UserError(f"{key}: {device!r}; {_ACCEPTED}")
 
 
-def _number(side: str, device: str, count: int, taken: Sequence[int], *, share: bool) -> int | None:
+def _number(key: str, device: str, count: int, taken: Sequence[int], *, share: bool) -> int | None:
     """Which GPU it is; None for the CPU."""
-    key = f"options.{side}.devices"
     if device == "cpu" or (device == "auto" and not count):
         return None
     if not count:

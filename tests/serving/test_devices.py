@@ -17,7 +17,7 @@ import sys
 import pytest
 
 from repro.errors import UserError
-from repro.serving.devices import hand_out_devices
+from repro.serving.devices import hand_out_devices, one_device
 
 PRINT = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['HIP_VISIBLE_DEVICES'])"
 
@@ -61,6 +61,14 @@ def test_a_worker_over_several_gpus_sees_them_and_no_other(monkeypatch: pytest.M
 def test_a_worker_on_the_cpu_sees_no_gpu_at_all() -> None:
     assert visible("cpu", "auto", gpus=0) == {"prefill": (" ", "cpu"), "decode": (" ", "cpu")}
     assert visible("cpu", "cuda", gpus=1)["prefill"] == (" ", "cpu")
+
+
+def test_a_process_that_computes_itself_takes_one_device_by_the_same_rules() -> None:
+    chosen = [one_device("options.device", name, gpus) for name, gpus in (("auto", 0), ("auto", 2), ("cuda", 2), ("cuda:1", 2))]
+    assert chosen == ["cpu", "cuda:0", "cuda:0", "cuda:1"]
+    for name in ("mps", "cuda:0,cuda:1", "cuda:2", "gpu"):
+        with pytest.raises(UserError, match=r"^options\.device: "):
+            one_device("options.device", name, 2)
 
 
 @pytest.mark.parametrize("devices", [("cuda:0", "cuda:0"), ("cuda", "auto"), ("auto", "auto")])
