@@ -84,7 +84,7 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu") -> torch.nn.Modul
     dtype = _DTYPES[spec.dtype]
     if spec.layout_only:
         raise UserError(
-            f"model: {spec.name} is known by its layout only, transformers has no class of it; accepted on tiers that build a "
+            f"model: {spec.name} is known by its layout only; accepted on tiers that build a "
             "model: any other of conf/model"
         )
     if spec.kv_dtype not in (None, spec.dtype):

@@ -38,6 +38,7 @@ class StateKind(IntEnum):
     INDEXER_KEY = 9  # keys of a sparse-attention indexer, [B, T, dim] or [B, 1, T, dim]
     INDEXER_POSITION = 10  # positions of those keys, [dims, B, T]
     AUXILIARY = 11  # any other tensor of a model's own cache class, after a number of tokens
+    COMPRESSED = 12  # keys that are also values, one for several tokens, [B, 1, entries, dim]
 
     @property
     def token_axis(self) -> int | None:
@@ -64,18 +65,25 @@ _TOKEN_AXIS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """One state tensor of one layer, for one sequence. `window_tokens` caps a state that grows per token."""
+    """One state tensor of one layer, for one sequence.
+
+    `window_tokens` caps a state that grows per token. Where `entry_tokens` tokens share one entry, it grows when they are complete;
+    a `pending` state holds those of an entry that is not.
+    """
 
     layer: int
     kind: StateKind
     bytes_fixed: int = 0
     bytes_per_token: int = 0
     window_tokens: int | None = None
+    entry_tokens: int = 1
+    pending: bool = False
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes after `tokens` tokens."""
         kept = tokens if self.window_tokens is None else min(tokens, self.window_tokens)
-        return self.bytes_fixed + self.bytes_per_token * kept
+        waiting = kept % self.entry_tokens
+        return self.bytes_fixed + self.bytes_per_token * (waiting if self.pending else kept - waiting)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +107,11 @@ class StateLayout:
     @property
     def bytes_per_token(self) -> int:
         """Slope of S_kv beyond every window: what each further token adds."""
-        return sum(s.bytes_per_token for s in self.states if s.window_tokens is None)
+        return sum(s.bytes_per_token for s in self.states if s.window_tokens is None and not s.pending)
 
     @property
     def fixed_bytes(self) -> int:
-        """Intercept of S_kv beyond every window: recurrent and convolution states and full windows."""
+        """Intercept of S_kv beyond every window, where no token waits: recurrent and convolution states and full windows."""
         return sum(s.bytes_fixed + s.bytes_per_token * (s.window_tokens or 0) for s in self.states)
 
     def layers_by_kind(self) -> dict[str, int]:
@@ -126,6 +134,7 @@ _WORD: Final = {
     StateKind.INDEXER_KEY: "indexer",
     StateKind.INDEXER_POSITION: "indexer",
     StateKind.AUXILIARY: "auxiliary",
+    StateKind.COMPRESSED: "compressed",
 }
 
 Config = Mapping[str, Any]
@@ -260,6 +269,44 @@ def _indexed(config: Config, layer: int, itemsize: Itemsizes) -> Iterator[LayerS
         yield LayerState(layer, StateKind.INDEXER_KEY, bytes_per_token=config["index_head_dim"] * itemsize.own)
 
 
+def _shared_sliding(config: Config, layer: int, itemsize: Itemsizes) -> Iterator[LayerState]:
+    # DeepSeek-V4's keys are its values, and are kept once.
+    key_bytes = config["head_dim"] * itemsize.kv
+    yield LayerState(layer, StateKind.SLIDING_KEY, bytes_per_token=key_bytes, window_tokens=config["sliding_window"] - 1)
+
+
+def _heavily_compressed(config: Config, layer: int, itemsize: Itemsizes) -> Iterator[LayerState]:
+    yield from _shared_sliding(config, layer, itemsize)
+    entry_tokens = config["compress_rates"]["heavily_compressed_attention"]
+    yield from _compressed(layer, StateKind.COMPRESSED, config["head_dim"], entry_tokens, itemsize.kv, itemsize.own)
+
+
+def _compressed_sparse(config: Config, layer: int, itemsize: Itemsizes) -> Iterator[LayerState]:
+    yield from _shared_sliding(config, layer, itemsize)
+    entry_tokens = config["compress_rates"]["compressed_sparse_attention"]
+    parts = ((StateKind.COMPRESSED, config["head_dim"], itemsize.kv), (StateKind.INDEXER_KEY, config["index_head_dim"], itemsize.own))
+    for kind, dim, element in parts:
+        # An entry is made of its own tokens and the ones before, so that a token is projected twice, and the half that the next
+        # entry reads is kept, with its gate.
+        yield from _compressed(layer, kind, dim, entry_tokens, element, 2 * itemsize.own)
+        yield LayerState(
+            layer,
+            StateKind.AUXILIARY,
+            bytes_per_token=2 * dim * itemsize.own,
+            window_tokens=entry_tokens,
+            entry_tokens=entry_tokens,
+        )
+
+
+def _compressed(
+    layer: int, kind: StateKind, dim: int, entry_tokens: int, element: int, waiting_element: int
+) -> Iterator[LayerState]:
+    """Entries for `entry_tokens` tokens each, and the projections and gates of those that wait for theirs."""
+    yield LayerState(layer, kind, bytes_per_token=dim * element // entry_tokens, entry_tokens=entry_tokens)
+    waiting_bytes = 2 * dim * waiting_element
+    yield LayerState(layer, StateKind.AUXILIARY, bytes_per_token=waiting_bytes, entry_tokens=entry_tokens, pending=True)
+
+
 def _stateless(*_: object) -> Iterator[LayerState]:
     yield from ()
 
@@ -273,15 +320,18 @@ _RULES: Final[Mapping[str, Rule]] = {
     "moe": _stateless,
     "indexed_attention": _indexed,
     "minimax_m3_sparse": _indexed,
+    "compressed_sparse_attention": _compressed_sparse,
+    "heavily_compressed_attention": _heavily_compressed,
 }
 #: Layers that a model builds otherwise than others of their name.
 _OWN_RULES: Final[Mapping[tuple[str, str], Rule]] = {
     ("mimo_v2_flash", "sliding_attention"): _sliding_of_twice_the_heads,
     ("gemma4_text", "full_attention"): _wide_full,
+    ("deepseek_v4", "sliding_attention"): _shared_sliding,
 }
 KNOWN_MODEL_TYPES: Final = frozenset(
     (
         "kimi_linear", "mimo_v2_flash", "qwen3_5_moe_text", "bailing_hybrid", "minimax_m2", "qwen3_moe",
-        "qwen3_5_text", "nemotron_h", "minimax_m3_vl_text", "glm_moe_dsa", "gemma4_text", "gpt_oss", "step3p7",
+        "qwen3_5_text", "nemotron_h", "minimax_m3_vl_text", "glm_moe_dsa", "gemma4_text", "gpt_oss", "step3p7", "deepseek_v4",
     )
 )  # fmt: skip

@@ -19,10 +19,12 @@ from repro.models.layout import ITEMSIZE, KV_ITEMSIZE
 from repro.presets import choices, preset
 
 SIZES: Final = ("full", "single_gpu", "tiny")
-#: Letters of a layer word: full, linear and sliding attention, sparse by an indexer (I, D); of Nemotron-H, Mamba-2, attention, experts.
+#: Letters of a layer word: full, linear and sliding attention, sparse by an indexer (I, D); of Nemotron-H, Mamba-2, attention, experts; of
+#: DeepSeek-V4, compressed (C) and heavily compressed (H).
 _LAYER_LETTERS: Final = {
     "F": "full_attention", "L": "linear_attention", "S": "sliding_attention", "I": "minimax_m3_sparse",
     "D": "indexed_attention", "M": "mamba", "A": "attention", "E": "moe",
+    "C": "compressed_sparse_attention", "H": "heavily_compressed_attention",
 }  # fmt: skip
 _INDEXER_LETTERS: Final = {"F": "full", "S": "shared"}
 
@@ -36,7 +38,7 @@ class ModelSpec:
     way for `indexer_types`. With `pretrained` (a hub
     id or a folder) the checkpoint's own configuration is used. `parameters` is what the publisher states, `published` the month
     of a model that is younger than the paper. `kv_dtype` is a quantised KVCache's, which only sizes are computed of.
-    A `layout_only` model has no class in transformers: its state is known, it cannot be built.
+    A `layout_only` model has no class in transformers, or one whose cache the kit does not ship: its state is known, it is not built.
     """
 
     name: str

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, DynamicCache
 
 from repro.errors import UserError
 from repro.kvcache.state import extract, layout
@@ -30,6 +31,9 @@ BUILT = [name for name in spec.names_of_today() if not spec.load(name).layout_on
         ("gemma_4_26b", 30, 5 * 2 * 2 * 512 * 2, 25 * 1023 * 8 * 2 * 256 * 2),
         ("gpt_oss_120b", 36, 18 * 8 * 2 * 64 * 2, 18 * 127 * 8 * 2 * 64 * 2),
         ("step_3_7_flash", 45, 12 * 8 * 2 * 128 * 2, 33 * 511 * 8 * 2 * 128 * 2),
+        # A window of 127 in every layer; one entry of 512 + 128 for 4 tokens, or of 512 for 128; what the next entry of 4 reads again.
+        ("deepseek_v4_flash", 43, 21 * (512 + 128) * 2 // 4 + 20 * 8, 43 * 127 * 512 * 2 + 21 * 4 * 2 * (512 + 128) * 2),
+        ("deepseek_v4_pro", 61, 30 * (512 + 128) * 2 // 4 + 31 * 8, 61 * 127 * 512 * 2 + 30 * 4 * 2 * (512 + 128) * 2),
     ],
 )
 def test_full_sizes_have_the_state_of_their_public_configurations(name, layers, bytes_per_token, fixed_bytes):
@@ -67,12 +71,42 @@ def test_the_layout_counts_the_bytes_of_a_real_cache_of_a_shrunken_twin(name):
         assert sum(state.nbytes for state in extract(cache, model.config, tokens)) == own.kv_bytes(tokens)
 
 
+@pytest.mark.parametrize("name", ["deepseek_v4_flash", "deepseek_v4_pro"])
+def test_a_cache_of_compressed_entries_is_counted_with_what_waits_for_its_entry(name):
+    """The class of transformers at the tiny size, whose cache the kit does not ship: every tensor that its layers keep."""
+    torch.set_num_threads(1)
+    values = spec.load(name, "tiny").values()
+    config = DeepseekV4Config(
+        **values, hidden_size=64, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, num_attention_heads=4,
+        q_lora_rank=32, o_lora_rank=16, o_groups=2, qk_rope_head_dim=8, index_n_heads=2, index_topk=4, vocab_size=128, hc_mult=2,
+        bos_token_id=0, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    model = DeepseekV4ForCausalLM(config).eval()
+    own = layout_of(replace(spec.load(name, "tiny"), dtype="float32"), "tiny")
+    for tokens in (1, 3, 4, 31, 40, 64, 77):  # entries and windows begun, full and beyond
+        cache = DynamicCache(config=config)
+        with torch.no_grad():
+            model(torch.randint(3, 100, (1, tokens)), past_key_values=cache)
+        assert sum(_kept_bytes(layer) for layer in cache.layers) == own.kv_bytes(tokens)
+
+
+def _kept_bytes(layer: object) -> int:
+    """Bytes of all tensors of a cache layer, each once: its keys are its values."""
+    found: dict[int, torch.Tensor] = {}
+    for kept in vars(layer).values():
+        for tensor in kept.values() if isinstance(kept, dict) else [kept]:
+            if isinstance(tensor, torch.Tensor):
+                found[id(tensor)] = tensor
+    return sum(tensor.nbytes for tensor in found.values())
+
+
 @pytest.mark.parametrize("name", [*spec.names_of_today(), "kimi_linear", "mimo_v2_flash"])
 def test_a_cache_in_fp8_halves_what_attention_keeps_and_nothing_else(name):
     own = layout_of(name, "full")
     quantised = layout_of(replace(spec.load(name), kv_dtype="fp8"), "full")
     halved = (
-        StateKind.KEY, StateKind.VALUE, StateKind.LATENT, StateKind.LATENT_ROPE, StateKind.SLIDING_KEY, StateKind.SLIDING_VALUE
+        StateKind.KEY, StateKind.VALUE, StateKind.LATENT, StateKind.LATENT_ROPE, StateKind.SLIDING_KEY, StateKind.SLIDING_VALUE,
+        StateKind.COMPRESSED,
     )  # fmt: skip
     for kind, size in own.by_kind(10_000).items():
         assert quantised.by_kind(10_000)[kind] == (size // 2 if kind in halved else size)
