@@ -67,10 +67,11 @@ chunk only is prefilled in one, without a prefix cache; what does not pass is re
 ## Models of today
 
 `conf/model` also holds models that are younger than the paper, from their public configurations: Kimi-K3 (the published model of the
-paper's kind), Qwen3.6, Nemotron-3-Super, MiniMax-M3, GLM-5.3, Gemma-4, gpt-oss, Step-3.7-Flash and DeepSeek-V4. `experiment=models` shows them
-beside Table 1's, their KVCache in bf16 and in fp8 (`model.<name>.kv_dtype=fp8`: one byte for what attention keeps per token, recurrent state
-unchanged). Each S_kv is held against a real cache of a shrunken twin, but for Step-3.7-Flash, which transformers has no class for. It and
-DeepSeek-V4, of whose cache the tokens that wait for their compressed entry lie outside keys and values, are known by their layout only.
+paper's kind), Qwen3.6, Nemotron-3-Super, MiniMax-M3, GLM-5.3, Gemma-4, gpt-oss, Step-3.7-Flash and DeepSeek-V4. `experiment=models`
+shows them beside Table 1's, their KVCache in bf16 and in fp8 (`model.<name>.kv_dtype=fp8`: one byte for what attention keeps per
+token, recurrent state unchanged). Each S_kv is held against a real cache of a shrunken twin, but for Step-3.7-Flash, which
+transformers has no class for. It and DeepSeek-V4, of whose cache the tokens that wait for their compressed entry lie outside keys
+and values, are known by their layout only.
 
 ## Families
 

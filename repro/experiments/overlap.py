@@ -46,6 +46,7 @@ from repro.link import LinkSpec, open_link
 from repro.processes import placed
 from repro.record.directory import Record
 from repro.record.metrics import Metric
+from repro.record.statistics import Estimate
 from repro.report import style
 from repro.serving.devices import WorkerDevices, hand_out_devices
 from repro.serving.records import requests_frame
@@ -62,9 +63,9 @@ class OverlapOptions:
     `codec` encodes what crosses the link; the bound and the links are those of the raw S_kv all the same.
     """
 
-    input_tokens: tuple[int, ...] = (4097, 2049)
+    input_tokens: tuple[int, ...] = (1025,)
     output_tokens: int = 4
-    repeats: int = 5
+    repeats: int = 16
     link_to_phi: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     chunk_tokens: int = 256
     threads: int = 1
@@ -111,7 +112,7 @@ def run(context: Context) -> Outcome:
                 model = serve(context, engine, repeats, MODES, link, options.codec, cores, devices)
                 links[case] = link.record()
             metrics += link_metrics(context, model, case, length)
-            rows += overlap_rows(model, multiple, length)
+            rows += overlap_rows(model_spec.title or name, model, multiple, length)
             found = model.runs.values()
             frames += [requests_frame(one, model.origin_s, model=name, link=spec.name) for one in found]
             timelines |= {f"{case} {mode}": one.timeline for mode, one in model.runs.items()}
@@ -154,19 +155,24 @@ def link_metrics(context: Context, model: ModelRun, link: str, length: int) -> l
     return [*rows, row(context, f"{link}/layerwise", "ttft_to_bulk", ratios, "")]
 
 
-def overlap_rows(model: ModelRun, multiple: float, length: int) -> list[dict[str, object]]:
-    """Means for the figure."""
-    return [
-        {
-            "model": model.name,
-            "link_to_phi": multiple,
-            "mode": mode,
-            "ttft_s": float(np.mean([served.ttft_s for served in model.served(mode, length)])),
-            "bound_s": float(np.mean([model.bound_s(served) for served in model.served(mode, length)])),
-            "slowdown": float(np.mean([model.slowdown(served) for served in model.served(mode, length)])),
-        }
-        for mode in ("bulk", "layerwise")
-    ]
+def overlap_rows(title: str, model: ModelRun, multiple: float, length: int) -> list[dict[str, object]]:
+    """Means for the figure; those of the ratios with their 95 % intervals."""
+    rows = list[dict[str, object]]()
+    for mode in ("bulk", "layerwise"):
+        found = model.served(mode, length)
+        bounds = [model.bound_s(served) for served in found]
+        ratio = Estimate.of([served.ttft_s / bound_s for served, bound_s in zip(found, bounds, strict=True)])
+        slowdown = Estimate.of([model.slowdown(served) for served in found])
+        rows.append({
+            "model": model.name, "title": title, "link_to_phi": multiple, "mode": mode,
+            "ttft_s": float(np.mean([served.ttft_s for served in found])), "bound_s": float(np.mean(bounds)),
+            "ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high,
+            "slowdown": slowdown.value, "slowdown_low": slowdown.low, "slowdown_high": slowdown.high,
+        })  # fmt: skip
+    return rows
+
+
+_WORDS = {"bulk": "bulk", "layerwise": "layer-wise"}
 
 
 def draw(record: Record) -> Figure:
@@ -181,14 +187,17 @@ def draw(record: Record) -> Figure:
         own = table[table["model"] == name]
         for (mode, rows), (colour, marker, line) in zip(own.groupby("mode"), style.SERIES, strict=False):
             look = {"color": colour, "marker": marker, "linestyle": line}
-            top.plot(rows["link_to_phi"], rows["ttft_s"], label=str(mode), **look)
-            below.plot(rows["link_to_phi"], rows["ttft_s"] / rows["bound_s"], **look)
-            last.plot(rows["link_to_phi"], rows["slowdown"], **look)
+            top.plot(rows["link_to_phi"], rows["ttft_s"], label=_WORDS[str(mode)], **look)
+            for axis, column in ((below, "ratio"), (last, "slowdown")):
+                ends = [rows[column] - rows[f"{column}_low"], rows[f"{column}_high"] - rows[column]]
+                axis.errorbar(rows["link_to_phi"], rows[column], yerr=ends, capsize=2, **look)
         bound = own[own["mode"] == "layerwise"]
         top.plot(bound["link_to_phi"], bound["bound_s"], color="black", linestyle=":", label="lower bound")
         for axis in (top, below, last):
             axis.axvline(1, color=style.GREY, linewidth=0.8)
-        top.set(xscale="log", ylabel="TTFT (s)", title=str(name))
+        for axis in (below, last):
+            axis.axhline(1, color="black", linestyle=":")
+        top.set(xscale="log", ylabel="TTFT (s)", title=str(own["title"].iloc[0]), ylim=(0, None))
         top.legend()
         below.set(ylabel="TTFT ÷ bound")
         last.set(xlabel="goodput of the link ÷ Φ_kv", ylabel="T_prefill ÷ alone")

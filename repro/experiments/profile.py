@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from repro.errors import UserError
 from repro.experiments.base import MODEL, Context, Experiment, Outcome
 from repro.experiments.profile_endpoint import check_endpoint, profile_endpoint
 from repro.experiments.split_model import check_one
@@ -60,7 +59,6 @@ def check(settings: Settings, options: ProfileSpec) -> None:
     """One model that can be built, or whose state's size is known. Raises UserError naming the key."""
     if options.endpoint is None:
         check_one(settings, options)
-        one_device("options.device", options.device or "cpu")
     else:
         check_endpoint(settings, options.endpoint)
 

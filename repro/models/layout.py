@@ -272,7 +272,9 @@ def _indexed(config: Config, layer: int, itemsize: Itemsizes) -> Iterator[LayerS
 def _shared_sliding(config: Config, layer: int, itemsize: Itemsizes) -> Iterator[LayerState]:
     # DeepSeek-V4's keys are its values, and are kept once.
     key_bytes = config["head_dim"] * itemsize.kv
-    yield LayerState(layer, StateKind.SLIDING_KEY, bytes_per_token=key_bytes, window_tokens=config["sliding_window"] - 1)
+    yield LayerState(
+        layer, StateKind.SLIDING_KEY, bytes_per_token=key_bytes, window_tokens=config["sliding_window"] - 1
+    )
 
 
 def _heavily_compressed(config: Config, layer: int, itemsize: Itemsizes) -> Iterator[LayerState]:
@@ -284,7 +286,10 @@ def _heavily_compressed(config: Config, layer: int, itemsize: Itemsizes) -> Iter
 def _compressed_sparse(config: Config, layer: int, itemsize: Itemsizes) -> Iterator[LayerState]:
     yield from _shared_sliding(config, layer, itemsize)
     entry_tokens = config["compress_rates"]["compressed_sparse_attention"]
-    parts = ((StateKind.COMPRESSED, config["head_dim"], itemsize.kv), (StateKind.INDEXER_KEY, config["index_head_dim"], itemsize.own))
+    parts = (
+        (StateKind.COMPRESSED, config["head_dim"], itemsize.kv),
+        (StateKind.INDEXER_KEY, config["index_head_dim"], itemsize.own),
+    )
     for kind, dim, element in parts:
         # An entry is made of its own tokens and the ones before, so that a token is projected twice, and the half that the next
         # entry reads is kept, with its gate.

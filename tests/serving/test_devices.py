@@ -64,7 +64,10 @@ def test_a_worker_on_the_cpu_sees_no_gpu_at_all() -> None:
 
 
 def test_a_process_that_computes_itself_takes_one_device_by_the_same_rules() -> None:
-    chosen = [one_device("options.device", name, gpus) for name, gpus in (("auto", 0), ("auto", 2), ("cuda", 2), ("cuda:1", 2))]
+    chosen = [
+        one_device("options.device", name, gpus)
+        for name, gpus in (("auto", 0), ("auto", 2), ("cuda", 2), ("cuda:1", 2))
+    ]
     assert chosen == ["cpu", "cuda:0", "cuda:0", "cuda:1"]
     for name in ("mps", "cuda:0,cuda:1", "cuda:2", "gpu"):
         with pytest.raises(UserError, match=r"^options\.device: "):
