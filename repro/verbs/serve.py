@@ -55,6 +55,8 @@ from repro.transport import TransportSpec
 
 #: Where the deployment's values come from; the command line changes them.
 _BASE = "experiment=tiers"
+#: Requests that decode together on an instance where neither a profile nor the command line says so.
+_BATCH_MAX = 8
 #: What serving reads, as an experiment would say it.
 _READS = Experiment(
     "serve", {"execute": (*MODEL, *(key for key in SIMULATED if key != "workload.slo"), *SCHEDULER, *WIRE)}, tiers.run
@@ -81,6 +83,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-output-tokens", type=int, default=1024, help="of an answer (default: 1024)")
     parser.add_argument("--max-body-bytes", type=int, default=4 << 20, help="of a request (default: 4 MiB)")
     parser.add_argument("--timeout-s", type=float, default=120.0, help="for a whole answer (default: 120)")
+    parser.add_argument(
+        "--batch-max", type=int, help="requests that decode together on an instance (default: the profile's, else 8)"
+    )
     parser.add_argument("--chunk-tokens", type=int, default=128, help="of prefill (default: 128)")
     parser.add_argument("--threads", type=int, default=1, help="of each instance (default: 1)")
     parser.add_argument(
@@ -99,6 +104,8 @@ def main(argv: list[str]) -> int:
     limits = Limits(
         given.max_body_bytes, given.max_context_tokens, given.max_output_tokens, given.max_requests, given.timeout_s
     )
+    if given.batch_max is not None and given.batch_max < 1:
+        raise UserError(f"--batch-max: {given.batch_max}; accepted: 1 or more")
     key = _key(given.api_key_variable, given.host)
     with listening(given.host, given.port) as listener:
         directory = RunDirectory(Path(settings.results) / "serve" / (settings.label or time.strftime("%Y%m%d-%H%M%S")))
@@ -110,7 +117,7 @@ def main(argv: list[str]) -> int:
         directory.begin({**described, "limits": asdict(limits)}, ["repro", "serve", *argv], {"seed": settings.seed})
         try:
             with writing(directory.path):
-                _serve(settings, options, limits, key, listener, directory)
+                _serve(settings, options, limits, key, listener, directory, given.batch_max)
             directory.complete()
         except BaseException as error:
             directory.fail(error)
@@ -175,6 +182,12 @@ class Streaming:
         )
 
 
+def _batched(profile: PhaseProfile, settings: Settings, batch_max: int | None) -> PhaseProfile:
+    """The profile with that BS_max. One that was just measured has the BS_max of a speed that this machine may not reach alone."""
+    wanted = batch_max or (None if settings.profile is not None else _BATCH_MAX)
+    return profile if wanted is None else replace(profile, decode=replace(profile.decode, batch_max=wanted))
+
+
 def _specification(settings: Settings, profile: PhaseProfile) -> SimulationSpec:
     """The deployment at its best operating point for the configured lengths, under the configured policy."""
     base = Capacity(
@@ -192,13 +205,14 @@ def _serve(
     key: str | None,
     listener: socket.socket,
     directory: RunDirectory,
+    batch_max: int | None,
 ) -> None:
     """Start everything, serve until told to stop, and write what was served."""
     model = one_model(settings)
     words = vocabulary_of(model)
     tokenizer = tokenizer_of(model.pretrained, words)
     context = Context(settings, options, directory.path, _say)
-    spec = _specification(settings, tiers.own_profile(context))
+    spec = _specification(settings, _batched(tiers.own_profile(context), settings, batch_max))
     home, remote = spec.pd[0], spec.prfaas[0].instances if spec.prfaas else 0
     instances = f"{remote} PrfaaS, {home.n_p} PD-P and {home.n_d} PD-D instances"
     _say(f"{model.name}, tokenizer {tokenizer.name}: {instances}, t = {spec.scheduler.threshold_tokens:g} tokens")

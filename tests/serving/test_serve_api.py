@@ -297,6 +297,7 @@ def test_with_a_key_only_those_who_bring_it_are_answered(running: Running) -> No
         (["--host", "0.0.0.0"], "open to other machines"),
         (["--port", "99999"], "accepted"),
         (["--max-requests", "0"], "accepted: 1 or more"),
+        (["--batch-max", "0"], "--batch-max: 0; accepted: 1 or more"),
         (["experiment=table6"], "runs no experiment"),
         (["cost.name=x"], "cost.name: not read by serve"),
         (["cluster.prfaas.instances=0"], "1 or more"),
