@@ -298,7 +298,6 @@ def draw(record: Record) -> Figure:
                 str(row.chunk_tokens), (row.seconds, row.tokens_per_s), (4, 3), textcoords="offset points", fontsize=6.5
             )
     axes[0].set(
-        xscale="log",
         xlabel="until the whole state is there (s)",
         ylabel="prefilled tokens/s",
         title="Measured, tiny models",

@@ -54,10 +54,10 @@ _MODES = ("layerwise", "bulk")
 class Options:
     """Prompts of `input_tokens` over each of `links` (names of conf/link), layer-wise and in bulk, `repeats` of them."""
 
-    input_tokens: int = 1025
+    input_tokens: int = 513
     output_tokens: int = 3
-    repeats: int = 3
-    links: tuple[str, ...] = ("loopback", "metro", "continental")
+    repeats: int = 2
+    links: tuple[str, ...] = ("metro", "continental")
     chunk_tokens: int = 256
     threads: int = 1
     prefill: WorkerDevices = field(default_factory=WorkerDevices)

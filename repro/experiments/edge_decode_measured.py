@@ -37,10 +37,10 @@ class MeasuredOptions:
     """
 
     bits: tuple[int, ...] = (8, 4, 3)
-    prompts: int = 4
-    prompt_tokens: int = 512
-    following_tokens: int = 48
-    training: TrainSpec = field(default_factory=lambda: TrainSpec(steps=60))
+    prompts: int = 2
+    prompt_tokens: int = 256
+    following_tokens: int = 32
+    training: TrainSpec = field(default_factory=lambda: TrainSpec(steps=80, batch=4, window_tokens=128))
 
     def __post_init__(self) -> None:
         if not self.bits or not all(2 <= bits <= 8 for bits in self.bits):

@@ -60,10 +60,10 @@ class Options:
     """
 
     prompts: int = 2
-    prompt_tokens: int = 1024
-    following_tokens: int = 48
+    prompt_tokens: int = 512
+    following_tokens: int = 32
     repeats: int = 3
-    training: TrainSpec = field(default_factory=lambda: TrainSpec(steps=60))
+    training: TrainSpec = field(default_factory=lambda: TrainSpec(steps=80, batch=4, window_tokens=128))
     cores: int = 16
     links_bps: tuple[float, ...] = (1e8, 2e8, 5e8, 1e9, 2e9, 5e9, 1e10, 2e10)
 

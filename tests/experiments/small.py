@@ -48,7 +48,7 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "options.prompts=1", "options.prompt_tokens=48", "options.following_tokens=4", *_UNTRAINED, "options.repeats=1",
     ],
     ("privacy", "execute"): [
-        "options.prompts=1", "options.tokens=6", *_UNTRAINED, "options.tls_bytes=2000000",
+        "options.prompts=1", "options.tokens=3", *_UNTRAINED, "options.tls_bytes=2000000",
     ],
     ("decoupling", "execute"): [
         "model=qwen3_235b", "options.input_tokens=40", "options.chunk_tokens=16", "options.repeats=2", "options.output_tokens=2",

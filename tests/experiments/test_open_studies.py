@@ -163,7 +163,7 @@ def test_a_prompt_is_read_back_from_its_keys(tmp_path: Path) -> None:
         tmp_path,
         "experiment=privacy",
         "options.prompts=1",
-        "options.tokens=12",
+        "options.tokens=4",
         *QUICK,
         "options.tls_bytes=2000000",
     )
@@ -179,8 +179,8 @@ def test_a_prompt_is_read_back_from_its_keys(tmp_path: Path) -> None:
 def test_codecs_are_put_to_the_link_with_the_ratios_that_were_measured(tmp_path: Path) -> None:
     small = [
         "options.prompts=1",
-        "options.prompt_tokens=64",
-        "options.following_tokens=4",
+        "options.prompt_tokens=24",
+        "options.following_tokens=2",
         *QUICK,
         "options.repeats=1",
     ]
