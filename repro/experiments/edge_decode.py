@@ -41,18 +41,29 @@ _MEMORY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
-class Device:
-    """Dense bf16 arithmetic, memory bandwidth and memory of a device, by its data sheet; `fixed_s` of every prefill compute nothing."""
+class Service:
+    """Dense bf16 arithmetic and memory bandwidth, by the data sheet; `fixed_s` of every prefill compute nothing."""
 
     name: str
     flops_per_s: float
     memory_bytes_per_s: float
-    memory_bytes: float
     fixed_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.flops_per_s, self.memory_bytes_per_s, self.memory_bytes) <= 0 or self.fixed_s < 0:
-            raise UserError(f"options: device {self.name}: accepted: positive rates and memory, fixed_s of 0 or more")
+        if min(self.flops_per_s, self.memory_bytes_per_s) <= 0 or self.fixed_s < 0:
+            raise UserError(f"options: device {self.name}: accepted: positive rates, fixed_s of 0 or more")
+
+
+@dataclass(frozen=True)
+class Device(Service):
+    """What stands at home: the same, and its memory, which a model and one request's state must fit."""
+
+    memory_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.memory_bytes > 0:
+            raise UserError(f"options.devices: {self.name}: memory_bytes is missing; accepted: above 0")
 
 
 @dataclass(frozen=True)
@@ -71,11 +82,11 @@ class EdgeModel:
 #: GeForce RTX 5090: 209.5 TFLOPS with float32 sums, a quarter of the sparse float16 of its data sheet (838; spheron.network, May 2026).
 #: DGX Spark and Mac Studio M3 Ultra: EXO Labs' comparison of both, October 2025.
 DEVICES = (
-    Device("RTX 5090", 209.5e12, 1792e9, 32e9), Device("DGX Spark", 100e12, 273e9, 128e9),
-    Device("M3 Ultra", 26e12, 819e9, 512e9),
+    Device("RTX 5090", 209.5e12, 1792e9, memory_bytes=32e9), Device("DGX Spark", 100e12, 273e9, memory_bytes=128e9),
+    Device("M3 Ultra", 26e12, 819e9, memory_bytes=512e9),
 )  # fmt: skip
 #: One instance of the paper, 8×H200 (989 TFLOPS and 4.8 TB/s each); `experiment=silicon` finds 0.3 s that no kernel explains.
-SERVICE = Device("8×H200", 8 * 989e12, 8 * 4.8e12, 8 * 141e9, 0.3)
+SERVICE = Service("8×H200", 8 * 989e12, 8 * 4.8e12, fixed_s=0.3)
 MODELS = (
     EdgeModel("qwen3_6_27b", 27e9), EdgeModel("qwen3_6_35b", 3e9), EdgeModel("kimi_linear", 3e9), EdgeModel("qwen3_5_397b", 17e9),
     EdgeModel("minimax_m2_5", 10e9), EdgeModel("qwen3_235b", 22e9),
@@ -90,7 +101,7 @@ class Options:
     """
 
     devices: tuple[Device, ...] = DEVICES
-    service: Device = SERVICE
+    service: Service = SERVICE
     models: tuple[EdgeModel, ...] = MODELS
     links: tuple[str, ...] = ("home_fibre", "home_broadband", "5g_median", "starlink")
     tokens: tuple[int, ...] = (2048, 8192, 32_768, 131_072)
@@ -124,12 +135,12 @@ class Costs:
     active_parameters: float
     options: Options
 
-    def prefill_s(self, device: Device, tokens: int) -> float:
+    def prefill_s(self, device: Service, tokens: int) -> float:
         """Weights times tokens, and attention's share that grows with the square, at the share of arithmetic that is reached."""
         flops = 2 * self.active_parameters * tokens + attention_flops(self.model.values(), tokens)
         return device.fixed_s + flops / (device.flops_per_s * self.options.compute_share)
 
-    def step_s(self, device: Device, tokens: float) -> float:
+    def step_s(self, device: Service, tokens: float) -> float:
         """A decode step of one sequence: active weights and the state are read once."""
         read = self.active_parameters * self.options.weight_bits / 8 + self.layout.kv_bytes(int(tokens))
         return read / (device.memory_bytes_per_s * self.options.memory_share)

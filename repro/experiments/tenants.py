@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from repro.errors import UserError
 from repro.experiments import simulated
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
-from repro.experiments.deployment import deployment, profile_files
+from repro.experiments.deployment import check_priced, profile_files
 from repro.experiments.study import Point, run_once, run_points, seeds_of
 from repro.record.directory import Record
 from repro.record.metrics import Metric, value
@@ -129,6 +129,8 @@ def run(context: Context) -> Outcome:
     instances = {case: float(tenants * setting.base.n_prfaas) for case in ("own", "shared", "shared_loops")}
     instances["shared_smaller"] = float(specs["shared_smaller"].prfaas[0].instances)
     usd = settings.cost.gpu_hour_usd(setting.base.prfaas.accelerator) * setting.base.prfaas.gpus_per_instance
+    pd_usd = settings.cost.gpu_hour_usd(setting.base.pd.accelerator) * setting.base.pd.gpus_per_instance
+    pd_usd *= tenants * setting.base.n_pd
     rate = (
         tenants * setting.rate(options.load) * (1 + (options.factor - 1) / tenants * options.for_s / options.duration_s)
     )
@@ -136,6 +138,8 @@ def run(context: Context) -> Outcome:
     for case, runs in found.items():
         price = 1000 * instances[case] * usd / 3600 / rate
         rows.append(context.metric(case, "prefill_usd_per_1000_requests", price, "USD", "computed"))
+        whole = 1000 * (instances[case] * usd + pd_usd) / 3600 / rate
+        rows.append(context.metric(case, "usd_per_1000_requests", whole, "USD", "computed"))
         rows.append(context.metric(case, "n_prfaas", instances[case], "instances", "computed"))
         rows += [row for who in WHO for row in _metrics(context, case, who, runs, found["own"])]
     return Outcome(rows, {"series": pd.concat([run.series for runs in found.values() for run in runs])})
@@ -200,9 +204,9 @@ def _metrics(context: Context, case: str, who: str, runs: list[Measured], alone:
 
 
 def check(settings: Settings, options: object) -> None:
-    """A PrfaaS cluster, and a price for its accelerator. Raises UserError naming the key."""
+    """A PrfaaS cluster, and a price for both accelerators. Raises UserError naming the key."""
     simulated.check(settings, options)
-    settings.cost.gpu_hour_usd(deployment(settings).prfaas.accelerator)
+    check_priced(settings)
 
 
 def finding(record: Record) -> str:

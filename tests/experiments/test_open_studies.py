@@ -58,7 +58,10 @@ def test_attention_takes_two_operations_for_each_pair_of_tokens_and_element() ->
 
 
 def test_over_the_smallest_link_the_split_is_as_soon_as_the_device_alone() -> None:
-    device, link = Device("slow", 10e12, 300e9, 512e9), build(LinkSpec, preset("link", "home_fibre"), "link")
+    device, link = (
+        Device("slow", 10e12, 300e9, memory_bytes=512e9),
+        build(LinkSpec, preset("link", "home_fibre"), "link"),
+    )
     own = costs()
     least = smallest_link_bps(own, device, link, 32_768)
     at_it = split(own, device, replace(link, rate_bps=least), 32_768, 100)
