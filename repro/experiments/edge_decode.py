@@ -23,7 +23,7 @@ from repro.errors import UserError
 from repro.experiments import edge_decode_measured
 from repro.experiments.base import MODEL, Context, Experiment, Outcome
 from repro.experiments.edge_decode_measured import MeasuredOptions
-from repro.experiments.split_model import check_one
+from repro.experiments.trained_model import check_trained
 from repro.link.spec import LinkSpec
 from repro.models import spec
 from repro.models.architectures import layout_of
@@ -257,7 +257,7 @@ def _metrics(context: Context, case: str, costs: Costs, own: list[dict[str, Any]
 def check(settings: Settings, options: Options) -> None:
     """Links must be there, with a rate. Raises UserError naming the key."""
     if settings.tier == "execute":
-        check_one(settings, options)
+        check_trained(settings, options)
         return
     for name in options.links:
         if build(LinkSpec, preset("link", name), "link").rate_bps is None:

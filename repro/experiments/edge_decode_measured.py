@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError
 from repro.experiments.base import Context, Outcome
-from repro.experiments.table3 import one_model
+from repro.experiments.trained_model import trained_model
 from repro.models.train import TrainSpec
 from repro.record.directory import Record
 from repro.record.metrics import value
@@ -67,19 +66,10 @@ def run(context: Context) -> Outcome:
 
 def _judged(context: Context) -> Iterator[dict[str, Any]]:
     from repro.kvcache.quality import log_probabilities, loss_of
-    from repro.models.build import build
     from repro.models.prefill import chunked_prefill
-    from repro.models.train import Corpus, checkpoint_of
 
     options: MeasuredOptions = context.options.measured
-    spec = one_model(context.settings)
-    if spec.pretrained is None:
-        folder, training = (
-            Path(context.settings.results) / "checkpoints",
-            options.training,
-        )
-        spec = replace(spec, pretrained=str(checkpoint_of(folder, training, spec.name, context.progress)))
-    model, held_out = build(spec), Corpus.of().held_out
+    model, held_out = trained_model(context, options.training)
     coarse = {bits: rounded(model, bits) for bits in options.bits}
     length, stride = options.prompt_tokens + options.following_tokens, len(held_out) // options.prompts
     for prompt in range(options.prompts):

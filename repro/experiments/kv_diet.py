@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,7 @@ from matplotlib.figure import Figure
 from repro.errors import UserError
 from repro.experiments.base import EQUATIONS, MODEL, Context, Experiment, Outcome
 from repro.experiments.deployment import check_offloading, deployment, profile_files
-from repro.experiments.split_model import check_one
-from repro.experiments.table3 import one_model
+from repro.experiments.trained_model import check_trained, trained_model
 from repro.kvcache.codecs import CODECS, CodecSpec
 from repro.models.architectures import layout_of
 from repro.models.layout import StateKind
@@ -128,16 +126,10 @@ def _measured(context: Context) -> tuple[pd.DataFrame, pd.DataFrame]:
         through,
     )  # torch and transformers: two seconds that a figure does not need
     from repro.kvcache.state import extract
-    from repro.models.build import build
     from repro.models.prefill import chunked_prefill
-    from repro.models.train import Corpus, checkpoint_of
 
-    options, spec = context.options, one_model(context.settings)
-    if spec.pretrained is None:
-        folder = Path(context.settings.results) / "checkpoints"
-        trained = checkpoint_of(folder, options.training, spec.name, context.progress)
-        spec = replace(spec, pretrained=str(trained))
-    model, held_out = build(spec), Corpus.of().held_out
+    options = context.options
+    model, held_out = trained_model(context, options.training)
     length = options.prompt_tokens + options.following_tokens
     if len(held_out) < options.prompts * length:
         raise UserError(
@@ -220,13 +212,8 @@ def kind_shares(model: str, tokens: float) -> Mapping[str, float]:
 
 def check(settings: Settings, options: object) -> None:
     """One model that can be trained or loaded, and a PrfaaS cluster. Raises UserError naming the key."""
-    check_one(settings, options)
+    check_trained(settings, options)
     check_offloading(settings)
-    model = one_model(settings)
-    if model.pretrained is None and model.values().get("vocab_size", 0) < 256:
-        raise UserError(
-            f"model: {model.name} has a vocabulary below 256; accepted: one to be trained on bytes, as bytes, or pretrained=<folder>"
-        )
 
 
 def finding(record: Record) -> str:

@@ -28,8 +28,8 @@ from matplotlib.figure import Figure
 from repro.errors import UserError
 from repro.experiments.base import EQUATIONS, HOMOGENEOUS, MODEL, Context, Experiment, Outcome
 from repro.experiments.deployment import check_offloading, deployment, latencies, operating_points, profile_files
-from repro.experiments.split_model import check_one
 from repro.experiments.table3 import one_model
+from repro.experiments.trained_model import check_trained, trained_model
 from repro.models.layout import StateKind
 from repro.models.train import TrainSpec
 from repro.record.directory import Record
@@ -203,18 +203,10 @@ def _read_back(context: Context) -> Iterator[dict[str, Any]]:
     from repro.kvcache.codecs import CodecSpec
     from repro.kvcache.quality import through
     from repro.kvcache.state import extract
-    from repro.models.build import build
     from repro.models.prefill import chunked_prefill
-    from repro.models.train import Corpus, checkpoint_of
 
-    options, spec = context.options, one_model(context.settings)
-    if spec.pretrained is None:
-        folder, training = (
-            Path(context.settings.results) / "checkpoints",
-            options.training,
-        )
-        spec = replace(spec, pretrained=str(checkpoint_of(folder, training, spec.name, context.progress)))
-    model, held_out = build(spec), Corpus.of().held_out
+    options = context.options
+    model, held_out = trained_model(context, options.training)
     # Attackers compute in float32, which a CPU does faster; the nearest key is the same.
     fine = copy.deepcopy(model).float()
     other = copy.deepcopy(fine)
@@ -233,7 +225,9 @@ def _read_back(context: Context) -> Iterator[dict[str, Any]]:
         held = extract(cache, model.config, len(ids))  # type: ignore[arg-type]
         states = [replace(state, tensor=state.tensor.clone()) for state in held if state.kind is StateKind.KEY][:1]
         if not states:
-            raise UserError(f"model: {spec.name} has no attention layer with keys; accepted: a model with one")
+            raise UserError(
+                f"model: {one_model(context.settings).name} has no attention layer with keys; accepted: a model with one"
+            )
         coded = through(states, CodecSpec("int8"), time.perf_counter)[0]
         for seen, keys, attacker in (
             ("exact", states, fine),
@@ -283,13 +277,8 @@ def read_back(model: Any, keys: Any, layer: int, ids: list[int]) -> list[int]:
 
 def check(settings: Settings, options: object) -> None:
     """One model that can be trained or loaded, and a PrfaaS cluster. Raises UserError naming the key."""
-    check_one(settings, options)
+    check_trained(settings, options)
     check_offloading(settings)
-    model = one_model(settings)
-    if model.pretrained is None and model.values().get("vocab_size", 0) < 256:
-        raise UserError(
-            f"model: {model.name} has a vocabulary below 256; accepted: one to be trained on bytes, as bytes, or pretrained=<folder>"
-        )
 
 
 def finding(record: Record) -> str:
