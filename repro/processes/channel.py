@@ -15,7 +15,12 @@ import threading
 import time
 from typing import Any
 
-import msgspec
+try:
+    import msgspec
+except (
+    ImportError
+):  # the link and its helpers need the standard library alone, as an unprivileged user's Python may have no more
+    msgspec = None  # type: ignore[assignment]
 
 Message = dict[str, Any]
 
@@ -28,6 +33,8 @@ _READ_BYTES = 64 << 10
 
 def decoded(text: bytes) -> Any:
     """What a message says. Raises ValueError where it is not JSON."""
+    if msgspec is None:
+        return json.loads(text)
     try:
         return msgspec.json.decode(text)
     except msgspec.DecodeError:
