@@ -16,6 +16,13 @@ class UserError(Exception):
     """Bad input. The message names the key or file, what was wrong, and what is accepted."""
 
 
+def at_least(values: object, node: str, **least: float) -> None:
+    """Refuse the first of these fields of `values` that is below its least, by the name that it has under `node`. Raises UserError."""
+    for key, accepted in least.items():
+        if getattr(values, key) < accepted:
+            raise UserError(f"{node}.{key}: {getattr(values, key)}; accepted: {accepted} or more")
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Within, a full disk is a UserError that names the path; the error itself seldom names it."""

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from repro.errors import UserError
+from repro.errors import UserError, at_least
 from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import check_offloading, deployment, profile_files
 from repro.experiments.live import Wire, calibrated, deployed, lambda_max_of
@@ -66,11 +66,7 @@ class Options(Scaling):
         super().__post_init__()
         if not self.rates_bps or min((*self.rates_bps, *self.live_rates_bps)) <= 0:
             raise UserError("options.rates_bps, live_rates_bps: accepted: rates above 0, one or more of the former")
-        for key, least in (
-            ("kv_heads", 1), ("key_dim", 1), ("value_dim", 1), ("requests", 1000), ("seeds", 2), ("search_requests", 100),
-        ):  # fmt: skip
-            if getattr(self, key) < least:
-                raise UserError(f"options.{key}: {getattr(self, key)}; accepted: {least} or more")
+        at_least(self, "options", kv_heads=1, key_dim=1, value_dim=1, requests=1000, seeds=2, search_requests=100)
         if not self.search_width > 0:
             raise UserError(f"options.search_width: {self.search_width} is not positive")
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from repro.errors import UserError
+from repro.errors import UserError, at_least
 from repro.experiments.base import EQUATIONS, HOMOGENEOUS, MODEL, Context, Experiment, Outcome
 from repro.experiments.deployment import check_offloading, deployment, profile_files
 from repro.experiments.split_model import check_models, vocabulary_of
@@ -57,9 +57,7 @@ class Options:
     requests: int = 4000
 
     def __post_init__(self) -> None:
-        for key in ("prompt_tokens", "threads", "repeats", "requests"):
-            if getattr(self, key) < 1:
-                raise UserError(f"options.{key}: {getattr(self, key)}; accepted: 1 or more")
+        at_least(self, "options", prompt_tokens=1, threads=1, repeats=1, requests=1)
         for key in ("batches", "chunks_tokens", "profile_batches", "budgets_tokens"):
             if not getattr(self, key) or min(getattr(self, key)) < 1:
                 raise UserError(f"options.{key}: {list(getattr(self, key))}; accepted: one or more, each 1 or more")

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from repro.configuration import build
 from repro.engine.spans import CLOCK_NOTE
-from repro.errors import UserError
+from repro.errors import UserError, at_least
 from repro.experiments.base import MODEL, Context, Experiment, Outcome
 from repro.experiments.split_model import (
     ModelRun,
@@ -66,15 +66,7 @@ class Options:
     own_cores: bool = True
 
     def __post_init__(self) -> None:
-        for key, least in (
-            ("input_tokens", 2),
-            ("output_tokens", 2),
-            ("repeats", 1),
-            ("chunk_tokens", 1),
-            ("threads", 1),
-        ):
-            if getattr(self, key) < least:
-                raise UserError(f"options.{key}: {getattr(self, key)}; accepted: {least} or more")
+        at_least(self, "options", input_tokens=2, output_tokens=2, repeats=1, chunk_tokens=1, threads=1)
         if not self.links:
             raise UserError("options.links: none; accepted: one choice of conf/link or more")
 

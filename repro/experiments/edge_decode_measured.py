@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from repro.errors import UserError
+from repro.errors import UserError, at_least
 from repro.experiments.base import Context, Outcome
 from repro.experiments.trained_model import trained_model
 from repro.models.train import TrainSpec
@@ -44,9 +44,7 @@ class MeasuredOptions:
     def __post_init__(self) -> None:
         if not self.bits or not all(2 <= bits <= 8 for bits in self.bits):
             raise UserError(f"options.measured.bits: {list(self.bits)}; accepted: one or more of 2 to 8")
-        for key, least in (("prompts", 1), ("prompt_tokens", 2), ("following_tokens", 2)):
-            if getattr(self, key) < least:
-                raise UserError(f"options.measured.{key}: {getattr(self, key)}; accepted: {least} or more")
+        at_least(self, "options.measured", prompts=1, prompt_tokens=2, following_tokens=2)
 
 
 def run(context: Context) -> Outcome:

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from repro.errors import UserError
+from repro.errors import UserError, at_least
 from repro.experiments.base import EQUATIONS, MODEL, Context, Experiment, Outcome
 from repro.experiments.deployment import check_offloading, deployment, profile_files
 from repro.experiments.trained_model import check_trained, trained_model
@@ -66,11 +66,7 @@ class Options:
     links_bps: tuple[float, ...] = (1e8, 2e8, 5e8, 1e9, 2e9, 5e9, 1e10, 2e10)
 
     def __post_init__(self) -> None:
-        for key, least in (
-            ("prompts", 1), ("prompt_tokens", 2), ("following_tokens", 2), ("repeats", 1), ("cores", 1),
-        ):  # fmt: skip
-            if getattr(self, key) < least:
-                raise UserError(f"options.{key}: {getattr(self, key)}; accepted: {least} or more")
+        at_least(self, "options", prompts=1, prompt_tokens=2, following_tokens=2, repeats=1, cores=1)
         if not self.links_bps or min(self.links_bps) <= 0:
             raise UserError(f"options.links_bps: {list(self.links_bps)}; accepted: one rate or more, above 0")
 

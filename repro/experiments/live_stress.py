@@ -17,7 +17,7 @@ from typing import Any, get_args
 import pandas as pd
 from matplotlib.figure import Figure
 
-from repro.errors import UserError
+from repro.errors import UserError, at_least
 from repro.experiments import tiers
 from repro.experiments.base import MODEL, WIRE, Context, Experiment, Outcome
 from repro.experiments.computed import Answers, Computing, measured_profile
@@ -66,16 +66,7 @@ class Options:
         for key in ("rate_per_s", "every_s", "for_s", "factor", "drain_s"):
             if not getattr(self, key) > 0:
                 raise UserError(f"options.{key}: {getattr(self, key)} is not positive")
-        for key, least in (
-            ("requests", 20),
-            ("repeats", 1),
-            ("prompts", 1),
-            ("chunk_tokens", 1),
-            ("threads", 1),
-            ("pieces", 1),
-        ):
-            if getattr(self, key) < least:
-                raise UserError(f"options.{key}: {getattr(self, key)}; accepted: {least} or more")
+        at_least(self, "options", requests=20, repeats=1, prompts=1, chunk_tokens=1, threads=1, pieces=1)
         if not self.kinds:
             raise UserError(f"options.kinds: none; accepted: some of {', '.join(get_args(Kind))}")
 

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from repro.errors import UserError
+from repro.errors import UserError, at_least
 from repro.experiments.base import EQUATIONS, HOMOGENEOUS, MODEL, Context, Experiment, Outcome
 from repro.experiments.deployment import check_offloading, deployment, latencies, operating_points, profile_files
 from repro.experiments.table3 import one_model
@@ -64,9 +64,7 @@ class Options:
     tls_bytes: int = 256_000_000
 
     def __post_init__(self) -> None:
-        for key, least in (("prompts", 1), ("tokens", 2), ("tls_bytes", 1 << 20)):
-            if getattr(self, key) < least:
-                raise UserError(f"options.{key}: {getattr(self, key)}; accepted: {least} or more")
+        at_least(self, "options", prompts=1, tokens=2, tls_bytes=1 << 20)
         if not self.weight_noise >= 0:
             raise UserError(f"options.weight_noise: {self.weight_noise}; accepted: 0 or more")
 

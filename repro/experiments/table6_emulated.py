@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from repro.errors import UserError
+from repro.errors import UserError, at_least
 from repro.experiments.base import Context, Outcome
 from repro.experiments.deployment import CASES, deployment, operating_points
 from repro.experiments.live import Deployment, Played, Wire, calibrated, deployed, lambda_max_of
@@ -57,9 +57,7 @@ class Emulated(Scaling):
         super().__post_init__()
         if not self.cases or not set(self.cases) <= set(CASES):
             raise UserError(f"options.emulate.cases: {list(self.cases)}; accepted: some of {', '.join(CASES)}")
-        for key in ("requests", "search_requests"):
-            if getattr(self, key) < 100:
-                raise UserError(f"options.emulate.{key}: {getattr(self, key)}; accepted: 100 or more")
+        at_least(self, "options.emulate", requests=100, search_requests=100)
         if not self.search_width > 0:
             raise UserError(f"options.emulate.search_width: {self.search_width} is not positive")
 

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from repro.errors import UserError
+from repro.errors import UserError, at_least
 from repro.experiments.base import MODEL, SIMULATED, WIRE, Context, Experiment, Outcome
 from repro.experiments.computed import Answers, Computing, measured_profile
 from repro.experiments.deployment import profile_files
@@ -65,16 +65,7 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 < self.load < 1:
             raise UserError(f"options.load: {self.load}; accepted: between 0 and 1")
-        for key, least in (
-            ("requests", 20),
-            ("compared", 1),
-            ("chunk_tokens", 1),
-            ("threads", 1),
-            ("repeats", 3),
-            ("pieces", 1),
-        ):
-            if getattr(self, key) < least:
-                raise UserError(f"options.{key}: {getattr(self, key)}; accepted: {least} or more")
+        at_least(self, "options", requests=20, compared=1, chunk_tokens=1, threads=1, repeats=3, pieces=1)
 
 
 def run(context: Context) -> Outcome:

@@ -23,7 +23,7 @@ from typing import Literal, cast
 import torch
 from transformers import PreTrainedConfig
 
-from repro.errors import UserError
+from repro.errors import UserError, at_least
 from repro.kvcache.frames import StateKind
 from repro.kvcache.pool import CacheSpec, GroupSpec, HybridPool
 from repro.kvcache.state import Cache, State, extract
@@ -48,9 +48,7 @@ class PrefixCacheSpec:
     def __post_init__(self) -> None:
         if self.capacity_bytes < 0:
             raise UserError(f"prefix_cache.capacity_bytes: {self.capacity_bytes}; accepted: 0 (off) or bytes")
-        for key, least in (("block_tokens", 1), ("checkpoint_blocks", 0)):
-            if getattr(self, key) < least:
-                raise UserError(f"prefix_cache.{key}: {getattr(self, key)}; accepted: {least} or more")
+        at_least(self, "prefix_cache", block_tokens=1, checkpoint_blocks=0)
 
 
 _FULL, _WINDOW, _RECURRENT = "full_attention", "sliding_window", "recurrent"
