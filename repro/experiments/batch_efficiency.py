@@ -313,7 +313,7 @@ def draw(record: Record) -> Figure:
         yscale="log",
         title="PrfaaS, by its profile (capacity)",
     )
-    axes[1].legend(fontsize=7)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7)
     for case in ("prfaas_pd", "homogeneous_pd"):
         axes[2].plot(
             shared["batch"], shared[case], color=style.CASE_COLOURS[case], marker="o", label=style.CASE_NAMES[case]

@@ -242,7 +242,7 @@ def draw(record: Record) -> Figure:
         for (case, name), (colour, _, dash) in zip(NAMES.items(), style.SERIES, strict=False):
             own = series[(series["case"] == case) & (series["who"] == who)].groupby("at_s")["ttft_s"].mean()
             axis.plot(own.index, own, color=colour, linestyle=dash, label=name)
-        axis.set(xlabel="time (s)", ylabel="mean TTFT (s)", title=title.capitalize(), yscale="log")
+        axis.set(xlabel="time (s)", ylabel="mean TTFT (s)", title=title.capitalize(), ylim=(0, None))
     for at, case in enumerate(NAMES):
         for offset, who, colour in ((0.19, "bursting", style.RED), (-0.19, "others", style.BLUE)):
             share = 100 * value(table, "good_fraction", f"{case}, {who}")
@@ -253,7 +253,7 @@ def draw(record: Record) -> Figure:
     axes[2].set(xlabel="within the SLO during the burst (%)", title="Who is served (prefill per 1,000)", xlim=(0, 100))
     axes[2].grid(axis="y", visible=False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8)
-    axes[2].legend(loc="lower left", fontsize=7)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8)
     return figure
 
 
