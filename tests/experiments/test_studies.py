@@ -16,9 +16,12 @@ from repro.runner import run
 from repro.sweeps import definition
 from repro.sweeps import run as sweeps
 
-#: On tiers without a clock: the live experiments name their assumptions too, and need the machine to themselves.
+#: Those that run alone, without another deployment or environment: live experiments name their assumptions too, and `engines`
+#: needs the interpreter of an engine.
 STUDIES = sorted(
-    name for name in choices("experiment") if base.load(name).hinges_on and "emulate" not in base.load(name).tiers
+    name
+    for name in choices("experiment")
+    if base.load(name).hinges_on and "emulate" not in base.load(name).tiers and name != "engines"
 )
 
 
