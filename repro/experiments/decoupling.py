@@ -178,11 +178,11 @@ def draw(record: Record) -> Figure:
     )
     for axis, model in zip(axes, models, strict=True):
         means = parts[parts["model"] == model].groupby(["link", "mode"], sort=False)[list(PARTS)].mean()
-        at, edge = -np.arange(len(means)), np.zeros(len(means))
-        for (part, name), colour in zip(PARTS.items(), colours, strict=True):
-            length = 1000 * means[part].clip(lower=0).to_numpy()
-            axis.barh(at, length, left=edge, color=colour, label=name, height=0.7)
-            edge = edge + length
+        at = -np.arange(len(means))
+        lengths = {part: 1000 * means[part].clip(lower=0).to_numpy() for part in PARTS}
+        edge = style.stack(
+            axis, at, [(PARTS[part], colour, lengths[part]) for part, colour in zip(PARTS, colours, strict=True)]
+        )
         needless = 1000 * means[[part for part in PARTS if part not in _NEEDED]].clip(lower=0).sum(axis=1)
         for place, right, saved in zip(at, edge, needless, strict=True):
             axis.text(float(right), float(place), f" {saved:.0f} ms saveable", va="center", fontsize=7.5)

@@ -255,12 +255,10 @@ def draw(record: Record) -> Figure:
     left.legend(loc="upper left")
 
     longest = modes[modes["input_tokens"] == modes["input_tokens"].max()]
-    at, left_edge = np.arange(len(longest))[::-1], np.zeros(len(longest))
-    parts = (("prefill_s", "prefill", style.BLUE), ("transfer_exposed_s", "transfer exposed", style.RED),
-             ("rest_s", "restore and first step", style.GREY))  # fmt: skip
-    for column, label, colour in parts:
-        right.barh(at, longest[column], left=left_edge, color=colour, label=label, height=0.7)
-        left_edge = left_edge + longest[column].to_numpy()
+    at = np.arange(len(longest))[::-1]
+    parts = (("prefill", style.BLUE, "prefill_s"), ("transfer exposed", style.RED, "transfer_exposed_s"),
+             ("restore and first step", style.GREY, "rest_s"))  # fmt: skip
+    style.stack(right, at, [(name, colour, longest[column].to_numpy()) for name, colour, column in parts])
     right.plot(longest["prefill_alone_s"], at, "k|", markersize=12, label="prefill alone")
     right.set_yticks(at, [f"{model}, {mode}" for model, mode in zip(longest["model"], longest["mode"], strict=True)])
     right.set_xlabel("TTFT (s)")

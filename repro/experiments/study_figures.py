@@ -140,7 +140,7 @@ def _draw_each_over_time(series: pd.DataFrame, cases: Sequence[str], happened: S
         axis.set_xlabel("time of arrival (s)", fontsize=9)
     figure.supylabel("requests within the SLO (%)", fontsize=9)
     figure.suptitle(
-        f"Each case (blue) beside {case_name(baselines[0])} (grey)", x=0.01, ha="left", fontsize=10, weight="bold"
+        f"Each case (solid) beside {case_name(baselines[0])} (dashed)", x=0.01, ha="left", fontsize=10, weight="bold"
     )
     return figure
 

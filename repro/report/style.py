@@ -7,13 +7,14 @@ units, our values are filled marks or lines, the paper's are black diamonds.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -51,6 +52,9 @@ PAPER: dict[str, Any] = {
     "zorder": 5,
     "label": "paper",
 }
+
+#: Of the parts of a stacked bar, so that they differ in grey too.
+HATCHES = ("", "////", "....", "xxxx", "----", "\\\\\\\\", "oo", "++++", "||||")
 
 WIDTH_IN, HEIGHT_IN = 6.4, 3.6
 
@@ -147,6 +151,17 @@ def scaled_key(key: str, values: pd.Series) -> tuple[float, str]:
     """`scaled` for values of a key of the configuration, whose last word is its unit."""
     unit = _KEY_UNITS.get(key.rpartition("_")[2], "")
     return scaled(unit, float(values.abs().max()))
+
+
+def stack(axis: Axes, at: np.ndarray, parts: Sequence[tuple[str, str, np.ndarray]]) -> np.ndarray:
+    """Lying bars at `at`, each made of parts (name, colour, lengths) one after the other; returns where the bars end."""
+    end = np.zeros(len(at))
+    for (name, colour, lengths), hatch in zip(parts, HATCHES, strict=False):
+        axis.barh(
+            at, lengths, left=end, color=colour, label=name, height=0.7, hatch=hatch, edgecolor="white", linewidth=0.4
+        )
+        end = end + lengths
+    return end
 
 
 def tokens_axis(axis: Axes) -> None:
