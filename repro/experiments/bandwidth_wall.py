@@ -36,6 +36,7 @@ from repro.serving.scale import Scale, Scaling
 from repro.settings import Settings
 from repro.simulate.deployments import requests, shared_link, simulated
 from repro.simulate.stability import lambda_max
+from repro.transport.spec import TransportSpec
 from repro.workload.arrivals import Poisson
 from repro.workload.stream import Independent
 
@@ -79,6 +80,7 @@ class _Cell:
     base: Deployment
     point: OperatingPoint
     link: LinkSpec
+    transport: TransportSpec
     seed: int
 
     @property
@@ -87,7 +89,7 @@ class _Cell:
 
     @property
     def spec(self) -> Any:
-        return simulated(self.base, self.point, shared_link(self.link))
+        return simulated(self.base, self.point, shared_link(self.link, self.transport))
 
     def stream(self, rate_per_s: float, count: int) -> Independent:
         return requests(self.base, Poisson(rate_per_s), count, self.seed)
@@ -140,7 +142,7 @@ def run(context: Context) -> Outcome:
 def _cell(settings: Settings, policy: PolicySpec, name: str, base: Deployment, rate_bps: float) -> _Cell:
     own = replace(base, egress_bps=rate_bps)
     link = replace(settings.link, rate_bps=rate_bps, name=f"{name}_{rate_bps / 1e9:g}g")
-    return _Cell(name, own, best_point(own, policy), link, settings.seed)
+    return _Cell(name, own, best_point(own, policy), link, settings.transport, settings.seed)
 
 
 def _limits(context: Context, models: Mapping[str, Deployment], policy: PolicySpec) -> list[Metric]:
@@ -303,7 +305,7 @@ _LINK = tuple(
     for item in fields(LinkSpec)
     if item.name not in ("rate_bps", "reverse_rate_bps", "schedule", "capacity_trace", "reverse_capacity_trace")
 )
-_READS = tuple(key for key in SIMULATED if not key.startswith("link.") and key != "workload.slo")
+_READS = tuple(key for key in SIMULATED if not key.startswith(("link.", "transport.")) and key != "workload.slo")
 EXPERIMENT = Experiment(
     "bandwidth_wall",
     {"emulate": (*_READS, *_LINK, "transport", "options")},

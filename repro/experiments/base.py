@@ -45,9 +45,11 @@ EQUATIONS = (
 )  # fmt: skip
 #: The cluster that both are compared with.
 HOMOGENEOUS = "cluster.homogeneous_instances"
+#: What decides how much of the simulated link TCP leaves to a transfer (`repro.link.tcp_model`).
+TCP_LAW = ("link.loss", "link.loss_burst_segments", "link.congestion_control", "transport.connections")
 #: What a simulated deployment takes beside the equations: what the link does over time, both parts of the SLO, the scheduler.
 SIMULATED = (
-    *(key for key in EQUATIONS if key != "policy.lengths"), "link.rtt_s", "link.schedule", "workload.slo", "seed",
+    *(key for key in EQUATIONS if key != "policy.lengths"), "link.rtt_s", "link.schedule", *TCP_LAW, "workload.slo", "seed",
 )  # fmt: skip
 #: The scheduler beside threshold and split.
 SCHEDULER = (

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from repro.errors import UserError
+from repro.link.spec import LinkSpec
 from repro.profiles.base import PhaseProfile
 from repro.profiles.presets import load_profile, profile_path
 from repro.scheduling.latency import PrefillLatency, prefill_latency
@@ -14,6 +15,8 @@ from repro.scheduling.search import search
 from repro.scheduling.spec import PolicySpec
 from repro.scheduling.throughput import Deployment, OperatingPoint, evaluate
 from repro.settings import Settings
+from repro.simulate.deployments import tcp_counts
+from repro.transport.spec import TransportSpec
 
 
 def profile_files(settings: Settings) -> list[Path]:
@@ -42,13 +45,24 @@ def check_deployment(settings: Settings, _: object = None) -> None:
         raise UserError(
             f"link.capacity_trace: not read by experiment={settings.name} on tier={settings.tier}; accepted: link.rate_bps"
         )
-    if settings.tier == "simulate" and any(
-        change.loss is not None or change.rtt_s is not None for change in link.schedule
-    ):
+    if settings.tier == "simulate":
+        _check_simulated(link, settings.transport.connections)
+    operating_points(deployment(settings), settings)
+
+
+def _check_simulated(link: LinkSpec, connections: int) -> None:
+    """Refuse what the simulated link does not do. Raises UserError naming the key."""
+    if any(change.loss is not None or change.rtt_s is not None for change in link.schedule):
         raise UserError(
             "link.schedule: changes of loss or rtt_s are not simulated; accepted on tier=simulate: rate_bps"
         )
-    operating_points(deployment(settings), settings)
+    if link.loss_burst_segments > 1 and link.loss == 0:
+        raise UserError("link.loss_burst_segments: has no effect without loss; accepted: with link.loss above 0")
+    if connections != TransportSpec.connections and not tcp_counts(link):
+        raise UserError(
+            f"transport.connections: {connections} has no effect on tier=simulate while TCP carries whatever the link does; "
+            "accepted: with link.loss above 0 or a link.congestion_control"
+        )
 
 
 def check_offloading(settings: Settings, _: object = None) -> None:

@@ -1,13 +1,12 @@
 """How far away PrfaaS may be: Λ_max and TTFT over link rate, RTT, loss, congestion control and connections.
 
 The paper gives its link a rate and no distance. A TCP connection carries no more than a window per round trip, and, under CUBIC, no
-more than its response to loss allows (RFC 9438, section 5.1; in its Reno-friendly region Mathis's law), so rate alone does not say what
+more than its losses leave of that window (`repro.link.tcp_model`, the law of the simulated link too), so rate alone does not say what
 crosses. The law is laid over what iperf3 measured on the emulated link where `measured` names a record of experiment=link_fidelity.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from repro.errors import UserError
 from repro.experiments.base import EQUATIONS, HOMOGENEOUS, Context, Experiment, Outcome
 from repro.experiments.deployment import check_offloading, deployment, profile_files
+from repro.link.tcp_model import LINUX_WINDOW_BYTES, TcpPath
 from repro.record.directory import Record
 from repro.record.metrics import each
 from repro.report import style
@@ -27,10 +27,6 @@ from repro.scheduling.spec import PolicySpec
 from repro.scheduling.throughput import Deployment
 from repro.settings import Settings
 
-#: Payload bits of a full Ethernet segment with timestamps.
-_SEGMENT_BITS = 8 * 1448
-#: CUBIC's constants (RFC 9438, section 4.1 and 4.6).
-_C, _BETA = 0.4, 0.7
 #: Λ_max counts as kept down to this share.
 _KEPT = 0.95
 
@@ -47,7 +43,7 @@ class Options:
     losses: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2, 2e-2)
     connections: tuple[int, ...] = (1, 8, 64)
     congestion_controls: tuple[str, ...] = ("cubic", "bbr")
-    window_bytes: float = 4 * 2**20
+    window_bytes: float = LINUX_WINDOW_BYTES
     measured: str | None = None
 
     def __post_init__(self) -> None:
@@ -68,17 +64,8 @@ class Options:
 
 
 def connection_bps(rtt_s: float, loss: float, control: str, window_bytes: float) -> float:
-    """What one long-lived connection can carry: a window per round trip, and for CUBIC the average window that its losses leave it.
-
-    BBR does not take a loss for congestion, up to rates far above those asked here.
-    """
-    if rtt_s <= 0:
-        return math.inf
-    segments = window_bytes * 8 / _SEGMENT_BITS
-    if control == "cubic" and loss > 0:
-        cubic = (_C * (3 + _BETA) / (4 * (1 - _BETA))) ** 0.25 * (rtt_s / loss) ** 0.75
-        segments = min(segments, max(cubic, math.sqrt(1.5 / loss)))
-    return segments * _SEGMENT_BITS / rtt_s
+    """What one long-lived connection can carry by TCP's law, whatever the link does beside."""
+    return TcpPath(rtt_s, loss, control, window_bytes=window_bytes).goodput_bps
 
 
 def run(context: Context) -> Outcome:

@@ -117,7 +117,7 @@ def run(context: Context) -> Outcome:
         settings.workload.length_law(), settings.workload.mean_output_tokens(),
     )  # fmt: skip
     point = search(base, replace(settings.policy, lengths="true_mean"))
-    spec = simulated(base, point, shared_link(settings.link))
+    spec = simulated(base, point, shared_link(settings.link, settings.transport))
     computing = Computing(
         engine_of(model, options.chunk_tokens, options.threads), vocabulary_of(model), options.prompts
     )

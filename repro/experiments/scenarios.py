@@ -143,7 +143,7 @@ def check(settings: Settings, options: Options) -> None:
 def run(context: Context) -> Outcome:
     """Every scenario under every policy."""
     settings, options = context.settings, context.options
-    base, link = deployment(settings), shared_link(settings.link)
+    base, link = deployment(settings), shared_link(settings.link, settings.transport)
     free = PolicySpec(
         "free", threshold_step_tokens=max(settings.policy.threshold_step_tokens, 200), lengths="true_mean"
     )

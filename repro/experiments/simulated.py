@@ -129,7 +129,7 @@ class Setting:
         return Setting(
             base,
             operating_points(base, true, ("prfaas_pd", "naive_heterogeneous_pd")),
-            shared_link(settings.link),
+            shared_link(settings.link, settings.transport),
             settings.workload.slo,
             settings.policy,
         )

@@ -92,7 +92,9 @@ def run(context: Context, options: Emulated) -> Outcome:
     kept: list[pd.DataFrame] = []
     best: dict[str, float] = {}
     for name, point in points.items():
-        case = _Case(name, simulated(base, point, shared_link(settings.link)), base, point, settings.seed)
+        case = _Case(
+            name, simulated(base, point, shared_link(settings.link, settings.transport)), base, point, settings.seed
+        )
         with deployed(case.spec, wire, logs, f"table6-{name.replace('_', '-')}", settings.seed) as live:
             low, high = _search(context, live, case, options)
             best[name] = (low + high) / 2

@@ -92,7 +92,7 @@ def run(context: Context, effort: Effort) -> Outcome:
     """The three deployments: Λ_max by bisection, then TTFT when idle and at 50 to 95 % of it, and goodput up to half as much again."""
     settings = context.settings
     base = deployment(settings)
-    link = shared_link(settings.link)
+    link = shared_link(settings.link, settings.transport)
     points = operating_points(base, replace(settings, policy=replace(settings.policy, lengths="true_mean")))
     representative = operating_points(
         base, replace(settings, policy=replace(settings.policy, lengths="representative"))

@@ -79,7 +79,7 @@ def run(context: Context) -> Outcome:
     )  # fmt: skip
     point = search(base, replace(settings.policy, lengths="true_mean"))
     rate = options.load * point.lambda_max
-    spec = simulated(base, point, shared_link(settings.link))
+    spec = simulated(base, point, shared_link(settings.link, settings.transport))
     batches = list(requests(base, Poisson(rate), options.requests, settings.seed))
     window = (0.0, float(batches[-1].arrival_s[-1]) + 1e-9)
     context.progress(f"Λ_max {point.lambda_max:.2f} req/s by the equations; every tier gets {rate:.2f} req/s")
@@ -210,7 +210,8 @@ def check(settings: Settings, options: Any) -> None:
 READS = tuple(
     key
     for key in SIMULATED
-    if not key.startswith(("cluster.", "workload.trace")) and key not in ("link.rtt_s", "link.schedule")
+    if not key.startswith(("cluster.", "workload.trace", "transport."))
+    and (key == "link.rate_bps" or not key.startswith("link."))
 )
 EXPERIMENT = Experiment(
     name="tiers",

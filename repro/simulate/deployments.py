@@ -2,30 +2,67 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
-from repro.link.spec import LinkSpec
+from repro.link.spec import KERNEL_RTO_MIN_S, TCP_HEADERS_BYTES, LinkSpec
+from repro.link.tcp_model import TcpPath
 from repro.scheduling.policies import Homogeneous, Naive, Router, Threshold
 from repro.scheduling.spec import SchedulerSpec
 from repro.scheduling.throughput import Deployment, OperatingPoint
-from repro.simulate.link_spec import CapacityChange, SharedLinkSpec
+from repro.simulate.link_spec import CapacityChange, SharedLinkSpec, WindowSpec
 from repro.simulate.spec import PdCluster, PrfaasCluster, SimulationSpec
+from repro.transport.spec import TransportSpec
 from repro.workload.arrivals import ArrivalProcess
 from repro.workload.outputs import FixedOutput, OutputLengths
 from repro.workload.stream import Independent
 
 #: An unlimited link, as a number that a division can take.
 _UNLIMITED_BPS = 1e15
+#: Of a packet on the simulated link.
+_MTU_BYTES = 1500
 
 
-def shared_link(link: LinkSpec) -> SharedLinkSpec:
-    """The forward direction of the configured link, with its schedule of rates; loss and jitter are for the emulated link."""
+def tcp_counts(link: LinkSpec) -> bool:
+    """Whether TCP decides what crosses the simulated link: where it loses segments, or a congestion control is asked for."""
+    return link.loss > 0 or link.congestion_control is not None
+
+
+def shared_link(link: LinkSpec, transport: TransportSpec) -> SharedLinkSpec:
+    """The forward direction of the configured link, with its schedule of rates; jitter is for the emulated link.
+
+    Where TCP counts, rates are of payload, a transfer has the transport's connections, each of which carries what the law leaves it
+    (CUBIC's, which is Linux's own, unless another is asked for), and its windows open after a rest.
+    """
     first, *later = link.conditions("forward")
     rate = first.rate_bps or _UNLIMITED_BPS
+    rtt_s = 2 * first.delay_s
     changes = tuple(
         CapacityChange(change.at_s, _UNLIMITED_BPS if change.rate_bps is None else change.rate_bps) for change in later
     )
-    return SharedLinkSpec(rate_bps=rate, rtt_s=2 * first.delay_s, nic_bps=max(400e9, rate), changes=changes)
+    plain = SharedLinkSpec(rate_bps=rate, rtt_s=rtt_s, nic_bps=max(400e9, rate), changes=changes)
+    if not tcp_counts(link):
+        return plain
+    share = (_MTU_BYTES - TCP_HEADERS_BYTES) / _MTU_BYTES
+    path = TcpPath(
+        rtt_s,
+        link.loss,
+        link.congestion_control or "cubic",
+        transport.connections,
+        window_bytes=math.inf,
+        burst_segments=link.loss_burst_segments,
+        link_bps=rate * share,
+    )
+    rto_s = rtt_s + KERNEL_RTO_MIN_S
+    first_bps = path.idle_window_bps(math.inf, rto_s)
+    return replace(
+        plain,
+        rate_bps=rate * share,
+        connections=transport.connections,
+        connection_bps=path.goodput_bps / transport.connections,
+        changes=tuple(replace(change, rate_bps=change.rate_bps * share) for change in changes),
+        window=WindowSpec(first_bps, rto_s, path.congestion_control != "bbr") if rtt_s > 0 else None,
+    )
 
 
 def simulated(
@@ -34,6 +71,8 @@ def simulated(
     """A deployment at an operating point; without a `router`, the one that the model assumes: t, all, or nothing offloaded."""
     if router is None:
         router = Homogeneous() if point.n_prfaas == 0 else Naive() if point.n_p == 0 else Threshold()
+    if link.window is not None:
+        link = replace(link, window=replace(link.window, receivers=point.n_d))
     remote = (PrfaasCluster(base.prfaas, point.n_prfaas, link),) if point.n_prfaas else ()
     return SimulationSpec(
         pd=(PdCluster(base.pd, point.n_p, point.n_d),),

@@ -13,10 +13,10 @@ from repro.scheduling.tables import CostTables, StepTimes
 from repro.simulate.decode import DecodeStage
 from repro.simulate.events import EventQueue
 from repro.simulate.job import Job
-from repro.simulate.link import SharedLink
 from repro.simulate.link_spec import SharedLinkSpec
 from repro.simulate.prefill import ChunkedPrefill, OnJob, WholePrefill
 from repro.simulate.spec import PdCluster, PrfaasCluster, SimulationSpec
+from repro.simulate.windowed_link import made
 
 
 class PrfaasResources:
@@ -37,11 +37,12 @@ class PrfaasResources:
         self.name = state.name
         self.spec = spec
         self.state = state
-        self.link = SharedLink(spec.link, events)
+        self.link = made(spec.link, events)
         back = SharedLinkSpec(
-            spec.link.rate_bps, spec.link.rtt_s, spec.link.nic_bps, spec.link.connections, spec.link.connection_bps
-        )
-        self.ingress = SharedLink(back, events)
+            spec.link.rate_bps, spec.link.rtt_s, spec.link.nic_bps, spec.link.connections, spec.link.connection_bps,
+            window=spec.link.window,
+        )  # fmt: skip
+        self.ingress = made(back, events)
         self.half_rtt_s = spec.link.rtt_s / 2
         self.cache = cache
         self.prefill: WholePrefill | ChunkedPrefill

@@ -195,7 +195,7 @@ def _specification(settings: Settings, profile: PhaseProfile) -> SimulationSpec:
         settings.workload.length_law(), settings.workload.mean_output_tokens(),
     )  # fmt: skip
     point = search(base, replace(settings.policy, lengths="true_mean"))
-    return scheduled(simulated(base, point, shared_link(settings.link)), settings.policy, point)
+    return scheduled(simulated(base, point, shared_link(settings.link, settings.transport)), settings.policy, point)
 
 
 def _serve(

@@ -20,7 +20,6 @@ METRICS = metrics()
 #: Keys that a node's own methods look at on the way to those that decide, on tiers without an emulated link.
 PASSED_OVER = {
     "link.rate_bps": "overlap replaces it by multiples of the measured Φ_kv",
-    "link.loss": "a condition of the link has rate, delay and loss; the simulated link takes the first two",
     "link.capacity_trace": "refused before the run",
     "link.reverse_capacity_trace": "refused before the run",
     "link.reverse_rate_bps": "the simulated link is the direction of the KVCache",
@@ -58,6 +57,8 @@ NOT_REACHED = {
     "policy.offload_share": "only of router=random_split",
     "policy.cache": "only where caches are switched on",
     "policy.rebalance": "only where caches are switched on",
+    "link.loss_burst_segments": "only where the simulated link loses",
+    "transport.connections": "of a simulated link only where TCP counts",
     "transport.turn_bytes": "looked at when a sender is made",
     "transport.rate_cap_bps": "looked at when a sender is made",
     "transport.tls": "looked at when an end is made",

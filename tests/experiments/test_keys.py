@@ -68,12 +68,23 @@ SILENT_HERE = {
 #: Keys whose effect must show on these, whatever `SILENT` says: the richest deployment of each tier.
 LOUD = {
     ("table6", "model"): ("workload.mixture", "cluster.prfaas.profile", "cluster.pd.profile", "profile", "link"),
-    ("table6", "simulate"): ("workload.slo", "link.rtt_s", "link.rate_bps", "link.schedule"),
+    ("table6", "simulate"): (
+        "workload.slo",
+        "link.rtt_s",
+        "link.rate_bps",
+        "link.schedule",
+        "link.loss",
+        "link.congestion_control",
+    ),
+    ("burst", "simulate"): ("link.loss",),
+    ("scale", "simulate"): ("link.loss",),
+    ("trace", "simulate"): ("link.loss",),
 }
 #: Values to change a key to, where scaling a number or flipping a switch would be refused or mean nothing.
 OTHER: dict[str, Any] = {
     "profile": "paper_1t_h200", "cluster.prfaas.profile": "paper_1t_h20", "cluster.pd.profile": "paper_1t_h200",
     "link.rate_bps": 4e9, "link.schedule": [{"at_s": 30.0, "rate_bps": 1e9}], "link.rtt_s": 0.5,
+    "link.loss": 0.01, "link.congestion_control": "cubic",
     "policy.n_p": 2, "policy.threshold_tokens": 9000.0, "policy.threshold_step_tokens": 3000, "workload.mixture": [
         {"share": 0.5, "mu": 7.0, "sigma": 0.5, "minimum_tokens": 128.0, "maximum_tokens": 9000.0}
     ],
@@ -223,7 +234,7 @@ def test_another_model_changes_the_result_or_is_refused_by_name(name: str, tier:
     assert not [said for said in found if " " in said and not said.startswith("model")]
 
 
-#: Parts of the scheduler, on studies in which they come to act: bursts on a link that drops and fails, and outputs twice as long.
+#: Parts of scheduler and TCP, where they come to act: bursts on a link that drops and fails, outputs twice as long, a lossy link.
 ACTING = {
     ("experiment=ablation", "options.duration_s=900"): (
         "policy.short_term.period_s=3", "policy.short_term.search_s=17", "policy.short_term.utilisation_high=0.99",
@@ -234,6 +245,9 @@ ACTING = {
     ("experiment=output_length", "options.means=[2048]", "options.duration_s=900"): (
         "policy.long_term.period_s=90", "policy.long_term.margin=0.6", "policy.long_term.busy=3", "policy.long_term.restart_s=90",
         "policy.long_term.memory_s=15", "policy.admission.ttft_limit_s=3",
+    ),
+    ("experiment=simulation", "link.loss=0.001", "options.duration_s=60", "options.warmup_s=10"): (
+        "transport.connections=16", "link.congestion_control=bbr", "link.loss_burst_segments=4", "link.rtt_s=0.02",
     ),
 }  # fmt: skip
 
@@ -269,10 +283,13 @@ REFUSED = [
     (["experiment=figure5", "policy.n_p=4"], "policy.n_p: not read by experiment=figure5"),
     (["experiment=figure5", "cluster.homogeneous_instances=9"], "cluster.homogeneous_instances: not read by"),
     (["experiment=table6", "link.loss=0.05"], "link.loss: not read by experiment=table6 on tier=model"),
-    (["experiment=table6", "tier=simulate", "link.loss=0.05"], "link.loss: not read by experiment=table6 on tier=simulate"),
+    (["experiment=table6", "tier=simulate", "link.jitter_s=0.05"], "link.jitter_s: not read by experiment=table6 on tier=simulate"),
+    (["experiment=table6", "tier=simulate", "transport.tls=x"], "transport.tls: not read by experiment=table6 on tier=simulate"),
+    (["experiment=burst", "link.loss_burst_segments=4"], "link.loss_burst_segments: has no effect without loss; accepted: with"),
+    (["experiment=burst", "link.loss=0.01", "link.schedule=[{at_s:1,loss:0.1}]"], "link.schedule: changes of loss or rtt_s are not"),
     (["experiment=table6", "tier=simulate", "model=minimax_m2_5"], "model: not read by experiment=table6 on tier=simulate"),
     (["experiment=table6", "tier=simulate", "options.draws=3"], "options.draws: not read by experiment=table6 on tier=simulate"),
-    (["experiment=burst", "transport.connections=2"], "transport.connections: not read by experiment=burst"),
+    (["experiment=burst", "transport.connections=2"], "transport.connections: 2 has no effect on tier=simulate while TCP carries"),
     (["experiment=burst", "policy.lengths=true_mean"], "policy.lengths: not read by experiment=burst"),
     (["experiment=table2", "cost.usd_per_egress_gb=1"], "cost.usd_per_egress_gb: not read by experiment=table2"),
     (["experiment=link_fidelity", "link.jitter_s=0.01"], "link.jitter_s: not read by experiment=link_fidelity"),

@@ -8,7 +8,6 @@ import pytest
 
 from repro.composition import compose
 from repro.experiments import base
-from repro.experiments.distance import connection_bps
 from repro.presets import choices
 from repro.record.directory import Record
 from repro.record.metrics import value
@@ -144,20 +143,6 @@ def test_the_sweep_of_studies_holds_all_of_them_and_opens_with_what_they_found(t
     ]
     assert len(found) == 2
     assert all(0 < page.index(finding) < page.index("## Points") for finding in found)
-
-
-def test_a_connection_carries_a_window_per_round_trip_and_less_under_loss_unless_it_is_bbr() -> None:
-    window = 4 * 2**20
-    assert (
-        connection_bps(0.1, 0.0, "cubic", window)
-        == connection_bps(0.1, 0.01, "bbr", window)
-        == pytest.approx(8 * window / 0.1)
-    )
-    mathis = 8 * 1448 / 0.02 * (1.5 / 0.01) ** 0.5
-    assert connection_bps(0.02, 0.01, "cubic", window) == pytest.approx(mathis), "RFC 9438's Reno-friendly region"
-    assert connection_bps(0.2, 1e-5, "cubic", 1e12) == pytest.approx(
-        8 * 1448 / 0.2 * 1.054 * (0.2 / 1e-5) ** 0.75, rel=1e-3
-    )
 
 
 def test_reach_is_where_the_window_still_carries_what_prfaas_sends(tmp_path: Path) -> None:
