@@ -51,6 +51,8 @@ TCP_LAW = ("link.loss", "link.loss_burst_segments", "link.congestion_control", "
 SIMULATED = (
     *(key for key in EQUATIONS if key != "policy.lengths"), "link.rtt_s", "link.schedule", *TCP_LAW, "workload.slo", "seed",
 )  # fmt: skip
+#: What decides the decode batch of a simulated deployment beside BS_max: measured steps, and memory.
+DECODE = "cluster.decode"
 #: The scheduler beside threshold and split.
 SCHEDULER = (
     "policy.router", "policy.offload_share", "policy.placement", "policy.admission", "policy.short_term", "policy.long_term",

@@ -16,6 +16,7 @@ from repro.scheduling.spec import PolicySpec
 from repro.scheduling.throughput import Deployment, OperatingPoint, evaluate
 from repro.settings import Settings
 from repro.simulate.deployments import tcp_counts
+from repro.simulate.spec import SimulationSpec
 from repro.transport.spec import TransportSpec
 
 
@@ -102,6 +103,38 @@ def deployment(settings: Settings) -> Deployment:
         lengths=settings.workload.length_law(),
         output_tokens=settings.workload.mean_output_tokens(),
     )
+
+
+def check_decoding(settings: Settings) -> None:
+    """Refuse T_decode by rows that the profile does not have, and memory that the longest request does not fit.
+
+    Raises:
+        UserError: naming the key.
+    """
+    base = decoding(deployment(settings), settings)
+    room = settings.cluster.decode.memory_bytes
+    longest = base.lengths.maximum_tokens + base.output_tokens
+    if room is not None and (needed := float(base.pd.kv_bytes(longest))) > room:
+        raise UserError(
+            f"cluster.decode.memory_bytes: {room:g}, but a request of {longest:g} tokens keeps {needed:.4g} bytes; accepted: that or more"
+        )
+
+
+def decoding(base: Deployment, settings: Settings) -> Deployment:
+    """The deployment with T_decode read as the cluster's decode says. Raises UserError where the profile has no rows."""
+    try:
+        return replace(base, pd=base.pd.with_decode_steps(settings.cluster.decode.steps))
+    except UserError as error:
+        raise UserError(
+            f"cluster.decode.steps: rows; {base.pd.name} has none; accepted: fitted, or a profile that was measured over batch and "
+            "context (silicon:<model>@<system>, or saved by experiment=profile)"
+        ) from error
+
+
+def within_memory(spec: SimulationSpec, settings: Settings) -> SimulationSpec:
+    """The simulated deployment with the configured room for KVCache on each decode instance."""
+    room = settings.cluster.decode.memory_bytes
+    return spec if room is None else replace(spec, pd=tuple(replace(pd, decode_memory_bytes=room) for pd in spec.pd))
 
 
 def fewest_prfaas(base: Deployment, policy: PolicySpec, demand_per_s: Iterable[float]) -> list[int]:

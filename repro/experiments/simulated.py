@@ -121,10 +121,10 @@ class Setting:
     policy: PolicySpec
 
     @staticmethod
-    def of(context: Context) -> Setting:
-        """From the settings."""
+    def of(context: Context, base: Deployment | None = None) -> Setting:
+        """From the settings, whose deployment it is unless a `base` is given."""
         settings = context.settings
-        base = deployment(settings)
+        base = base or deployment(settings)
         true = replace(settings, policy=replace(settings.policy, lengths="true_mean"))
         return Setting(
             base,

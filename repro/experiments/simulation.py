@@ -12,8 +12,8 @@ from functools import partial
 
 from repro.errors import UserError
 from repro.experiments import simulated, study_figures
-from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
-from repro.experiments.deployment import profile_files
+from repro.experiments.base import DECODE, SCHEDULER, SIMULATED, Context, Experiment, Outcome
+from repro.experiments.deployment import check_decoding, decoding, deployment, profile_files, within_memory
 from repro.settings import Settings
 from repro.simulate.deployments import simulated as deployed
 
@@ -40,6 +40,7 @@ class Options:
 def check(settings: Settings, options: Options) -> None:
     """A deployment that can serve, and no load beside a workload that has its own. Raises UserError naming the key."""
     simulated.check(settings, options)
+    check_decoding(settings)
     workload = settings.workload
     if options.load is not None and (workload.sessions is not None or workload.trace is not None):
         raise UserError(f"options.load: workload={workload.name} brings its own arrivals; accepted: null")
@@ -55,8 +56,9 @@ def check(settings: Settings, options: Options) -> None:
 def run(context: Context) -> Outcome:
     """The deployment, seed by seed."""
     options, settings = context.options, context.settings
-    setting = simulated.Setting.of(context)
-    spec = simulated.scheduled(deployed(setting.base, setting.point, setting.link), settings.policy, setting.point)
+    setting = simulated.Setting.of(context, decoding(deployment(settings), settings))
+    placed = within_memory(deployed(setting.base, setting.point, setting.link), settings)
+    spec = simulated.scheduled(placed, settings.policy, setting.point)
     rate = setting.rate(_USUAL_LOAD if options.load is None else options.load)
     duration_s = options.duration_s if settings.workload.trace is None else settings.workload.recorded.end_s
     comparison = simulated.Comparison(
@@ -71,7 +73,7 @@ def run(context: Context) -> Outcome:
 
 EXPERIMENT = Experiment(
     "simulation",
-    {"simulate": (*SIMULATED, *SCHEDULER, "policy.cache", "policy.rebalance", "workload", "options")},
+    {"simulate": (*SIMULATED, *SCHEDULER, DECODE, "policy.cache", "policy.rebalance", "workload", "options")},
     run,
     {"over_time": study_figures.draw_over_time},
     Options,

@@ -20,8 +20,15 @@ from repro.experiments import spread
 from repro.experiments import table6_emulated as emulated
 from repro.experiments import table6_goodput as goodput
 from repro.experiments import table6_simulated as simulated
-from repro.experiments.base import EQUATIONS, HOMOGENEOUS, SIMULATED, WIRE, Context, Experiment, Outcome
-from repro.experiments.deployment import check_deployment, deployment, latencies, operating_points, profile_files
+from repro.experiments.base import DECODE, EQUATIONS, HOMOGENEOUS, SIMULATED, WIRE, Context, Experiment, Outcome
+from repro.experiments.deployment import (
+    check_decoding,
+    check_deployment,
+    deployment,
+    latencies,
+    operating_points,
+    profile_files,
+)
 from repro.paper import tables, text
 from repro.paper.quantity import Quantity
 from repro.profiles.calibration import FAMILIES, prefill_residuals
@@ -93,6 +100,13 @@ def paper_value(case: str, metric: str) -> float:
         quantity, scale = _IN_TEXT[metric]
         return quantity.value * scale
     return math.nan
+
+
+def check(settings: Settings, options: Options) -> None:
+    """A deployment that can serve; on tier simulate, with decode batches that it can have. Raises UserError naming the key."""
+    check_deployment(settings, options)
+    if settings.tier == "simulate":
+        check_decoding(settings)
 
 
 def run(context: Context) -> Outcome:
@@ -200,6 +214,7 @@ EXPERIMENT = Experiment(
         "simulate": (
             *SIMULATED,
             HOMOGENEOUS,
+            DECODE,
             "options.requests",
             "options.seeds",
         ),
@@ -208,7 +223,7 @@ EXPERIMENT = Experiment(
     run=run,
     figures={"table6": draw},
     options=Options,
-    check=check_deployment,
+    check=check,
     effort=("seed", "options"),
     inputs=profile_files,
     tier_figures={

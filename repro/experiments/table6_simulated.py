@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from repro.experiments.base import Context, Outcome
-from repro.experiments.deployment import deployment, operating_points
+from repro.experiments.deployment import decoding, deployment, operating_points, within_memory
 from repro.experiments.study import run_points, seeds_of
 from repro.paper import tables
 from repro.record.directory import Record
@@ -81,23 +81,32 @@ def search(point: Searched) -> float:
     return lambda_max(point.spec, stream, point.guess_per_s, [point.seed]).value
 
 
-def at_load(point: Loaded) -> Totals:
+@dataclass(frozen=True)
+class Ran:
+    """One run in numbers, and how often a request had to leave a decode batch, per request."""
+
+    totals: Totals
+    preempted: float
+
+
+def at_load(point: Loaded) -> Ran:
     """One run in numbers."""
     sink = Streaming(point.slo, from_s=0.1 * point.requests / point.rate_per_s)
-    Simulation(point.spec, sink).run(requests(point.base, Poisson(point.rate_per_s), point.requests, point.seed))
-    return sink.totals()
+    stream = requests(point.base, Poisson(point.rate_per_s), point.requests, point.seed)
+    summary = Simulation(point.spec, sink).run(stream)
+    return Ran(sink.totals(), summary.preemptions / point.requests)
 
 
 def run(context: Context, effort: Effort) -> Outcome:
     """The three deployments: Λ_max by bisection, then TTFT when idle and at 50 to 95 % of it, and goodput up to half as much again."""
     settings = context.settings
-    base = deployment(settings)
+    base = decoding(deployment(settings), settings)
     link = shared_link(settings.link, settings.transport)
     points = operating_points(base, replace(settings, policy=replace(settings.policy, lengths="true_mean")))
     representative = operating_points(
         base, replace(settings, policy=replace(settings.policy, lengths="representative"))
     )
-    specs = {case: simulated(base, point, link) for case, point in points.items()}
+    specs = {case: within_memory(simulated(base, point, link), settings) for case, point in points.items()}
     seeds = seeds_of(context, effort.seeds)
     searches = {
         f"Λ_max of {case}, seed {seed}": Searched(specs[case], base, effort.requests, point.lambda_max, seed)
@@ -122,7 +131,8 @@ def run(context: Context, effort: Effort) -> Outcome:
         rows += _throughput_rows(context, case, best[case], point, representative[case])
         printed = tables.TABLE_6[case]
         for load in (IDLE, *LOADS, *OVERLOADS):
-            found = [next(totals) for _ in seeds]
+            runs = [next(totals) for _ in seeds]
+            found = [one.totals for one in runs]
             name = case if load == IDLE else f"{case}.load_{round(100 * load)}"
             for metric in METRICS if load < 1 else ("goodput",):
                 estimate = over_runs(metric, [getattr(total, metric) for total in found])
@@ -134,6 +144,19 @@ def run(context: Context, effort: Effort) -> Outcome:
                     )
                 )  # fmt: skip
                 drawn.append({"case": case, "load": load, "metric": metric, **vars(estimate)})
+            if settings.cluster.decode.memory_bytes is not None:
+                left = Estimate.of([one.preempted for one in runs])
+                rows.append(
+                    context.metric(
+                        name,
+                        "preemptions_per_request",
+                        left.value,
+                        "",
+                        "simulated",
+                        interval=(max(left.low, 0.0), left.high),
+                        n=left.n,
+                    )
+                )
     homogeneous = best["homogeneous_pd"]
     for case, estimate in best.items():
         paper = tables.TABLE_6[case]["ratio"].value

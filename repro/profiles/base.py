@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import PchipInterpolator
-from scipy.optimize import curve_fit
+from scipy.optimize import curve_fit, nnls
 
 from repro.configuration import Value
 from repro.errors import UserError
@@ -168,8 +168,62 @@ class DecodeStep:
 
 
 @dataclass(frozen=True)
+class DecodeRows(Value):
+    """T_decode as it was measured: `seconds` of one step of `batch` sequences that have `tokens` of context each.
+
+    Attention reads every token of context once, so each measured batch is a straight line over the summed context, fitted by least
+    squares of the relative error with neither part negative. Between batches both parts are interpolated, and beyond the largest they
+    go on: a batch that fills the tensor cores, or loads all experts, costs what it cost, which three coefficients for all cannot say.
+    """
+
+    batch: tuple[int, ...]
+    tokens: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not (len(self.batch) == len(self.tokens) == len(self.seconds) and len(set(self.batch)) >= 2):
+            raise UserError(
+                "profile.decode_rows: needs as many batches as tokens and seconds, and two different batches"
+            )
+        if min(self.batch) < 1 or min(self.tokens) < 0 or not min(self.seconds) > 0:
+            raise UserError("profile.decode_rows: batches and seconds must be positive, tokens not negative")
+
+    @cached_property
+    def _lines(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Measured batches with the base in seconds and the seconds per summed token of context of each."""
+        batch, tokens, seconds = (np.asarray(values, np.float64) for values in (self.batch, self.tokens, self.seconds))
+        sizes = np.unique(batch)
+        parts = []
+        for size in sizes:
+            own = batch == size
+            if np.all(seconds[own] == seconds[own][0]):
+                parts.append(np.array([seconds[own][0], 0.0]))  # exactly, where a fit would round
+                continue
+            design = np.stack([np.ones(own.sum()), size * tokens[own]], axis=1)
+            parts.append(nnls(design / seconds[own, None], np.ones(own.sum()))[0])
+        base_s, per_token_s = np.array(parts).T
+        return sizes, base_s, per_token_s
+
+    def __call__(self, batch: int, context_tokens: float = 0.0) -> float:
+        """Seconds of one step of `batch` sequences whose contexts sum to `context_tokens`."""
+        sizes, base_s, per_token_s = self._lines
+        piece = int(np.clip(np.searchsorted(sizes, batch, side="right") - 1, 0, len(sizes) - 2))
+        at = max((batch - sizes[piece]) / (sizes[piece + 1] - sizes[piece]), 0.0)
+        base, per_token = (values[piece] + at * (values[piece + 1] - values[piece]) for values in (base_s, per_token_s))
+        return float(base + max(per_token, 0.0) * context_tokens)
+
+
+#: How T_decode is read: three coefficients for all batches and contexts, or the measured rows themselves.
+DECODE_STEPS = ("fitted", "rows")
+
+
+@dataclass(frozen=True)
 class PhaseProfile:
-    """One model on one instance of one accelerator."""
+    """One model on one instance of one accelerator.
+
+    `decode_rows` are the measurements behind T_decode, where a profile has them; `decode_steps` says whether they are read, or `decode`,
+    which was fitted to those that keep the service level. BS_max is that of `decode` in both.
+    """
 
     name: str
     model: str
@@ -183,8 +237,13 @@ class PhaseProfile:
     decode_source: str = "measured"
     notes: str = ""
     provenance: dict[str, str] = field(default_factory=dict)
+    decode_rows: DecodeRows | None = None
+    decode_steps: str = "fitted"
 
     def __post_init__(self) -> None:
+        if self.decode_steps not in DECODE_STEPS or (self.decode_steps == "rows" and self.decode_rows is None):
+            accepted = ", ".join(DECODE_STEPS if self.decode_rows is not None else DECODE_STEPS[:1])
+            raise UserError(f"profile.decode_steps: {self.decode_steps!r} of {self.name}; accepted: {accepted}")
         if self.gpus_per_instance < 1:
             raise UserError(f"profile.gpus_per_instance: {self.gpus_per_instance} is below 1")
         for key in ("prefill_source", "kv_source", "decode_source"):
@@ -206,11 +265,17 @@ class PhaseProfile:
 
     def decode_step_s(self, batch: int, context_tokens: float = 0.0) -> float:
         """T_decode in seconds of one step."""
+        if self.decode_steps == "rows" and self.decode_rows is not None:
+            return self.decode_rows(batch, context_tokens)
         return self.decode(batch, context_tokens)
 
     def kv_throughput_bps(self, tokens: ArrayLike) -> FloatArray:
         """Φ_kv(l) = S_kv(l) / T_prefill(l) in bit/s (equation 1)."""
         return 8 * self.kv_bytes(tokens) / self.prefill_s(tokens)
+
+    def with_decode_steps(self, steps: str) -> PhaseProfile:
+        """The same profile with T_decode read as `steps` says. Raises UserError for `rows` where it has none."""
+        return self if steps == self.decode_steps else replace(self, decode_steps=steps)
 
     def with_interpolation(self, interpolation: str) -> PhaseProfile:
         """The same points read through another curve. A calibrated curve has no points, and stays as it is."""

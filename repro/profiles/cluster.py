@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from repro.errors import UserError
 
@@ -16,13 +18,33 @@ class PoolSpec:
 
 
 @dataclass(frozen=True)
+class DecodeSpec:
+    """What decides the decode batch of an instance beside BS_max; the defaults are the paper's, which has neither.
+
+    `steps` reads T_decode as `fitted`, or from the `rows` over batch and context that a profile was measured with. `memory_bytes` is an
+    instance's room for KVCache in bytes: requests join while S_kv of their contexts fits, and when growing contexts fill it, the one that
+    joined last leaves and is recomputed on return, which is what vLLM does. Null leaves the batch to BS_max.
+    """
+
+    steps: Literal["fitted", "rows"] = "fitted"
+    memory_bytes: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory_bytes is not None and not 0 < self.memory_bytes < math.inf:
+            raise UserError(
+                f"cluster.decode.memory_bytes: {self.memory_bytes}; accepted: a positive number of bytes, or null for BS_max alone"
+            )
+
+
+@dataclass(frozen=True)
 class ClusterSpec:
-    """A PrfaaS cluster, a local PD cluster, and the homogeneous PD cluster that they are compared with (§4.1)."""
+    """A PrfaaS cluster, a local PD cluster with its decode batches, and the homogeneous PD cluster that they are compared with (§4.1)."""
 
     name: str
     prfaas: PoolSpec
     pd: PoolSpec
     homogeneous_instances: int
+    decode: DecodeSpec = field(default_factory=DecodeSpec)
 
     def __post_init__(self) -> None:
         # PrfaaS may have no instance; a homogeneous cluster needs one to prefill and one to decode.

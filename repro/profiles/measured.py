@@ -25,7 +25,7 @@ from repro.errors import UserError
 from repro.models.layout import StateLayout
 from repro.models.observed import kernels_called
 from repro.models.prefill import chunked_prefill, forward
-from repro.profiles.base import DecodeStep, PhaseProfile, PrefillCurve
+from repro.profiles.base import DecodeRows, DecodeStep, PhaseProfile, PrefillCurve
 from repro.profiles.sizes import kv_size
 from repro.record.statistics import Estimate
 
@@ -364,4 +364,16 @@ def fitted(
         decode_source="measured",
         notes=notes,
         provenance=provenance,
+        decode_rows=_rows(decode),
+    )
+
+
+def _rows(decode: Sequence[Timing]) -> DecodeRows | None:
+    """The decode timings as they are; none where a single batch was timed, which says nothing of others."""
+    if len({timing.batch for timing in decode}) < 2:
+        return None
+    return DecodeRows(
+        tuple(timing.batch for timing in decode),
+        tuple(float(timing.tokens) for timing in decode),
+        tuple(timing.seconds for timing in decode),
     )

@@ -24,7 +24,7 @@ from repro.errors import UserError
 from repro.models.architectures import layout_of
 from repro.models.layout import StateLayout
 from repro.paper import text
-from repro.profiles.base import DecodeStep, PhaseProfile, PrefillCurve
+from repro.profiles.base import DecodeRows, DecodeStep, PhaseProfile, PrefillCurve
 from repro.profiles.silicon_source import PACKAGE, TENSOR_PARALLEL, VERSION, per_gpu_bytes
 from repro.profiles.sizes import kv_size
 
@@ -134,6 +134,7 @@ def silicon_profile(
 
     decode = max(found, key=rate)
     step, error = steps[decode.key]
+    rows = decode.decode
     beyond = prefill.prefill.loc[prefill.prefill["beyond_tables"], "tokens"]
     return PhaseProfile(
         name=name, model=model, accelerator=system.upper(), gpus_per_instance=TENSOR_PARALLEL,
@@ -150,6 +151,7 @@ def silicon_profile(
             "decode fit, largest error": f"{error:.0%}",
             "service level": f"{slo_tokens_per_s:g} tokens/s {'kept' if rate(decode)[0] else 'missed even by one request'}",
         },
+        decode_rows=DecodeRows(tuple(map(int, rows["batch"])), tuple(map(float, rows["tokens"])), tuple(map(float, rows["seconds"]))),
     )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ class Control:
         prefill, decode = pd.prefill.members, pd.decode.members
         report = PdReport(
             [InstanceReport(i, len(queue)) for i, queue in prefill.items()],
-            [InstanceReport(i, len(batch.heap)) for i, batch in decode.items()],
+            [InstanceReport(i, batch.size) for i, batch in decode.items()],
             pd.finished,
             pd.finished_tokens,
             len(pd.decode.waiting),

@@ -31,6 +31,11 @@ class Batch:
         self.context = 0
         self.wake_s = math.inf
 
+    @property
+    def size(self) -> int:
+        """Requests that the instance is decoding."""
+        return len(self.heap)
+
 
 class DecodeStage:
     """All decode instances of one PD cluster. `finished(now, job)` is called at a job's last token."""
@@ -39,6 +44,7 @@ class DecodeStage:
         self, events: EventQueue, steps: StepTimes, batch_max: int, finished: Callable[[float, Job], None]
     ) -> None:
         self.batch_max = batch_max
+        self.preemptions = 0  # only memory preempts, and nobody counts it here
         self.waiting: deque[Job] = deque()
         self.members: dict[int, Batch] = {}
         self._events = events

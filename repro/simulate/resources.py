@@ -11,6 +11,7 @@ from repro.kvcache.pool import HybridPool
 from repro.scheduling.clusters import PdClusterState, PrfaasClusterState
 from repro.scheduling.tables import CostTables, StepTimes
 from repro.simulate.decode import DecodeStage
+from repro.simulate.decode_memory import MemoryDecodeStage
 from repro.simulate.events import EventQueue
 from repro.simulate.job import Job
 from repro.simulate.link_spec import SharedLinkSpec
@@ -77,7 +78,13 @@ class PdResources:
         else:
             self.prefill = ChunkedPrefill(events, prefilled, run.chunk_tokens, _chunk_s(state.tables))
         steps = StepTimes(spec.profile.decode_step_s, spec.profile.batch_max)
-        self.decode = DecodeStage(events, steps, spec.profile.batch_max, finished)
+        most = spec.profile.batch_max
+        self.decode: DecodeStage | MemoryDecodeStage
+        if spec.decode_memory_bytes is None:
+            self.decode = DecodeStage(events, steps, most, finished)
+        else:
+            tables = CostTables(spec.profile)
+            self.decode = MemoryDecodeStage(events, steps, most, finished, tables, spec.decode_memory_bytes)
         for instance in range(spec.n_p + spec.n_d):
             (self.prefill if instance < spec.n_p else self.decode).open(0.0, instance)
         self.cache = cache

@@ -34,7 +34,7 @@ class Summary:
     """How a run ended. `overloaded`: it was cut because more requests than the limit were in the system.
 
     `egress_bytes` is all that left PrfaaS clusters; `copied_bytes` what rebalancing sent, either way, in `copies`;
-    `conversions` is how many nodes left their role.
+    `conversions` is how many nodes left their role; `preemptions` how often a request had to leave a decode batch for want of memory.
     """
 
     arrived: int
@@ -50,6 +50,7 @@ class Summary:
     copies: int = 0
     copied_bytes: float = 0.0
     conversions: int = 0
+    preemptions: int = 0
 
 
 class Simulation:
@@ -148,6 +149,7 @@ class Simulation:
             copies=self.rebalancing.copies if self.rebalancing else 0,
             copied_bytes=self.rebalancing.copied_bytes if self.rebalancing else 0.0,
             conversions=self._control.conversions,
+            preemptions=sum(pd.decode.preemptions for pd in self.pd_clusters),
         )
 
 

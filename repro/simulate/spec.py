@@ -16,12 +16,16 @@ from repro.simulate.link_spec import SharedLinkSpec
 
 @dataclass(frozen=True)
 class PdCluster:
-    """A PD cluster: `n_p` instances prefill, `n_d` decode; `share` of the arrivals call it home."""
+    """A PD cluster: `n_p` instances prefill, `n_d` decode; `share` of the arrivals call it home.
+
+    A decode instance has `decode_memory_bytes` for KVCache; None leaves its batch to BS_max.
+    """
 
     profile: Profile
     n_p: int
     n_d: int
     share: float = 1.0
+    decode_memory_bytes: float | None = None
 
     def __post_init__(self) -> None:
         if self.n_p < 0 or self.n_d < 1:
@@ -30,6 +34,8 @@ class PdCluster:
             )
         if not self.share > 0:
             raise UserError(f"cluster.pd.share: {self.share} is not positive")
+        if self.decode_memory_bytes is not None and not self.decode_memory_bytes > 0:
+            raise UserError(f"cluster.decode.memory_bytes: {self.decode_memory_bytes} is not positive")
 
 
 @dataclass(frozen=True)

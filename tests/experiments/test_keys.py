@@ -90,7 +90,8 @@ OTHER: dict[str, Any] = {
     ],
     "workload.lengths.maximum_tokens": 60_000.0, "workload.lengths.minimum_tokens": 6000.0, "workload.lengths.mu": 9.2,
     "workload.lengths.sigma": 0.6, "workload.slo.tokens_per_s": 80.0, "workload.slo.ttft_s": 0.5, "cluster.homogeneous_instances": 9,
-    "cluster.prfaas.instances": 3, "cluster.pd.instances": 6, "options.loads": [0.4], "options.means": [600],
+    "cluster.prfaas.instances": 3, "cluster.pd.instances": 6,
+    "cluster.decode.memory_bytes": 5e9, "options.loads": [0.4], "options.means": [600],
     "options.factors": [3], "options.dropped_bps": [1e9], "options.n_p": 4, "options.cv": 0.3, "options.load": 0.5,
     "options.burst_load": 2.5,
 }  # fmt: skip
@@ -219,6 +220,27 @@ def test_every_accepted_key_changes_some_result(
     assert not mute, "accepted, and without any effect"
 
 
+def test_measured_decode_steps_change_what_a_profile_that_has_them_gives(tmp_path: Path) -> None:
+    small = [
+        "options.duration_s=60",
+        "options.warmup_s=10",
+        "options.seeds=2",
+        "processes=1",
+        f"results={tmp_path}",
+        "tracking=disabled",
+    ]
+    silicon = [
+        "cluster.prfaas.profile=silicon:qwen3_5_397b@b200",
+        "cluster.pd.profile=silicon:qwen3_5_397b@h200",
+        "options.load=0.2",
+    ]
+    found = set()
+    for steps in ("fitted", "rows"):
+        composed = compose(["experiment=simulation", *silicon, *small, f"cluster.decode.steps={steps}"])
+        found.add(outcome(plain(runner.prepare(composed).settings), tmp_path / steps))
+    assert len(found) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "tier"), [one for one in CLOCKLESS if base.load(one[0]).reads_key("model", one[1])], ids=str
 )
@@ -288,6 +310,9 @@ REFUSED = [
     (["experiment=burst", "link.loss_burst_segments=4"], "link.loss_burst_segments: has no effect without loss; accepted: with"),
     (["experiment=burst", "link.loss=0.01", "link.schedule=[{at_s:1,loss:0.1}]"], "link.schedule: changes of loss or rtt_s are not"),
     (["experiment=table6", "tier=simulate", "model=minimax_m2_5"], "model: not read by experiment=table6 on tier=simulate"),
+    (["experiment=table6", "cluster.decode.memory_bytes=1e10"], "cluster.decode.memory_bytes: not read by experiment=table6 on tier=model"),
+    (["experiment=table6", "tier=simulate", "cluster.decode.steps=rows"], "cluster.decode.steps: rows; paper_1t_h20 has none"),
+    (["experiment=simulation", "cluster.decode.memory_bytes=1e9"], "cluster.decode.memory_bytes: 1e+09, but a request of 132096 tokens"),
     (["experiment=table6", "tier=simulate", "options.draws=3"], "options.draws: not read by experiment=table6 on tier=simulate"),
     (["experiment=burst", "transport.connections=2"], "transport.connections: 2 has no effect on tier=simulate while TCP carries"),
     (["experiment=burst", "policy.lengths=true_mean"], "policy.lengths: not read by experiment=burst"),
