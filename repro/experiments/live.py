@@ -25,6 +25,7 @@ from repro.serving.faults import FaultSchedule, LiveFault
 from repro.serving.fleet import Config, Fleet, LocalLauncher, Place
 from repro.serving.instance import InstanceConfig
 from repro.serving.listener import Listener
+from repro.serving.live_view import shown
 from repro.serving.load import LoadGenerator
 from repro.serving.messages import FromInstance, Report
 from repro.serving.router import Router
@@ -209,7 +210,7 @@ class Deployment:
         router.start(fleet, scale)
         load.start()
         try:
-            with FaultSchedule(faults, fleet, router, scale, self._replace):
+            with FaultSchedule(faults, fleet, router, scale, self._replace), shown(router.view):
                 while not load.join(0.2):
                     if router.overloaded:
                         load.stop()
@@ -267,7 +268,7 @@ class Deployment:
         )
         router.start(fleet, replace(self._wire.scale, origin_s=self._origin_s()))
         try:
-            with kept_up(fleet, self._replace):
+            with kept_up(fleet, self._replace), shown(router.view):
                 yield router
         finally:
             router.close()

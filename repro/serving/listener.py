@@ -35,7 +35,11 @@ class Listener(Protocol):
 
 
 class View(NamedTuple):
-    """A router at a moment: the controllers, requests by phase, and by instance what it holds and its role (prefill, decode, down)."""
+    """A router at a moment: the controllers, requests by phase, and by instance what it holds and its role (prefill, decode, down).
+
+    `at_s` is the deployment's time. Counted since the start: requests that arrived, that left `answered` or `unanswered`, and the
+    KVCache that was delivered over the link, in bytes, unscaled. `link_bps` is what the egress was sold as.
+    """
 
     threshold_tokens: float
     bandwidth_scarce: bool
@@ -44,3 +48,9 @@ class View(NamedTuple):
     phases: Mapping[str, int]
     held: Mapping[str, int]
     roles: Mapping[str, str]
+    at_s: float
+    arrived: int
+    answered: int
+    unanswered: int
+    crossed_bytes: float
+    link_bps: float

@@ -26,6 +26,7 @@ from typing import Any
 import pandas as pd
 
 from repro.processes import Ended
+from repro.record.requests import ANSWERED
 from repro.scheduling.clusters import PdPlan, PrfaasPlan
 from repro.scheduling.decisions import Conversion, Decision
 from repro.scheduling.observations import InstanceReport, LinkReport, PdReport, StalledTransfer
@@ -95,6 +96,8 @@ class Router:
         self._unheard: list[LiveRequest] = []
         self._empty = threading.Condition()
         self._closed = False
+        #: For the view, since the start: what came and left, and the KVCache that offloaded requests had delivered.
+        self._arrived = self._answered = self._unanswered = self._crossed_bytes = 0
         self._thread = threading.Thread(target=self.clock.run, name="router", daemon=True)
         self._forget_all()
 
@@ -204,6 +207,7 @@ class Router:
         self.clock.at(first, again, first)
 
     def _arrive(self, number: int, arrival_s: float, tokens: int, output_tokens: int) -> None:
+        self._arrived += 1
         self._take(LiveRequest(number, arrival_s, tokens, output_tokens))
 
     def _take(self, request: LiveRequest) -> None:
@@ -295,6 +299,8 @@ class Router:
                         )
             case say.Delivered():
                 request.delivered_s, request.payload_bytes = said.at_s, said.payload_bytes
+                if request.offloaded:
+                    self._crossed_bytes += said.payload_bytes
             case say.Decoding():
                 request.joined_s, request.first_s = said.joined_s, said.first_s
             case say.Finished():
@@ -345,6 +351,12 @@ class Router:
             phases,
             {name: len(self._holds.get(name, ())) for name in names},
             {name: self._role(name) for name in names},
+            self._now_s(),
+            self._arrived,
+            self._answered,
+            self._unanswered,
+            self._crossed_bytes * self.scale.bytes,
+            self._link_bps,
         )
 
     def _role(self, name: str) -> str:
@@ -400,6 +412,10 @@ class Router:
 
     def _leave(self, request: LiveRequest, outcome: str, finish_s: float = math.nan) -> None:
         self._unhold(request)
+        if outcome in ANSWERED:
+            self._answered += 1
+        else:
+            self._unanswered += 1
         row = request.row(outcome, finish_s, self.scale)
         self._live.pop(request.number, None)
         if self._listener is not None:

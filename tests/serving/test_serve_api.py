@@ -41,6 +41,7 @@ from repro.serving.api import Api, Served
 from repro.serving.exposition import Exposition
 from repro.serving.front import Front, Limits
 from repro.serving.http_server import listening, serve_until
+from repro.serving.router import Router
 from repro.serving.scale import Scale
 from repro.serving.tokenizer import ByteTokenizer
 from repro.simulate.link_spec import SharedLinkSpec
@@ -71,6 +72,7 @@ class Running:
     front: Front
     url: str
     client: httpx.Client
+    router: Router
 
     def ask(self, path: str = "completions", **body: Any) -> httpx.Response:
         return self.client.post(f"/v1/{path}", json={"model": MODEL.name, **body})
@@ -105,7 +107,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             thread = threading.Thread(target=serve_until, args=(over, router, front, api, listener))
             thread.start()
             try:
-                yield Running(live, front, url, client)
+                yield Running(live, front, url, client, router)
             finally:
                 over.set()
                 thread.join()
@@ -155,6 +157,9 @@ def test_it_shows_that_state_crossed_the_link_for_offloaded_requests_alone(runni
     size = model_layout(MODEL).kv_bytes(299)
     assert running.until(arrived, before[arrived] + size) == before[arrived] + size
     assert running.until(crossed, before[crossed] + size) < before[crossed] + 1.2 * size
+    view = running.router.view().result(5)
+    assert view.crossed_bytes == running.counters()[arrived]
+    assert view.arrived == view.answered + view.unanswered + sum(view.phases.values())
     assert local["prfaas_threshold_tokens"] == THRESHOLD
     assert running.counters()['prfaas_instance_requests{instance="pd0.1",role="decode"}'] == 0
 
