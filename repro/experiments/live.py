@@ -77,7 +77,7 @@ class Played:
     """A run on the live system. `requests` is unscaled; lateness is in seconds of this machine.
 
     `wire_bytes` of TCP payload and `payload_bytes` of KVCache crossed the link; the former is nan where an instance ended, for what it
-    had sent is counted nowhere.
+    had sent is counted nowhere. `workers` tells by instance how its clock stood to the router's.
     """
 
     requests: pd.DataFrame
@@ -93,6 +93,7 @@ class Played:
     samples: pd.DataFrame
     events: tuple[tuple[float, str], ...]
     tokens: Mapping[int, list[int]]
+    workers: Mapping[str, Mapping[str, float]]
 
     @property
     def wire_overhead(self) -> float:
@@ -241,6 +242,7 @@ class Deployment:
             samples=pd.DataFrame(list(router.samples), columns=Sample._fields),
             events=tuple(router.events),
             tokens={number - first: found for number, found in router.tokens.items()},
+            workers=fleet.clocks.record(),
         )
 
     def first_number(self) -> int:

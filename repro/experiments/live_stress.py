@@ -9,7 +9,7 @@ instances, replaced ones included, must be gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -88,6 +88,7 @@ class _Repeat:
     answers: int
     right: int
     processes_left: int
+    workers: Mapping[str, Mapping[str, float]]
 
     @property
     def ends(self) -> int:
@@ -143,6 +144,7 @@ def run(context: Context) -> Outcome:
         rows,
         {"events": pd.DataFrame(events, columns=["seed", "at_s", "event"])},
         requests=pd.concat([one.requests.assign(case="execute", seed=one.seed) for one in repeats]),
+        provenance={"workers": {f"seed {one.seed}": one.workers for one in repeats}},
         failure="; ".join(one.failure for one in repeats if one.failure),
     )
 
@@ -165,7 +167,7 @@ def _repeat(
     right, checked = answers.right(played)
     return _Repeat(
         seed, found, played.events, options.requests - int(found.loc[answered, "id"].nunique()), int(found["id"].duplicated().sum()),
-        checked, right, _alive(pids),
+        checked, right, _alive(pids), played.workers,
     )  # fmt: skip
 
 

@@ -138,7 +138,10 @@ def run(context: Context, faults: Mapping[int, Sequence[LiveFault]] | None = Non
         rows,
         _tables(pairs, settings.seed, setting.slo, max(options.duration_s / 60, 1.0)),
         requests=pd.concat([pair.played.requests.assign(case=pair.case, seed=pair.seed) for pair in pairs]),
-        provenance={"emulation": facts},
+        provenance={
+            "emulation": facts,
+            "workers": {f"{pair.case}, seed {pair.seed}": pair.played.workers for pair in pairs},
+        },
         failure=failure,
     )
 

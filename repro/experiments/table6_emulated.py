@@ -91,6 +91,7 @@ def run(context: Context, options: Emulated) -> Outcome:
     drawn: list[dict[str, Any]] = []
     kept: list[pd.DataFrame] = []
     best: dict[str, float] = {}
+    workers: dict[str, Any] = {}
     for name, point in points.items():
         case = _Case(
             name, simulated(base, point, shared_link(settings.link, settings.transport)), base, point, settings.seed
@@ -99,6 +100,7 @@ def run(context: Context, options: Emulated) -> Outcome:
             low, high = _search(context, live, case, options)
             best[name] = (low + high) / 2
             rows += _throughput(context, case, low, high, options)
+            workers[name] = live.fleet.clocks.record()
             for load in LOADS:
                 found, table, requests_ = _at_load(context, live, case, load * best[name], load, options)
                 rows += found
@@ -108,7 +110,8 @@ def run(context: Context, options: Emulated) -> Outcome:
         if "homogeneous_pd" in best:
             paper = tables.TABLE_6[name]["ratio"].value
             rows.append(context.metric(name, "ratio", value / best["homogeneous_pd"], "", "emulated", paper=paper))
-    return Outcome(rows, {"loads": pd.DataFrame(drawn)}, requests=pd.concat(kept), provenance={"emulation": facts})
+    facts_ = {"emulation": facts, "workers": workers}
+    return Outcome(rows, {"loads": pd.DataFrame(drawn)}, requests=pd.concat(kept), provenance=facts_)
 
 
 def _search(context: Context, live: Deployment, case: _Case, options: Emulated) -> tuple[float, float]:

@@ -115,7 +115,8 @@ def run(context: Context) -> Outcome:
     ]
     kept = pd.concat([run.requests.assign(case=tier) for tier, run in played.items()])
     table = pd.DataFrame([{"tier": tier, **found} for tier, found in values.items()])
-    return Outcome(rows, {"tiers": table}, requests=kept)
+    workers = {tier: run.workers for tier, run in played.items()}
+    return Outcome(rows, {"tiers": table}, requests=kept, provenance={"workers": workers})
 
 
 def own_profile(context: Context) -> PhaseProfile:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from repro.errors import UserError
 from repro.link import Link, Side
 from repro.processes import Child, Ended, Message
 from repro.serving import messages as say
+from repro.serving.clocks import Clocks
 
 _START_TIMEOUT_S = 120.0
 #: One thread per instance: a dozen instances share the cores of a laptop, and none of them computes.
@@ -104,7 +106,8 @@ class Fleet:
     """All instances, by name; a context manager, after which every one is gone.
 
     `hands_over`: PD instances send each other KVCache too, within the cluster, as engines that compute have to.
-    `heard(name, said)` gets what instances say and `ended(name, how)` the news of an end; both are called in the launcher's threads.
+    `heard(name, said)` gets what instances say, its moments on this process's clock, and `ended(name, how)` the news of an end;
+    both are called in the launcher's threads.
     """
 
     def __init__(
@@ -127,11 +130,13 @@ class Fleet:
         self._failure: Ended | None = None
         self._serving = False
         self._coming = set[str]()
+        #: How each instance's clock stands to this process's.
+        self.clocks = Clocks()
         #: Every process that it ever started.
         self.pids = set[int]()
 
     def start(self, places: Mapping[Place, Config]) -> None:
-        """Start all instances at once and connect whoever sends to every PD instance; returns when they serve.
+        """Start all instances at once, compare their clocks, and connect whoever sends to every PD instance; returns when they serve.
 
         Raises:
             UserError: naming an instance that ended or did not come up in time.
@@ -139,6 +144,7 @@ class Fleet:
         for place, config in places.items():
             self._start(place, config)
         self._wait(lambda: all(place.name in self._ports for place in places), "start")
+        self._wait(lambda: all(self.clocks.measured(place.name) for place in places), "tell the time")
         pairs = [(one, other) for one in places for other in places if self._sends(one, other)]
         for one, other in pairs:
             self._connect(one, other)
@@ -164,6 +170,7 @@ class Fleet:
     def replace(self, name: str, config: Config) -> None:
         """Start an instance anew in place of one that has ended or is silent; once it is connected, `Ready` is heard of it."""
         self._children[name].kill()
+        self.clocks.forget(name)
         with self._changed:
             self._ports.pop(name, None)
             self._connections = {pair for pair in self._connections if name not in pair}
@@ -201,18 +208,30 @@ class Fleet:
         return list(self._places)
 
     def _hear(self, name: str, message: Message) -> None:
+        heard_s = time.monotonic()
         said = say.from_instance(message)
-        if not isinstance(said, say.Ready | say.Connected):
-            self._heard(name, said)
+        if not isinstance(said, say.Ready | say.Connected | say.Time):
+            self._heard(name, self.clocks.corrected(name, said))
+            if self.clocks.is_due(name):
+                self.tell(name, self.clocks.question(name))
             return
         with self._changed:
             if isinstance(said, say.Ready):
                 self._ports[name] = said.port
                 if name in self._coming:
                     self._reconnect(self._places[name])
+                self.tell(name, self.clocks.question(name))
+            elif isinstance(said, say.Time):
+                self.clocks.note(name, said, heard_s)
+                if not self.clocks.measured(name):
+                    self.tell(name, self.clocks.question(name))
             else:
                 self._connections.add((name, said.name))
-            ready = [one for one in self._coming if one in self._ports and self._is_connected(self._places[one])]
+            ready = [
+                one
+                for one in self._coming
+                if one in self._ports and self.clocks.measured(one) and self._is_connected(self._places[one])
+            ]
             self._coming.difference_update(ready)
             self._changed.notify_all()
         for one in ready:

@@ -26,6 +26,7 @@ from repro.models.layout import StateKind
 from repro.processes import Message, Parent, run_worker
 from repro.profiles.base import PhaseProfile
 from repro.serving import messages as say
+from repro.serving.clocks import telling_time
 from repro.serving.clockwork import Clockwork
 from repro.transport import Delivery, Receiver, Sender, TransferFailed, TransportSpec
 
@@ -284,7 +285,7 @@ def work(parent: Parent, config: Message) -> None:
 
     if receiver is not None:
         threading.Thread(target=receive, args=(receiver,), name="receive", daemon=True).start()
-    parent.deliver(lambda message: clock.ask(instance.hear, message))
+    parent.deliver(telling_time(parent, lambda message: clock.ask(instance.hear, message)))
     parent.send_text(say.encoded(say.Ready(receiver.port if receiver is not None else 0)))
     clock.run()
 

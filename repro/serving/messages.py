@@ -1,8 +1,9 @@
 """What router and instances say to each other: small typed messages. They carry token counts and names, never state.
 
 On the channel a message is a JSON object whose `kind` names its type; one of another form is refused by name. Times are CLOCK_MONOTONIC in
-seconds, which all processes of a machine share. A request that is tried again has another `attempt`, so that what an earlier one still says
-can be told from it. A prompt that a client sent goes once per attempt, to the instance that prefills it; other prompts are drawn there.
+seconds, which all processes of a machine share; of another machine's the fleet corrects them (`clocks`). A request that is tried again has
+another `attempt`, so that what an earlier one still says can be told from it. A prompt that a client sent goes once
+per attempt, to the instance that prefills it; other prompts are drawn there.
 """
 
 from __future__ import annotations
@@ -164,9 +165,23 @@ class Report(Said, frozen=True):
     """Ask for `Sending` and `Lateness`."""
 
 
-ToInstance = Connect | Prefill | Decode | Forget | Slow | Memory | Report
+class AskTime(Said, frozen=True):
+    """Ask for `Time`; `asked_s` is when, on the head's clock."""
+
+    asked_s: float
+
+
+class Time(Said, frozen=True):
+    """The answer: the question came at `heard_s` and this went at `said_s`, on the instance's clock."""
+
+    asked_s: float
+    heard_s: float
+    said_s: float
+
+
+ToInstance = Connect | Prefill | Decode | Forget | Slow | Memory | Report | AskTime
 FromInstance = (
-    Ready | Connected | Prefilled | Delivered | Undelivered | Decoding | Stepped | Finished | Sending | Lateness
+    Ready | Connected | Prefilled | Delivered | Undelivered | Decoding | Stepped | Finished | Sending | Lateness | Time
 )
 
 _ENCODER = msgspec.json.Encoder()

@@ -279,7 +279,7 @@ class Router:
                 self._repaired(name)
         elif isinstance(said, say.Stepped):
             self._stepped(said)
-        elif not (self._is_down or isinstance(said, say.Connected)):
+        elif not (self._is_down or isinstance(said, say.Connected | say.Time)):
             request = self._live.get(said.request)
             if request is not None and request.attempt == said.attempt:
                 self._of_request(name, request, said)

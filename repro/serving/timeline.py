@@ -1,8 +1,8 @@
 """What happened when, in every process of a run, and its export as a Chrome trace (opens in Perfetto).
 
-All processes of a run share one machine, so they share CLOCK_MONOTONIC: spans of prefill and decode side lie on one
-axis without any synchronisation. Across machines this would not hold, and a transfer's span could not be read from
-two clocks.
+All processes of a split run share one machine, so they share CLOCK_MONOTONIC: spans of prefill and decode side lie on one
+axis without any synchronisation. Across machines this does not hold: a deployment's fleet measures how far each instance's
+clock is ahead and takes it off all moments that it is told (`repro.serving.clocks`).
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from repro.kvcache.frames import Manifest
 from repro.kvcache.state import State
 from repro.processes import Message, Parent, background, run_worker
 from repro.serving import messages as say
+from repro.serving.clocks import telling_time
 from repro.serving.instance import ATTEMPTS
 from repro.serving.prefill import Outbox
 from repro.serving.running_batch import Generation, RunningBatch
@@ -297,7 +298,7 @@ def work(parent: Parent, config: Message) -> None:
 
     if receiver is not None:
         threading.Thread(target=receive, args=(receiver,), name="receive", daemon=True).start()
-    parent.deliver(instance.hear)
+    parent.deliver(telling_time(parent, instance.hear))
     parent.send_text(say.encoded(say.Ready(receiver.port if receiver is not None else 0)))
     instance.run()
 
