@@ -247,10 +247,20 @@ def draw(record: Record) -> Figure:
             if len(gains) > 1:
                 label = "with the fixed part" if index == 0 else None
                 axis.plot(index, gains.iloc[1], color=style.RED, marker="s", ls="none", label=label)
-            over = min(100 * both["equal_cost_gain_pd"].iloc[0], _HIGHEST)
+            over = 100 * both["equal_cost_gain_pd"].iloc[0]
+            if over > _HIGHEST:
+                axis.annotate(
+                    f"{over:.0f}",
+                    (index, _HIGHEST),
+                    (0, -7),
+                    textcoords="offset points",
+                    ha="center",
+                    va="top",
+                    fontsize=7,
+                )
             axis.plot(
                 index,
-                over,
+                min(over, _HIGHEST),
                 color=style.GREEN,
                 marker="^",
                 ls="none",
@@ -265,7 +275,7 @@ def draw(record: Record) -> Figure:
             )
         )
     highest = 100 * table["equal_cost_gain"].max()
-    found = "no pair beats buying one kind alone" if highest < 5 else f"the best pair gains {highest:.0f} %"
+    found = "no pair beats buying one kind alone" if highest <= 0 else f"the best pair gains {highest:.1f} %"
     figure.suptitle(f"At these prices {found}", fontsize=11, weight="bold")
     axes[0].set_ylabel("gain at equal cost over the\nbetter homogeneous cluster (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
