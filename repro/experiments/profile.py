@@ -60,7 +60,7 @@ def check(settings: Settings, options: ProfileSpec) -> None:
     if options.endpoint is None:
         check_one(settings, options)
     else:
-        check_endpoint(settings, options.endpoint)
+        check_endpoint(settings, options, options.endpoint)
 
 
 def accelerator_of(device: torch.device) -> str:

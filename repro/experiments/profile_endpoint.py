@@ -32,19 +32,36 @@ from repro.record.metrics import Metric
 from repro.settings import Settings
 
 _DEFAULT_TIMEOUT_S = 60.0
+#: For the list of models, before anything else is known of a server.
+_LIST_WITHIN_S = 5.0
 
 
-def check_endpoint(settings: Settings, endpoint: str) -> None:
+def check_endpoint(settings: Settings, options: ProfileSpec, endpoint: str) -> None:
     """An address, and a model whose state's size is known. Raises UserError naming the key."""
     base_url(endpoint, "options.endpoint")
     model = one_model(settings)
     if model.pretrained is not None:
         check_checkpoint(model.pretrained)
-    elif model.size == "tiny":
+    elif model.size == "tiny" and not _is_served_there(model, options, endpoint):
         raise UserError(
             f"pretrained: null; a server does not show whose KVCache it holds, and it is hardly the tiny {model.name}; accepted: "
-            "pretrained=<the checkpoint that it serves>, a folder or a hub id, or model=<name> size=full"
+            "pretrained=<the checkpoint that it serves>, a folder or a hub id, model=<name> size=full, or the kit's own serve at that size"
         )
+
+
+def _is_served_there(model: ModelSpec, options: ProfileSpec, endpoint: str) -> bool:
+    """Whether the server says itself that it serves that model at that size, as `python -m repro serve` does."""
+    try:
+        with OpenAIServer(
+            endpoint,
+            vocabulary_of(model),
+            model=options.served_model,
+            key_variable=options.api_key_variable,
+            timeout_s=_LIST_WITHIN_S,
+        ) as server:
+            return server.root == f"{model.name}_{model.size}"
+    except UserError:
+        return False
 
 
 def profile_endpoint(context: Context, model: ModelSpec, options: ProfileSpec, endpoint: str) -> Outcome:

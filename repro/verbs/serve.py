@@ -222,7 +222,7 @@ def _serve(
     logs.mkdir()
     with deployed(spec, wire, logs, f"serve-{os.getpid()}", settings.seed, computing) as live:
         front = Front(Exposition(model.name), limits, live.first_number())
-        api = Api(front, Served(model.name, model.pretrained or model.name, tokenizer, words), key)
+        api = Api(front, Served(model.name, model.pretrained or f"{model.name}_{model.size}", tokenizer, words), key)
         host, port = listener.getsockname()[:2]
         with live.serving(front, limits.requests + 1) as router:
             _say(f"serving {model.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1; Ctrl-C ends it")

@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 
 from repro import app
+from repro.composition import compose
 from repro.engine.openai import OpenAIServer, base_url, parse_counters
 from repro.errors import UserError
+from repro.experiments.profile_endpoint import check_endpoint
 from repro.profiles.endpoint import BrokenAnswerError, RefusedError
+from repro.profiles.measured import ProfileSpec
 
 METRICS = """# HELP vllm:request_prefill_time_seconds Histogram
 vllm:request_prefill_time_seconds_bucket{le="0.3",model_name="a"} 2.0
@@ -40,6 +43,7 @@ class Habits:
     status = 200
     token_s = 0.0
     listed = True
+    root = "/models/tiny"
 
 
 @contextmanager
@@ -58,7 +62,7 @@ def served(habits: type[Habits]) -> Iterator[str]:
         def do_GET(self) -> None:
             if self.path == "/metrics":
                 return self.said(200, METRICS)
-            listed = [{"id": "tiny", "root": "/models/tiny", "max_model_len": 4096}]
+            listed = [{"id": "tiny", "root": habits.root, "max_model_len": 4096}]
             return self.said(200, json.dumps({"data": listed}) if habits.listed else "<html>hello</html>")
 
         def do_POST(self) -> None:
@@ -200,6 +204,17 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 def test_addresses_end_in_v1_once_and_counters_are_summed() -> None:
     assert base_url("http://a:1/", "k") == base_url("http://a:1/v1", "k") == "http://a:1/v1"
     assert parse_counters(METRICS) == {"vllm:request_prefill_time_seconds_count": 3.0}
+
+
+@pytest.mark.parametrize(("root", "accepted"), [("kimi_linear_tiny", True), ("/data/kimi_linear", False)])
+def test_a_tiny_model_is_profiled_only_where_the_server_says_that_it_is_that(root: str, accepted: bool) -> None:
+    settings = compose(["experiment=profile"]).settings
+    with served(type("Named", (Habits,), {"root": root})) as url:
+        if accepted:
+            check_endpoint(settings, ProfileSpec(), url)
+        else:
+            with pytest.raises(UserError, match=r"^pretrained: null; .* it is hardly the tiny kimi_linear"):
+                check_endpoint(settings, ProfileSpec(), url)
 
 
 WRONG = [
