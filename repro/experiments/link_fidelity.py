@@ -10,12 +10,8 @@ et al.). A schedule and an outage are then followed by a receiver's clock and by
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import shutil
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,14 +20,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from repro import processes
 from repro.errors import UserError
 from repro.experiments.base import Context, Experiment, Outcome
-from repro.link import Link, LinkChange, LinkSpec, open_link
+from repro.link import Link, LinkChange, LinkSpec, iperf3, open_link
 from repro.link.backends import BY_NAME
 from repro.link.link import Unavailable
 from repro.link.measurement import LinkMeasurement, Plan, across
-from repro.processes import Child, tied
 from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.report import style
@@ -184,24 +178,12 @@ def _iperf3(link: Link, connections: int, control: str, seconds: float) -> dict[
     """Goodput of iperf3 from prefill to decode; nan where it is not installed or failed."""
     spec = link.spec
     goodput, retransmits = math.nan, math.nan
-    if shutil.which("iperf3") is not None:
-        # Left out at the start: slow start, which takes some round trips.
-        omit = str(min(10, math.ceil(0.5 + 12 * spec.rtt_s)))
-        serve = link.command("decode", tied(["iperf3", "-s", "-1", "-p", "5201", "-B", link.listen_host("decode")]))
-        server = Child("iperf3 server", serve, channel=False, stderr="dropped")
-        try:
-            time.sleep(0.2)
-            host, port = link.dial(5201)
-            words = ["iperf3", "-c", host, "-p", str(port), "-J", "-t", f"{math.ceil(seconds)}", "-O", omit]
-            words += ["-P", str(connections), *([] if link.backend == "relay" else ["-C", control])]
-            done = processes.run(link.command("prefill", tied(words)), timeout_s=60 + seconds)
-            end = json.loads(done.stdout).get("end", {})
-            goodput = end["sum_received"]["bits_per_second"]
-            retransmits = end["sum_sent"]["retransmits"]
-        except (KeyError, ValueError, subprocess.TimeoutExpired):
-            pass
-        finally:
-            server.kill()
+    # Left out at the start: slow start, which takes some round trips.
+    omit_s = min(10, math.ceil(0.5 + 12 * spec.rtt_s))
+    told = iperf3.stream(link, connections, None if link.backend == "relay" else control, seconds, omit_s)
+    if told:
+        goodput = told["end"]["sum_received"]["bits_per_second"]
+        retransmits = told["end"]["sum_sent"].get("retransmits", math.nan)
     return {
         "backend": link.backend,
         "asked_rate_bps": spec.rate_bps,

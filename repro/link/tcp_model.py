@@ -6,7 +6,7 @@ windows are whole segments, and a recovery takes its round trip, so the mean her
 sends a window, loses each segment with the same probability, and then shrinks or grows as the standard says. One law serves the
 simulated link (`repro.simulate`) and the study of distance.
 
-Constants are the standards'; two are fitted to what iperf3 measures on the emulated link.
+Constants are the standards'; two are fitted to what iperf3 measures on the emulated link (experiment=link_law).
 """
 
 from __future__ import annotations

@@ -125,6 +125,11 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "options.search_width=0.5", "options.time_scale=100", "cluster.pd.instances=2", "cluster.prfaas.instances=1", "link.backend=relay",
         "policy.threshold_step_tokens=2000",
     ],
+    ("link_law", "emulate"): [
+        "options.fitted=[{rtt_s: 0.01, loss: 0.02, congestion_control: cubic, connections: 4}]",
+        "options.held_out=[{rtt_s: 0.01, loss: 0.03, congestion_control: cubic, connections: 4}]",
+        "options.limit_s=2", "options.opening_rtts_s=[0.02]", "options.opening_bytes=[100000]", "options.opening_repeats=1",
+    ],
     ("link_fidelity", "emulate"): [
         "options.backends=[relay]", "options.rates_bps=[1e8]", "options.rtts_s=[0.02]", "options.losses=[0.0]", "options.connections=[1]",
         "options.congestion_controls=[cubic]", "options.rate_s=0.3", "options.iperf3_s=1.0",
