@@ -9,6 +9,7 @@ start costs is measured apart: how long bytes take that a new connection sends, 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -170,7 +171,7 @@ def fitted(link: LinkSpec, points: pd.DataFrame) -> tuple[int, float]:
     return best[1], best[2]
 
 
-def _condition(row: dict[str, Any]) -> Condition:
+def _condition(row: Mapping[Any, Any]) -> Condition:
     return Condition(row["rtt_s"], row["loss"], row["congestion_control"], int(row["connections"]))
 
 
@@ -256,7 +257,7 @@ def finding(record: Record) -> str:
     worst = value(table, "law_worst_error", "held out")
     wide = int(value(table, "points_too_wide", "held out"))
     width = 100 * record.configuration["options"]["half_width"]
-    case = ratios.loc[(ratios["value"] - 1).abs().idxmax(), "case"]
+    case = ratios["case"].iloc[int((ratios["value"] - 1).abs().argmax())]
     narrow = f"to ±{width:g} %" if not wide else f"{len(ratios) - wide} of them to ±{width:g} %"
     return (
         f"On {len(ratios)} conditions that its constants never saw, measured {narrow}, TCP's law is within {100 * worst:.1f} % of iperf3 "

@@ -12,7 +12,7 @@ Constants are the standards'; two are fitted to what iperf3 measures on the emul
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -71,13 +71,13 @@ class TcpPath:
 
     @property
     def goodput_bps(self) -> float:
-        """Payload that all connections together deliver in the long run, in bit/s; infinite without a round trip and a link.
+        """Payload that all connections together deliver in the long run, in bit/s; infinite without a round trip, a loss and a link.
 
         BBR takes no loss for congestion: it fills the link, or its window, with what is not lost.
         """
         whole = self.connections * 8 * self.window_bytes / self.rtt_s if self.rtt_s > 0 else math.inf
         most = min(whole, self.link_bps)
-        if self.congestion_control == "bbr" or self.loss == 0 or self.rtt_s <= 0:
+        if self.congestion_control == "bbr" or self.loss == 0:
             return most * (1 - self.loss)
         return min(most, chain_bps(self, RECOVERY_ROUNDS, HOST_S))
 
@@ -88,7 +88,7 @@ class TcpPath:
         BBR paces on from the rate that it knows, so only a new connection of it begins small.
         """
         if self.rtt_s <= 0:
-            return math.inf
+            return self.goodput_bps
         least = self.connections * 8 * INITIAL_SEGMENTS * self.segment_bytes / self.rtt_s
         steady = self.goodput_bps
         if math.isfinite(idle_s) and self.congestion_control == "bbr":
@@ -122,7 +122,8 @@ def chain_bps(path: TcpPath, recovery_rounds: int, host_s: float) -> float:
     largest = max(path.window_bytes / path.segment_bytes, SMALLEST_SEGMENTS)
     held = 2 * path.link_bps * rtt_s / bits
     event = path.loss / path.burst_segments
-    usual = max(min(even_losses_bps(path) * path.rtt_s / bits, largest, held / k), SMALLEST_SEGMENTS)
+    even = even_losses_bps(replace(path, rtt_s=rtt_s)) * rtt_s / bits
+    usual = max(min(even, largest, held / k), SMALLEST_SEGMENTS)
     cycle = 1 / min(event * usual, 1.0)
     forgets = int(min(max(_FORGETS * cycle, _FEWEST_ROUNDS / 4), _MOST_ROUNDS / 4))
     rounds = forgets + int(min(max(_AVERAGED * cycle, _FEWEST_ROUNDS), _MOST_ROUNDS))

@@ -53,6 +53,12 @@ def test_without_loss_the_link_is_full_and_bbr_loses_no_more_than_is_lost() -> N
     assert TcpPath(0.1, 0.02, "bbr", 1, math.inf, link_bps=1e9).goodput_bps == pytest.approx(0.98e9)
 
 
+def test_a_link_without_length_is_as_one_with_hardly_any() -> None:
+    none, hardly = (TcpPath(rtt_s, 0.01, connections=4, window_bytes=math.inf, link_bps=1e10) for rtt_s in (0.0, 1e-6))
+    assert none.goodput_bps == pytest.approx(hardly.goodput_bps, rel=0.01)
+    assert none.delivery_s(1e8) == pytest.approx(8e8 / none.goodput_bps)
+
+
 def test_a_burst_of_losses_shrinks_a_window_once() -> None:
     alone, bursts = TcpPath(0.02, 1e-2), TcpPath(0.02, 1e-2, burst_segments=10)
     assert bursts.goodput_bps == pytest.approx(TcpPath(0.02, 1e-3).goodput_bps, rel=0.02)
