@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from repro.errors import UserError
 from repro.experiments.base import Context, Experiment, Outcome
 from repro.link import LinkSpec, iperf3, open_link
 from repro.link.measurement import across
+from repro.link.spec import TCP_HEADERS_BYTES
 from repro.link.tcp_model import HOST_S, RECOVERY_ROUNDS, TcpPath, chain_bps, even_losses_bps
 from repro.record.directory import Record
 from repro.record.metrics import Metric, value
@@ -176,7 +177,14 @@ def _condition(row: Mapping[Any, Any]) -> Condition:
 
 
 def _path(link: LinkSpec, condition: Condition) -> TcpPath:
-    return TcpPath(**asdict(condition), window_bytes=math.inf, link_bps=link.ideal_goodput_bps())
+    segment = link.mtu_bytes - TCP_HEADERS_BYTES
+    return TcpPath(**asdict(condition), window_bytes=math.inf, segment_bytes=segment, link_bps=link.ideal_goodput_bps())
+
+
+def _asked(link: LinkSpec, rtt_s: float, loss: float = 0.0, control: str | None = None) -> LinkSpec:
+    """The configured link at one condition."""
+    kept = {key: getattr(link, key) for key in ("rate_bps", "queue_s", "mtu_bytes", "seed", "backend")}
+    return LinkSpec("law", rtt_s=rtt_s, loss=loss, congestion_control=control, **kept)
 
 
 def _measured(context: Context, condition: Condition) -> Estimate:
@@ -189,15 +197,7 @@ def _measured(context: Context, condition: Condition) -> Estimate:
     cycle_s = condition.rtt_s / min(condition.loss * window, 1.0) if loss_driven else 0.0
     sample_s = max(_LEAST_S, math.ceil(_SAMPLE_CYCLES * cycle_s))
     omit_s = math.ceil(1 + 12 * condition.rtt_s + 2 * _SAMPLE_CYCLES * cycle_s)
-    spec = LinkSpec(
-        "law",
-        link.rate_bps,
-        rtt_s=condition.rtt_s,
-        loss=condition.loss,
-        queue_s=link.queue_s,
-        seed=link.seed,
-        backend=link.backend,
-    )
+    spec = _asked(link, condition.rtt_s, condition.loss)
     samples: list[float] = []
     with open_link(spec, run="link-law") as made:
         left_s = options.limit_s
@@ -228,13 +228,10 @@ def _openings(context: Context) -> list[dict[str, Any]]:
     link = context.settings.link
     rows: list[dict[str, Any]] = []
     for rtt_s in options.opening_rtts_s:
-        path = TcpPath(rtt_s, window_bytes=math.inf, link_bps=link.ideal_goodput_bps())
+        path = _path(link, Condition(rtt_s, 0.0, "cubic", 1))
         largest_s = path.delivery_s(max(options.opening_bytes))
-        spec = replace(
-            LinkSpec("law", link.rate_bps, queue_s=link.queue_s, seed=link.seed, backend=link.backend), rtt_s=rtt_s
-        )
         took: dict[int, list[float]] = {size: [] for size in options.opening_bytes}
-        with open_link(replace(spec, congestion_control="cubic"), run="link-law") as made:
+        with open_link(_asked(link, rtt_s, control="cubic"), run="link-law") as made:
             for _ in range(options.opening_repeats):
                 found = across(made, "forward", "watch", 60, duration_s=2 * largest_s + 0.5)
                 marks = np.array(found["marks"])
@@ -294,7 +291,7 @@ def draw(record: Record) -> Figure:
 
 EXPERIMENT = Experiment(
     name="link_law",
-    reads={"emulate": ("link.rate_bps", "link.queue_s", "link.seed", "link.backend", "options")},
+    reads={"emulate": ("link.rate_bps", "link.queue_s", "link.mtu_bytes", "link.seed", "link.backend", "options")},
     run=run,
     figures={"link_law": draw},
     options=Options,
