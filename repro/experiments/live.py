@@ -22,7 +22,7 @@ from repro.link import Link, LinkSpec, open_link
 from repro.processes import Ended
 from repro.scheduling.views import Sample
 from repro.serving.faults import FaultSchedule, LiveFault
-from repro.serving.fleet import Config, Fleet, LocalLauncher, Place
+from repro.serving.fleet import Config, Fleet, Launcher, LocalLauncher, Place
 from repro.serving.instance import InstanceConfig
 from repro.serving.listener import Listener
 from repro.serving.live_view import shown
@@ -120,6 +120,7 @@ class Deployment:
         log_directory: Path,
         seed: int,
         computing: Computing | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
         if len(spec.pd) != 1 or len(spec.prfaas) > 1:
             raise UserError("cluster: the live system serves one PD cluster and at most one PrfaaS cluster")
@@ -128,7 +129,7 @@ class Deployment:
         self._router: Router | None = None
         self._link: Link | None = link
         self._computes = computing is not None
-        launcher = LocalLauncher(link, log_directory)
+        launcher = launcher or LocalLauncher(link, log_directory)
         self._fleet = Fleet(launcher, self._heard, self._ended, hands_over=self._computes)
         self._next_number = 0
         self._reported = _Reported()
@@ -299,12 +300,21 @@ class Deployment:
 
 @contextmanager
 def deployed(
-    spec: SimulationSpec, wire: Wire, log_directory: Path, run: str, seed: int = 0, computing: Computing | None = None
+    spec: SimulationSpec,
+    wire: Wire,
+    log_directory: Path,
+    run: str,
+    seed: int = 0,
+    computing: Computing | None = None,
+    launcher: Launcher | None = None,
 ) -> Iterator[Deployment]:
-    """Open the scaled link and start the deployment on it; its instances replay their profiles, or compute."""
+    """Open the scaled link and start the deployment on it; its instances replay their profiles, or compute.
+
+    `launcher` starts them, by default as processes of this machine on the two sides of the link.
+    """
     with (
         open_link(wire.link, run=run, time_scale=wire.scale.time, byte_scale=wire.scale.bytes) as link,
-        Deployment(spec, wire, link, log_directory, seed, computing) as running,
+        Deployment(spec, wire, link, log_directory, seed, computing, launcher) as running,
     ):
         yield running
 

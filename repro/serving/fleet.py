@@ -19,13 +19,14 @@ from typing import Any, ClassVar, Protocol, cast
 from repro.configuration import plain
 from repro.errors import UserError
 from repro.link import Link, Side
+from repro.link.namespaces import other as across
 from repro.processes import Child, Ended, Message
 from repro.serving import messages as say
 from repro.serving.clocks import Clocks
 
 _START_TIMEOUT_S = 120.0
 #: One thread per instance: a dozen instances share the cores of a laptop, and none of them computes.
-_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class Launcher(Protocol):
         """The address that an instance there receives on."""
         ...
 
-    def dial(self, port: int) -> tuple[str, int]:
-        """Where the prefill side reaches that port of the decode side, through the link."""
+    def dial(self, place: Place, port: int) -> tuple[str, int]:
+        """Where the prefill side reaches that port of an instance of the decode side, through the link."""
         ...
 
 
@@ -86,7 +87,7 @@ class LocalLauncher:
             f"instance {place.name}",
             self._link.command(place.side, [sys.executable, "-m", config.MODULE]),
             hear=lambda message, _beside: hear(message),
-            environment=_ENVIRONMENT,
+            environment=ENVIRONMENT,
             stderr=self._log_directory / f"{place.name}.log",
         )
         child.on_end(ended)
@@ -97,9 +98,9 @@ class LocalLauncher:
         """The side's address on the link."""
         return self._link.listen_host(place.side)
 
-    def dial(self, port: int) -> tuple[str, int]:
+    def dial(self, place: Place, port: int) -> tuple[str, int]:
         """Through the link."""
-        return self._link.dial(port)
+        return self._link.dial(port, across(place.side))
 
 
 class Fleet:
@@ -164,7 +165,7 @@ class Fleet:
     def _connect(self, sender: Place, receiver: Place) -> None:
         port = self._ports[receiver.name]
         over_link = sender.side != receiver.side
-        host, port = self._launcher.dial(port) if over_link else (self._launcher.host(receiver), port)
+        host, port = self._launcher.dial(receiver, port) if over_link else (self._launcher.host(receiver), port)
         self.tell(sender.name, say.Connect(receiver.name, host, port))
 
     def replace(self, name: str, config: Config) -> None:

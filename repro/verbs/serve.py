@@ -45,6 +45,7 @@ from repro.serving.exposition import Exposition
 from repro.serving.fleet import Config
 from repro.serving.front import Front, Limits
 from repro.serving.http_server import listening, serve_until, signalled
+from repro.serving.ray_launcher import RayLauncher
 from repro.serving.scale import Scale
 from repro.serving.tokenizer import ByteTokenizer, tokenizer_of
 from repro.serving.torch_instance import TorchInstanceConfig
@@ -89,6 +90,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--chunk-tokens", type=int, default=128, help="of prefill (default: 128)")
     parser.add_argument("--threads", type=int, default=1, help="of each instance (default: 1)")
     parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="of a running Ray cluster, whose nodes with the resources prefill and decode take the instances",
+    )
+    parser.add_argument(
         "--save-tokenizer",
         type=Path,
         metavar="FOLDER",
@@ -106,6 +112,10 @@ def main(argv: list[str]) -> int:
     )
     if given.batch_max is not None and given.batch_max < 1:
         raise UserError(f"--batch-max: {given.batch_max}; accepted: 1 or more")
+    if given.ray is not None and settings.link.backend != "none":
+        raise UserError(
+            f"--ray: link.backend={settings.link.backend} stands on one machine; accepted: link.backend=none, the network of the nodes"
+        )
     key = _key(given.api_key_variable, given.host)
     with listening(given.host, given.port) as listener:
         directory = RunDirectory(Path(settings.results) / "serve" / (settings.label or time.strftime("%Y%m%d-%H%M%S")))
@@ -117,7 +127,7 @@ def main(argv: list[str]) -> int:
         directory.begin({**described, "limits": asdict(limits)}, ["repro", "serve", *argv], {"seed": settings.seed})
         try:
             with writing(directory.path):
-                _serve(settings, options, limits, key, listener, directory, given.batch_max)
+                _serve(settings, options, limits, key, listener, directory, given.batch_max, given.ray)
             directory.complete()
         except BaseException as error:
             directory.fail(error)
@@ -206,6 +216,7 @@ def _serve(
     listener: socket.socket,
     directory: RunDirectory,
     batch_max: int | None,
+    ray: str | None,
 ) -> None:
     """Start everything, serve until told to stop, and write what was served."""
     model = one_model(settings)
@@ -220,7 +231,8 @@ def _serve(
     wire = Wire(settings.link, settings.transport, options.pieces, Scale())
     logs = directory.path / "logs"
     logs.mkdir()
-    with deployed(spec, wire, logs, f"serve-{os.getpid()}", settings.seed, computing) as live:
+    launcher = RayLauncher(ray, logs) if ray is not None else None
+    with deployed(spec, wire, logs, f"serve-{os.getpid()}", settings.seed, computing, launcher) as live:
         front = Front(Exposition(model.name), limits, live.first_number())
         api = Api(front, Served(model.name, model.pretrained or f"{model.name}_{model.size}", tokenizer, words), key)
         host, port = listener.getsockname()[:2]
