@@ -2,8 +2,9 @@
 
 The same prompts are prefilled with and without capture, in turns, as paired ratios of T_prefill, which ends when the computation is over
 and not when the last copy is. `hooks` drops what it captures: the price of hooks and of slicing views. `staged` copies it to page-locked
-memory beside the computation and frames it. `sent` sends it over loopback as well, from a process of its own. Beside these stands
-the processor time inside the hooks themselves, which needs no quiet machine but does not see what capture does to caches.
+memory beside the computation and frames it. `sent` sends it over loopback as well, from a process of its own; `straight` does so without
+the staging memory and its thread, as an engine on a CPU does. Beside these stands the processor time inside the hooks themselves, which
+needs no quiet machine but does not see what capture does to caches.
 
 Then a whole cache leaves as fast as it can, nothing being computed: `device_to_host_bps` through the staging memory, `device_to_wire_bps`
 until the receiver has acknowledged all of it, `host_to_device_bps` back from the receiver's memory.
@@ -47,16 +48,17 @@ Sink = Callable[[], AbstractContextManager[Emit]]
 
 @dataclass(frozen=True)
 class Options:
-    """One prompt of `tokens` on `device`, in chunks, `pairs` times with and without capture."""
+    """One prompt of `tokens` on `device`, in chunks and by `threads` of PyTorch, `pairs` times with and without capture."""
 
     device: str = "cpu"
     tokens: int = 2048
     chunk_tokens: int = 512
+    threads: int = 1
     pairs: int = 15
     staging_bytes: int = 512 << 20
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("chunk_tokens", 1), ("pairs", 2), ("staging_bytes", 1)):
+        for name, least in (("tokens", 1), ("chunk_tokens", 1), ("threads", 1), ("pairs", 2), ("staging_bytes", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"options.{name}: {getattr(self, name)}; accepted: {least} or more")
         try:
@@ -124,6 +126,7 @@ class _TimedCapture(LayerwiseCapture):
 def _rows(context: Context) -> list[Metric]:
     options, spec = context.options, one_model(context.settings)
     assert isinstance(options, Options)
+    torch.set_num_threads(options.threads)
     model = build(spec, options.device)
     random = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -146,6 +149,7 @@ def _rows(context: Context) -> list[Metric]:
         copies.lock(wire.receiver.memory)
         sinks: dict[str, Sink] = {
             "hooks": _dropped, "staged": lambda: _staged(staging, _Framing()), "sent": lambda: _sent(staging, wire),
+            "straight": lambda: _sent_straight(wire),
         }  # fmt: skip
         for variant, sink in sinks.items():
             plain_s, wall, cpu = paired(prefill, sink, options.pairs)
@@ -287,17 +291,29 @@ def _loopback(connections: int) -> Iterator[_Wire]:
 
 @contextlib.contextmanager
 def _sent(staging: Staging, wire: _Wire) -> Iterator[Emit]:
-    """Send what is put, and end when all of it is acknowledged."""
+    """Send what is put from the staging thread, and end when all of it is acknowledged."""
+    with _request(wire) as send, staging.lane(lambda state, _put_s, _copied_s: send(state)) as lane:
+        yield lane.put
+
+
+@contextlib.contextmanager
+def _sent_straight(wire: _Wire) -> Iterator[Emit]:
+    """Send what is put at once, and end when all of it is acknowledged."""
+    with _request(wire) as send:
+        yield send
+
+
+@contextlib.contextmanager
+def _request(wire: _Wire) -> Iterator[Emit]:
     number, headers = next(wire.numbers), list[FrameHeader]()
 
-    def send(state: State, _put_s: float, _copied_s: float) -> None:
+    def send(state: State) -> None:
         piece = seal(state, number, len(headers))
         headers.append(piece.header)
         wire.sender.send(piece)
 
     wire.sender.begin(number)
-    with staging.lane(send) as lane:
-        yield lane.put
+    yield send
     wire.sender.finish(Manifest.of(number, headers))
     wire.sender.wait(number)
     wire.receive()

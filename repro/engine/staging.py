@@ -7,7 +7,8 @@ bounded: where the link is so far behind that none is left, `put` waits. A stage
 it is gone: a sender sends from where it lies, and nobody has to say when it is done.
 
 On a CPU the same queue, thread and bound stand behind a plain copy. There too the copy is needed: the next chunk overwrites recurrent
-states, and a view would keep the whole cache of its chunk alive.
+states, and a view would keep the whole cache of its chunk alive. Only where whoever takes a state next copies it anyway does it go
+straight there.
 """
 
 from __future__ import annotations
@@ -260,6 +261,24 @@ class Lane:
         except Exception as error:
             self._error = self._error or _as_told(error)
         return self._error is None
+
+
+class Straight:
+    """The way of state that lies on the host to one who copies it at once: no staging memory, no second thread."""
+
+    def __init__(self, deliver: Callable[[State, float], None]) -> None:
+        self._deliver = deliver
+
+    def __enter__(self) -> Straight:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def put(self, state: State, *, settled: bool = False) -> None:
+        """Deliver a state, and when that began. What `deliver` raises is raised here."""
+        del settled
+        self._deliver(state, now_s())
 
 
 def _as_told(error: Exception) -> Exception:

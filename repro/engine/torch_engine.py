@@ -27,7 +27,7 @@ from repro.engine.base import Emit, Handover, Prefilled, Request
 from repro.engine.gate import Admission, admit
 from repro.engine.reference import Agreement, Reference, compare, generate, tolerance_of
 from repro.engine.spans import Span, SpanLog, now_s
-from repro.engine.staging import Staging, copies_over
+from repro.engine.staging import HostCopies, Staging, Straight, copies_over
 from repro.errors import UserError
 from repro.kvcache.capture import LayerwiseCapture, decoder_layers
 from repro.kvcache.frames import Piece
@@ -149,17 +149,21 @@ class TorchEngine:
         identity = json.dumps([asdict(self._spec.model), self._spec.chunk_tokens], sort_keys=True)
         return PrefixCache(spec, layout(self._model), self._config, identity, blocks_only=blocks_only)
 
-    def prefill(self, request: Request, emit: Emit, log: SpanLog, held_tokens: int = 0) -> Prefilled:
+    def prefill(
+        self, request: Request, emit: Emit, log: SpanLog, held_tokens: int = 0, *, emit_copies: bool = False
+    ) -> Prefilled:
         """Compute the state of the first l − 1 tokens, as far as no earlier prompt left it; `emit` gets each layer's pieces.
 
         What was cached leaves before anything is computed. `emit` is called from a thread of its own, and may wait: the
-        computation goes on until the staging memory is full. What it raises ends the prefill.
+        computation goes on until the staging memory is full. What it raises ends the prefill. If it copies each piece before it
+        returns (`emit_copies`), state that lies on the host goes to it straight from the forward pass: a second thread would
+        make the pass wait for Python's lock at every piece, which costs more than the copy.
         """
         tokens = request.prompt[: request.state_tokens]
         prefix = self.prefixes.open(tokens, request.cache_salt) if self.prefixes else Prefix()
         try:
             handover = Handover.of(request, held_tokens, prefix.key(held_tokens))
-            cache, end_s = self._prefill(request, prefix, emit, log, held_tokens)
+            cache, end_s = self._prefill(request, prefix, emit, log, held_tokens, emit_copies)
         except BaseException:
             prefix.close()
             raise
@@ -167,7 +171,7 @@ class TorchEngine:
         return Prefilled(end_s, prefix.cached_tokens, handover, keep, prefix.close)
 
     def _prefill(
-        self, request: Request, prefix: Prefix, emit: Emit, log: SpanLog, held_tokens: int
+        self, request: Request, prefix: Prefix, emit: Emit, log: SpanLog, held_tokens: int, emit_copies: bool
     ) -> tuple[Cache, float]:
         request_id, tokens, cached = request.request_id, request.state_tokens, prefix.cached_tokens
         pieces = itertools.count()
@@ -179,14 +183,22 @@ class TorchEngine:
         def is_noted(state: State) -> bool:
             return not grows(state.kind) and state.end in prefix.checkpoints
 
-        def deliver(state: State, put_s: float, copied_s: float) -> None:
-            log.add(Span("copy", request_id, put_s, copied_s, layer=state.layer, kv_bytes=state.nbytes))
+        def hand_on(state: State) -> None:
             if is_noted(state):
                 prefix.note(state)
             if is_sent(state):
                 emit(seal(state, request_id, next(pieces)))
 
-        with self._staging.lane(deliver) as lane:
+        def deliver(state: State, put_s: float, copied_s: float) -> None:
+            log.add(Span("copy", request_id, put_s, copied_s, layer=state.layer, kv_bytes=state.nbytes))
+            hand_on(state)
+
+        def deliver_at_once(state: State, put_s: float) -> None:
+            hand_on(state)
+            log.add(Span("copy", request_id, put_s, now_s(), layer=state.layer, kv_bytes=state.nbytes))
+
+        straight = emit_copies and isinstance(self._copies, HostCopies)
+        with Straight(deliver_at_once) if straight else self._staging.lane(deliver) as lane:
             for state in prefix.states:
                 if is_sent(state):
                     lane.put(state, settled=True)

@@ -233,7 +233,16 @@ def serve(
     if not codec.lossless:
         context.progress(f"{name}: codec {', '.join(codec.names)} is lossy, tokens may differ from generate's")
     logs = context.folder / "logs" / f"{name}-{link.spec.name}"
-    with System(engine, context.settings.transport, link, logs, codec=codec, cores=cores, devices=devices) as system:
+    with System(
+        engine,
+        context.settings.transport,
+        link,
+        logs,
+        codec=codec,
+        transport_process=True,
+        cores=cores,
+        devices=devices,
+    ) as system:
         for mode in ("unsplit", "layerwise"):
             system.serve(warm_up, mode)
         system.observe(warm_up[0])

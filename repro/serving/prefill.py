@@ -57,6 +57,8 @@ class Outbox:
         self._held: list[Piece] = []
         self.headers: list[FrameHeader] = []
         self.first_piece_s = 0.0
+        #: Whether `emit` is done with a piece's memory when it returns, and soon: encoding would keep a forward pass waiting.
+        self.copies = codec.names == ("none",) and (not layerwise or isinstance(sender, SenderProcess))
 
     def emit(self, piece: Piece) -> None:
         """Take a piece from the engine. Waits where the link is so far behind that memory must be bounded."""
@@ -152,7 +154,7 @@ def _serve(
     sender.begin(request_id, deadline_s=spec.deadline_s)
     start_s = now_s()
     held_tokens = message.get("held_tokens", 0)
-    prefilled = engine.prefill(request, outbox.emit, log, held_tokens)
+    prefilled = engine.prefill(request, outbox.emit, log, held_tokens, emit_copies=outbox.copies)
     log.add(Span("prefill", request_id, start_s, prefilled.end_s))
     try:
         outbox.release()

@@ -198,7 +198,8 @@ class SenderProcess:
             if pending is None or pending.outcome is not None:
                 return
             if message["kind"] == "acked":
-                self._free(pending, message["piece"])
+                for piece in message["pieces"]:
+                    self._free(pending, piece)
             else:
                 pending.outcome = _outcome(message)
                 for piece in list(pending.blocks):

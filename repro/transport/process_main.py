@@ -12,6 +12,7 @@ import logging
 import queue
 import sys
 import threading
+import time
 from dataclasses import asdict
 
 from repro.errors import UserError
@@ -22,6 +23,9 @@ from repro.transport.outgoing import Delivery, TransferFailed
 from repro.transport.receiver import Received, Receiver
 from repro.transport.sender import Sender
 from repro.transport.spec import ReceiverLimits, TransportSpec
+
+#: So long acknowledgements wait for others, in s; the worker needs them to place new pieces only where its memory is short.
+_GATHER_S = 0.02
 
 
 def work(parent: Parent, first: Message) -> None:
@@ -96,9 +100,23 @@ def _described(event: tuple[int, int] | Delivery | TransferFailed) -> Message:
 
 
 def _forward(parent: Parent, events: queue.SimpleQueue[Message | None]) -> None:
+    """Tell the worker what became of its pieces, many at a time: each message takes Python's lock from its forward pass."""
     with contextlib.suppress(OSError):
         while (message := events.get()) is not None:
-            parent.send(**message)
+            acked: dict[int, list[int]] = {}
+            until_s = time.monotonic() + _GATHER_S
+            while message is not None and message["kind"] == "acked":
+                acked.setdefault(message["request"], []).append(message["piece"])
+                try:
+                    message = events.get(timeout=max(until_s - time.monotonic(), 0))
+                except queue.Empty:
+                    break
+            for request, pieces in acked.items():
+                parent.send("acked", request=request, pieces=pieces)
+            if message is None:
+                return
+            if message["kind"] != "acked":
+                parent.send(**message)
 
 
 def _serve_receiver(parent: Parent, first: Message, spec: TransportSpec, arena: Arena) -> None:
