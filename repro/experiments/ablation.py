@@ -1,7 +1,8 @@
 """What each mechanism is worth: the full scheduler, and the same with one part taken away, through bursts on a link that drops and fails.
 
 `static` has none of the parts. Differences are taken to `two_timescale`, the full scheduler, so a negative one is what the missing part
-was worth.
+was worth. The rule that chooses among caches by bandwidth has no case here: these requests share no prefix, so it would change nothing
+(`agentic` shows what it is worth).
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from repro.experiments import simulated, study_figures
+from repro.experiments import simulated, study_figures, study_findings
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.scheduling.admission import AdmissionSpec
-from repro.scheduling.policies import LengthAware, RandomSplit
+from repro.scheduling.policies import RandomSplit
 from repro.scheduling.short_term import ShortTermSpec
 from repro.simulate.deployments import requests, with_scheduler
 from repro.simulate.link_spec import CapacityChange
@@ -50,7 +51,6 @@ def run(context: Context) -> Outcome:
         "no_short_term": with_scheduler(full, short_term=ShortTermSpec()),
         "no_long_term": policies["short_term"],
         "no_fallback": with_scheduler(full, fallback_s=None),
-        "no_bandwidth_rule": with_scheduler(full, router=LengthAware()),
         "no_length_rule": with_scheduler(full, router=RandomSplit(setting.point.offload_fraction)),
         "least_work_to_round_robin": with_scheduler(full, placement="round_robin"),
         "with_admission": with_scheduler(full, admission=AdmissionSpec(options.admit_ttft_s)),
@@ -81,4 +81,5 @@ EXPERIMENT = Experiment(
     Options,
     simulated.check,
     profile_files,
+    finding=study_findings.goodput,
 )

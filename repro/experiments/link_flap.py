@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from repro.errors import UserError
-from repro.experiments import simulated, study_figures
+from repro.experiments import simulated, study_figures, study_findings
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.simulate.deployments import requests
@@ -65,4 +65,5 @@ EXPERIMENT = Experiment(
     Options,
     simulated.check,
     profile_files,
+    finding=study_findings.goodput,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from repro.experiments import simulated, study_figures
+from repro.experiments import simulated, study_figures, study_findings
 from repro.experiments.base import SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import profile_files
 from repro.scheduling.throughput import Deployment
@@ -56,4 +56,5 @@ EXPERIMENT = Experiment(
     Options,
     simulated.check,
     profile_files,
+    finding=study_findings.goodput,
 )

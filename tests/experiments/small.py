@@ -69,7 +69,7 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "options.emulate.time_scale=100", "options.emulate.cases=[prfaas_pd]", "cluster.pd.instances=2", "cluster.prfaas.instances=1",
     ],
     ("ablation", "simulate"): _STUDY,
-    ("agentic", "simulate"): _STUDY,
+    ("agentic", "simulate"): [*_STUDY, "options.static_thresholds=[2000,12000]"],
     ("bandwidth_drop", "simulate"): [
         *_STUDY, "options.at_s=30", "options.for_s=20", "options.recovery_s=10", "options.loads=[0.7]", "options.dropped_bps=[4e9]",
     ],
