@@ -87,22 +87,30 @@ def deployment(settings: Settings) -> Deployment:
     Raises:
         UserError: for a profile that does not exist or a link without a rate.
     """
-    cluster, folder = settings.cluster, Path(settings.results) / "profiles"
+    cluster = settings.cluster
+    prfaas, pd = profiles(settings)
+    return Deployment(
+        prfaas=prfaas,
+        n_prfaas=cluster.prfaas.instances,
+        pd=pd,
+        n_pd=cluster.pd.instances,
+        egress_bps=settings.link.rate_bps or float("inf"),
+        lengths=settings.workload.length_law(),
+        output_tokens=settings.workload.mean_output_tokens(),
+    )
+
+
+def profiles(settings: Settings) -> tuple[PhaseProfile, PhaseProfile]:
+    """The profiles of the PrfaaS and the PD cluster. Raises UserError for one that does not exist."""
+    folder = Path(settings.results) / "profiles"
 
     def profile(own: str, key: str) -> PhaseProfile:
         if settings.profile is not None:
             return load_profile(settings.profile, folder)
         return load_profile(own, folder, key)
 
-    return Deployment(
-        prfaas=profile(cluster.prfaas.profile, "cluster.prfaas.profile"),
-        n_prfaas=cluster.prfaas.instances,
-        pd=profile(cluster.pd.profile, "cluster.pd.profile"),
-        n_pd=cluster.pd.instances,
-        egress_bps=settings.link.rate_bps or float("inf"),
-        lengths=settings.workload.length_law(),
-        output_tokens=settings.workload.mean_output_tokens(),
-    )
+    cluster = settings.cluster
+    return profile(cluster.prfaas.profile, "cluster.prfaas.profile"), profile(cluster.pd.profile, "cluster.pd.profile")
 
 
 def check_decoding(settings: Settings) -> None:

@@ -37,9 +37,10 @@ class Difference(NamedTuple):
 def differences(table: pd.DataFrame) -> list[Difference]:
     """Every paired difference of goodput in a record's metrics, in their order."""
     rows = table[table["metric"].str.startswith(_DIFFERENCE)]
+    names, numbers = rows[["case", "metric"]].to_numpy(str), rows[["value", "ci_low", "ci_high"]].to_numpy(float)
     return [
-        Difference(row.case, row.metric.removeprefix(_DIFFERENCE), row.value, row.ci_low, row.ci_high)
-        for row in rows.itertuples()
+        Difference(str(case), str(metric).removeprefix(_DIFFERENCE), *map(float, own))
+        for (case, metric), own in zip(names, numbers, strict=True)
     ]
 
 

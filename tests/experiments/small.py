@@ -130,6 +130,10 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "options.held_out=[{rtt_s: 0.01, loss: 0.03, congestion_control: cubic, connections: 4}]",
         "options.limit_s=2", "options.opening_rtts_s=[0.02]", "options.opening_bytes=[100000]", "options.opening_repeats=1",
     ],
+    ("validate", "emulate"): [
+        "options.deployments=1", "options.requests=100", "options.time_scale=100", "options.prfaas_instances=[1,1]",
+        "options.pd_instances=[2,2]", "options.loads=[0.5,0.5]", "link.backend=relay",
+    ],
     ("link_fidelity", "emulate"): [
         "options.backends=[relay]", "options.rates_bps=[1e8]", "options.rtts_s=[0.02]", "options.losses=[0.0]", "options.connections=[1]",
         "options.congestion_controls=[cubic]", "options.rate_s=0.3", "options.iperf3_s=1.0",

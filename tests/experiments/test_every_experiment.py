@@ -34,6 +34,7 @@ PASSED_OVER = {
 LOOKED_AT = {
     "sensitivity": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "agentic": {"policy.rebalance.enabled": "its cases switch it on and off themselves"},
+    "validate": {"link.rtt_s": "a drawn one takes its place; what is set is refused"},
     "live_stress": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "tiers": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "scenarios": {
