@@ -26,6 +26,8 @@ NIXL_BYTES: Final = "vllm:nixl_bytes_transferred_sum"
 NIXL_SECONDS: Final = "vllm:nixl_xfer_time_seconds_sum"
 #: What the engine says of its own cache: the tokens of a block, and in what its states are kept.
 CACHE_INFO: Final = "vllm:cache_config_info"
+#: A hybrid's `block_size` is the smaller of attention's and of the states', which is as long as the longest request.
+_ATTENTION_BLOCK: Final = "effective_attention_block_size"
 #: Counters are written after the answer; so long they may take.
 _COUNTED_WITHIN_S: Final = 3.0
 #: What a prefill request asks for: that its state be kept for somebody who will read it.
@@ -129,7 +131,7 @@ def handed_over_bytes(layout: StateLayout, state_tokens: int, cache: Mapping[str
     engine says, is not one of those that this counts.
     """
     try:
-        block_tokens = int(cache["block_size"])
+        block_tokens = int(cache[_ATTENTION_BLOCK if cache.get(_ATTENTION_BLOCK, "None") != "None" else "block_size"])
         recurrent_share = _ITEMSIZE[cache.get("mamba_ssm_cache_dtype", "auto")] / 4
         kv_share = 1 if cache.get("cache_dtype", "auto") in ("auto", "bfloat16", "float16") else 0.5
     except (KeyError, ValueError):
