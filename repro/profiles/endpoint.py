@@ -289,8 +289,9 @@ def _prefix_cache(run: _Measuring, prefill: Sequence[Timing], round_trip_s: floa
     before = _counted(run.server.counters(), ENGINE_HITS)
     for _ in range(min(3, run.spec.repeats)):
         ask = partial(run.server.answer, run.server.prompt(longest.tokens - added, run.rng), 1)
-        new, again = run.asked("a new prompt", ask), run.asked("a repeated prompt", ask)
-        cached = max(cached, again.cached_tokens)
+        # Twice again: of a hybrid, vLLM was seen to compute a prompt of 1,000 tokens twice in full, and to hit its cache the third time.
+        new, second, again = (run.asked(what, ask) for what in ("a new prompt", *2 * ("a repeated prompt",)))
+        cached = max(cached, second.cached_tokens, again.cached_tokens)
         ratios.append((again.ttft_s - round_trip_s) / max(new.ttft_s - round_trip_s, 1e-9))
     ratio, hits = statistics.median(ratios), _counted(run.server.counters(), ENGINE_HITS)
     if cached or hits is not None:
