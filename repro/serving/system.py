@@ -120,8 +120,8 @@ class Served:
 class Run:
     """What a run leaves: its requests in the order given and its timeline.
 
-    `memory_bytes` is what its workers held after it; `wire_bytes` the TCP payload that the decode side's kernel
-    acknowledged: state, frame headers, manifests, heartbeats and whatever was sent twice.
+    `memory_bytes` is what its workers held after it; `wire_bytes` the TCP payload that prefill's kernel
+    sent, each byte once: state, frame headers, manifests, heartbeats and whatever was given to it twice.
     """
 
     served: tuple[Served, ...]

@@ -143,8 +143,13 @@ class Connections:
 
     @property
     def wire_bytes(self) -> int:
-        """What the peer's TCP has acknowledged on all data connections there ever were: payload, heads, repeats."""
-        return self._acked_bytes + sum(signal.tcp.bytes_acked for signal in self.signals())
+        """What TCP has sent on all data connections there ever were, each byte once: payload, heads, repeats.
+
+        Of connections that have ended, what the peer had acknowledged. Of others that would be too little: TCP may acknowledge the last
+        segment of a request after the receiver has.
+        """
+        open_now = (signal.tcp for signal in self.signals())
+        return self._acked_bytes + sum(tcp.bytes_sent - tcp.bytes_retransmitted for tcp in open_now)
 
     def __len__(self) -> int:
         """Data connections that are open now."""

@@ -48,7 +48,7 @@ class Delivery:
 class SenderStats(TypedDict):
     """Counts since a sender began, and what is outstanding now.
 
-    `wire_bytes` is what the peer's TCP acknowledged on all data connections there ever were: payload, heads, repeats.
+    `wire_bytes` is what TCP sent on all data connections there ever were, each byte once: payload, heads, repeats.
     `arena_used_bytes` is what pieces under way occupy on this side, where the transport is a process of its own.
     """
 
