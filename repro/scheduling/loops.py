@@ -37,7 +37,8 @@ def observe(
         pd.recent.arrived(pd.arrived)
         pd.rate_per_s = _ewma(pd.rate_per_s, rate, elapsed_s, _RATE_MEMORY_S)
         pd.slow_rate_per_s = _ewma(pd.slow_rate_per_s, rate, elapsed_s, spec.long_term.memory_s)
-        pd.arrival_rate.add(now_s, float(pd.arrived), elapsed_s)
+        if spec.adaptive.enabled:
+            pd.arrival_rate.add(now_s, float(pd.arrived), elapsed_s)
         pd.arrived, pd.measured_s = 0, now_s
     capacity = used = backlog = rtt_s = waiting = 0.0
     instances = 0
@@ -65,7 +66,8 @@ def move_threshold(spec: SchedulerSpec, pd: PdClusterState, seen: Observation) -
     """One beat of the fast loop: routing sees its outcome in `pd.state`."""
     short = spec.short_term
     pd.slow_capacity_bps = _ewma(pd.slow_capacity_bps, seen.link.capacity_bps, short.period_s, spec.long_term.memory_s)
-    pd.egress_bps.add(seen.at_s, seen.link.capacity_bps * short.period_s, short.period_s)
+    if spec.adaptive.enabled:
+        pd.egress_bps.add(seen.at_s, seen.link.capacity_bps * short.period_s, short.period_s)
     pd.short_term = after = short_term.step(short, pd.short_term, seen, pd.costs)
     pd.state = SchedulerState(after.threshold_tokens, after.bandwidth_scarce, seen.pd, seen.prfaas, seen.link)
 
