@@ -39,7 +39,7 @@ def run(context: Context) -> Outcome:
     for model, series in printed.groupby("model", sort=False):
         found = [*_points(str(model), series)]
         if not found:
-            rows.append(context.metric(str(model), "silicon_cases", 0, "", "silicon", n=0))
+            rows.append(context.metric(str(model), "silicon_cases", 0, "", "silicon"))
             continue
         points += found
         rows += _bands(context, str(model), pd.DataFrame(found))
