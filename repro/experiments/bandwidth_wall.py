@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from repro.errors import UserError, at_least
 from repro.experiments.base import SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import check_offloading, deployment, profile_files
-from repro.experiments.live import Wire, calibrated, deployed, lambda_max_of
+from repro.experiments.live import Wire, calibrated, deployed, lambda_max_of, scale_of
 from repro.experiments.study import run_points, seeds_of
 from repro.experiments.table6_simulated import Searched, search
 from repro.link import LinkSpec
@@ -31,8 +31,7 @@ from repro.report import style
 from repro.scheduling.search import search as best_point
 from repro.scheduling.spec import PolicySpec
 from repro.scheduling.throughput import Deployment, OperatingPoint, at_thresholds
-from repro.serving.instance import MAX_PIECE_BYTES
-from repro.serving.scale import Scale, Scaling
+from repro.serving.scale import Scaling
 from repro.settings import Settings
 from repro.simulate.deployments import requests, shared_link, simulated
 from repro.simulate.stability import lambda_max
@@ -187,7 +186,7 @@ def _simulated(context: Context, cells: Sequence[_Cell]) -> list[Estimate]:
 def _live(context: Context, cell: _Cell, time_scale: float) -> tuple[list[Metric], float, float]:
     """Λ_max of one cell on the running system, looked for around the simulator's on the same requests."""
     options, settings, count = context.options, context.settings, context.options.search_requests
-    scale = Scale(time_scale, _byte_scale(cell, options, time_scale))
+    scale = scale_of(cell.base, options, time_scale)
     wire = Wire(cell.link, settings.transport, options.pieces, scale)
     logs = context.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -205,15 +204,6 @@ def _live(context: Context, cell: _Cell, time_scale: float) -> tuple[list[Metric
         context.metric(cell.case, "lambda_max_over_simulated", estimate.value / sim, "", "emulated"),
     ]
     return rows, low, high
-
-
-def _byte_scale(cell: _Cell, options: Options, time_scale: float) -> float:
-    """β: the link is `link_bps` on this machine, or less where the largest request would not go in that many pieces."""
-    if options.byte_scale is not None:
-        return options.byte_scale
-    largest = float(cell.base.prfaas.kv_bytes(cell.base.lengths.maximum_tokens))
-    here = cell.base.egress_bps * time_scale / options.link_bps
-    return max(1.0, here, 1.01 * largest / options.pieces / MAX_PIECE_BYTES)
 
 
 def _row(context: Context, case: str, found: Estimate, source: str) -> Metric:

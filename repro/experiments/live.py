@@ -20,10 +20,11 @@ import pandas as pd
 from repro.errors import UserError
 from repro.link import Link, LinkSpec, open_link
 from repro.processes import Ended
+from repro.scheduling.throughput import Deployment as Modelled
 from repro.scheduling.views import Sample
 from repro.serving.faults import FaultSchedule, LiveFault
 from repro.serving.fleet import Config, Fleet, Launcher, LocalLauncher, Place
-from repro.serving.instance import InstanceConfig
+from repro.serving.instance import MAX_PIECE_BYTES, InstanceConfig
 from repro.serving.listener import Listener
 from repro.serving.live_view import shown
 from repro.serving.load import LoadGenerator
@@ -62,6 +63,18 @@ def calibrated(scaling: Scaling, link_bps: float | None) -> tuple[Scale, dict[st
         "timers_late_mean_s": found.mean_s,
         "timers_late_p99_s": found.p99_s,
     }
+
+
+def scale_of(base: Modelled, scaling: Scaling, time_scale: float) -> Scale:
+    """The scale of one of several deployments that share a time scale.
+
+    β makes its link `link_bps` on this machine, or less where the largest request would not go in that many pieces.
+    """
+    if scaling.byte_scale is not None:
+        return Scale(time_scale, scaling.byte_scale)
+    largest = float(base.prfaas.kv_bytes(base.lengths.maximum_tokens))
+    here = base.egress_bps * time_scale / scaling.link_bps
+    return Scale(time_scale, max(1.0, here, 1.01 * largest / scaling.pieces / MAX_PIECE_BYTES))
 
 
 class Computing(Protocol):

@@ -20,17 +20,15 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError, at_least
 from repro.experiments.base import Context, Experiment, Outcome
-from repro.experiments.deployment import profiles
-from repro.experiments.live import Played, Wire, calibrated, deployed
+from repro.experiments.deployment import profile_files, profiles
+from repro.experiments.live import Played, Wire, calibrated, deployed, scale_of
 from repro.experiments.study import run_once
 from repro.link import LinkSpec
-from repro.profiles.presets import profile_path
 from repro.record.directory import Record
 from repro.record.metrics import Metric, value
 from repro.record.request_metrics import UNITS, summarise
 from repro.report import style
 from repro.scheduling.throughput import Deployment, OperatingPoint, evaluate
-from repro.serving.instance import MAX_PIECE_BYTES
 from repro.serving.scale import Scale, Scaling
 from repro.settings import Settings
 from repro.simulate.deployments import requests, shared_link, simulated
@@ -202,7 +200,7 @@ def _both(
     batches = list(requests(draw_.base, Poisson(draw_.rate_per_s), count, settings.seed + draw_.number))
     last_s = float(batches[-1].arrival_s[-1])
     window = (_WARMUP * last_s, last_s + 1e-9)
-    own = Scale(scale.time, _byte_scale(draw_, options, scale.time))
+    own = scale_of(draw_.base, options, scale.time)
     wire = Wire(draw_.link, settings.transport, options.pieces, own)
     with deployed(spec, wire, logs, draw_.link.name, settings.seed) as live:
         played = live.play(batches)
@@ -223,20 +221,6 @@ def _completed_per_s(table: pd.DataFrame, window: tuple[float, float]) -> float:
     """Answers that ended while requests arrived, per second: what queues that grow hold back is missing from it."""
     ended = table["finish_s"].between(*window)
     return float(ended.sum()) / (window[1] - window[0])
-
-
-def _byte_scale(draw_: Draw, options: Options, time_scale: float) -> float:
-    """β: the link is `link_bps` on this machine, or less where the largest request would not go in that many pieces."""
-    if options.byte_scale is not None:
-        return options.byte_scale
-    largest = float(draw_.base.prfaas.kv_bytes(draw_.base.lengths.maximum_tokens))
-    here = draw_.base.egress_bps * time_scale / options.link_bps
-    return max(1.0, here, 1.01 * largest / options.pieces / MAX_PIECE_BYTES)
-
-
-def _inputs(settings: Settings) -> list[Path]:
-    names = [settings.profile] if settings.profile else [settings.cluster.prfaas.profile, settings.cluster.pd.profile]
-    return [path for name in names if (path := profile_path(name, Path(settings.results) / "profiles")) is not None]
 
 
 def check(settings: Settings, options: Options) -> None:
@@ -289,7 +273,7 @@ EXPERIMENT = Experiment(
     figures={"validate": draw},
     options=Options,
     check=check,
-    inputs=_inputs,
+    inputs=profile_files,
     effort=("seed", "options"),
     finding=finding,
     hinges_on=(
