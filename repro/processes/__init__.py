@@ -9,6 +9,7 @@ This room is at the bottom: it imports nothing of the kit but `repro.errors`.
 >>> child.end()
 """
 
+from repro.processes.beside import beside
 from repro.processes.channel import Channel, Message, PeerGone
 from repro.processes.child import Child, ChildEndedError, Ended
 from repro.processes.cores import Core, Cores, background, hand_out, place, placed
@@ -21,6 +22,6 @@ from repro.processes.worker import Parent, run_worker
 
 __all__ = [
     "Channel", "Child", "ChildEndedError", "Core", "Cores", "Ended", "Event", "Forked", "Message", "Parent", "PeerGone", "SilenceError",
-    "Supervisor", "background", "die_with_parent", "each_in_parallel", "foreground", "hand_out", "place", "placed", "run", "run_first",
-    "run_worker", "tied", "wake_precisely",
+    "Supervisor", "background", "beside", "die_with_parent", "each_in_parallel", "foreground", "hand_out", "place", "placed", "run",
+    "run_first", "run_worker", "tied", "wake_precisely",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from repro.processes import beside
 from repro.serving.listener import View
 
 _EVERY_S = 0.5
@@ -36,9 +37,8 @@ def shown(view: Callable[[], Future[View]], console: Console | None = None) -> I
     if not console.file.isatty() or console.is_dumb_terminal or multiprocessing.parent_process() is not None:
         yield
         return
-    over = threading.Event()
 
-    def run() -> None:
+    def run(over: threading.Event) -> None:
         views: deque[View] = deque(maxlen=_VIEWS)
         # A terminal that goes away takes the drawing along, not the run.
         with contextlib.suppress(OSError), Live(console=console, auto_refresh=False, transient=True) as live:
@@ -47,13 +47,8 @@ def shown(view: Callable[[], Future[View]], console: Console | None = None) -> I
                     views.append(view().result(_PATIENCE_S))
                     live.update(drawn(views), refresh=True)
 
-    thread = threading.Thread(target=run, name="live view", daemon=True)
-    thread.start()
-    try:
+    with beside(run, name="live view"):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def drawn(views: Sequence[View]) -> Table:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from repro.errors import UserError
+from repro.processes import beside
 from repro.serving.fleet import Fleet
 from repro.serving.messages import Report
 
@@ -23,7 +24,7 @@ _STARTS = 10
 @contextmanager
 def kept_up(fleet: Fleet, replace: Callable[[str], None]) -> Iterator[None]:
     """Within, `replace` is called for each instance that has ended, a second later at the earliest, and all say what they have sent."""
-    over, starts, ended_s = threading.Event(), Counter[str](), dict[str, float]()
+    starts, ended_s = Counter[str](), dict[str, float]()
 
     def look() -> None:
         for name in fleet.names:
@@ -35,7 +36,7 @@ def kept_up(fleet: Fleet, replace: Callable[[str], None]) -> Iterator[None]:
                 ended_s.pop(name)
                 replace(name)
 
-    def run() -> None:
+    def run(over: threading.Event) -> None:
         while not over.wait(_EVERY_S):
             try:
                 look()
@@ -43,10 +44,5 @@ def kept_up(fleet: Fleet, replace: Callable[[str], None]) -> Iterator[None]:
             except (OSError, UserError) as error:  # the next look finds it as it is
                 log.warning("upkeep: %s", error)
 
-    thread = threading.Thread(target=run, name="upkeep", daemon=True)
-    thread.start()
-    try:
+    with beside(run, name="upkeep"):
         yield
-    finally:
-        over.set()
-        thread.join()
