@@ -262,7 +262,14 @@ class SharedLink:
         self._wake_s = math.inf
         self._advance(now_s)
         # A drain ends when what is left would pass within the clock's own resolution.
-        resolution_s = 1e-9 + 1e-15 * now_s
+        ended = self._settle_flows(1e-9 + 1e-15 * now_s)
+        self._divide(now_s)
+        for flow in ended:
+            flow.end_clock = math.inf
+            flow.done(now_s, flow.payload)
+
+    def _settle_flows(self, resolution_s: float) -> list[Flow]:
+        """Take out the drains that have ended, and end the backlogs that have; returns the former."""
         ended: list[Flow] = []
         for sender in list(self._active):
             limit = sender.clock + sender.rate * resolution_s + 1e-6
@@ -273,10 +280,7 @@ class SharedLink:
             for flow in self._producing:
                 if self._available(flow) - flow.sent <= flow.rate * resolution_s + 1e-6:
                     flow.sent = self._available(flow)
-        self._divide(now_s)
-        for flow in ended:
-            flow.end_clock = math.inf
-            flow.done(now_s, flow.payload)
+        return ended
 
     def _divide_calmly(self) -> bool:
         """Divide what running prefills leave over, and say whether none of them is short of anything."""

@@ -151,14 +151,10 @@ class WindowedLink(SharedLink):
             if wake_s < math.inf:
                 self._events.at(wake_s, self._on_wake)
 
-    def _wake(self, now_s: float, _: None) -> None:
-        if now_s != self._wake_s:
-            return  # the division that asked for this has been replaced
-        self._wake_s = math.inf
-        self._advance(now_s)
-        resolution_s = 1e-9 + 1e-15 * now_s
-        ended: list[WindowedFlow] = []
-        for flow in self._under_way:
+    def _settle_flows(self, resolution_s: float) -> list[Flow]:
+        """Open the windows whose round trip is over, and take out the transfers that have ended, which are returned."""
+        now_s, ended = self._at_s, list[Flow]()
+        for flow in list(self._under_way):
             if flow.opens_s <= now_s + resolution_s:
                 flow.cap = min(2 * flow.cap, self._flow_cap)
                 flow.opens_s = now_s + self.spec.rtt_s if flow.cap < self._flow_cap else math.inf
@@ -166,11 +162,8 @@ class WindowedLink(SharedLink):
                 flow.sent = self._available(flow)
                 if flow.draining:
                     ended.append(flow)
-        for flow in ended:
-            self._end(now_s, flow)
-        self._divide(now_s)
-        for flow in ended:
-            flow.done(now_s, flow.payload)
+                    self._end(now_s, flow)
+        return ended
 
 
 def made(spec: SharedLinkSpec, events: EventQueue) -> SharedLink:
