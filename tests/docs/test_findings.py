@@ -60,6 +60,23 @@ def test_a_slow_link_costs_static_t_what_the_record_says() -> None:
     assert all(abs(gain(load, 10)) < 0.01 for load in (0.5, 0.65, 0.8)), "costs static t nothing at 10 Gbps"
 
 
+def test_layer_wise_transfer_costs_and_hides_what_the_record_says() -> None:
+    table = record("overlap", "execute").metrics
+
+    def between(metric: str, mode: str) -> tuple[float, float]:
+        own = table[(table["metric"] == metric) & table["case"].str.endswith(f"/{mode}")]["value"]
+        return float(own.min()), float(own.max())
+
+    to_bulk, bound = between("ttft_to_bulk", "layerwise"), between("ttft_bound_ratio", "layerwise")
+    slowed, bulk = between("prefill_slowdown", "layerwise"), between("prefill_slowdown", "bulk")
+    assert (
+        f"layer-wise TTFT {to_bulk[0]:.2f} to {to_bulk[1]:.2f} of bulk, {bound[0]:.2f} to {bound[1]:.2f} of the bound"
+        in TEXT
+    )
+    assert f"slowed by {100 * slowed[0] - 100:.0f} to {100 * slowed[1] - 100:.0f} % layer-wise" in TEXT
+    assert f"by {100 * bulk[0] - 100:.0f} to {100 * bulk[1] - 100:.0f} % in bulk" in TEXT
+
+
 def test_each_part_of_the_scheduler_is_worth_what_the_records_say() -> None:
     def found(name: str) -> dict[str, float]:
         return {one.case: one.value if one.shown else 0.0 for one in differences(record(name, "simulate").metrics)}

@@ -1,5 +1,6 @@
 """The computing engine: split tokens equal unsplit ones and transformers' own, and state leaves as the layout says."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,40 @@ def test_tokens_after_a_hand_over_equal_those_without_one(name: str) -> None:
     far.join(Handover.of(asked), far.fetch(prefill(near, asked)))
     near.prefill_and_join(asked, SpanLog())
     assert decode(far) == decode(near)
+
+
+@pytest.mark.parametrize("name", ["kimi_linear", "qwen3_235b"])
+def test_state_goes_straight_to_who_copies_it_and_is_what_staging_hands_on(name: str) -> None:
+    engine, asked = TorchEngine(engine_spec(name)), request(5, 150)
+    staged = [(piece.header, bytes(piece.payload)) for piece in prefill(engine, asked)]
+    straight, threads = [], set()
+
+    def take(piece: Piece) -> None:
+        straight.append((piece.header, bytes(piece.payload)))
+        threads.add(threading.get_ident())
+
+    engine.prefill(asked, take, SpanLog(), emit_copies=True)
+    assert straight == staged
+    assert threads == {threading.get_ident()}, "the thread of the forward pass, and no other"
+
+
+def test_what_a_straight_way_raises_ends_the_prefill_and_not_the_engine(kimi: TorchEngine) -> None:
+    asked, taken = request(6, 150), list[Piece]()
+
+    def refuse_the_third(piece: Piece) -> None:
+        if len(taken) == 2:
+            raise TimeoutError("the link is gone")
+        taken.append(piece)
+
+    with pytest.raises(TimeoutError, match="the link is gone"):
+        kimi.prefill(asked, refuse_the_third, SpanLog(), emit_copies=True)
+    later = request(7, 100)
+    kimi.join(Handover.of(later), kimi.fetch(prefill(kimi, later)))
+    found = decode(kimi)[7]
+    kimi.leave(7)
+    kimi.prefill_and_join(later, SpanLog())
+    assert decode(kimi)[7] == found
+    kimi.leave(7)
 
 
 @pytest.mark.parametrize("name", ["kimi_linear", "qwen3_235b"])

@@ -1,17 +1,21 @@
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from typing import Any, cast
 
 import psutil
 import pytest
 from transport_rig import assert_same, eventually, make_request, send_all
 
 from repro.errors import UserError
+from repro.processes import Message
 from repro.transport import TransferFailed, TransportSpec, open_receiver, open_sender
+from repro.transport.process_main import _forward
 
 
 def test_what_arrives_through_two_further_processes_is_what_was_sent(spec: TransportSpec) -> None:
@@ -32,6 +36,26 @@ def test_what_arrives_through_two_further_processes_is_what_was_sent(spec: Trans
         assert eventually(lambda: receiver.stats()["arena_used_bytes"] == 0)
         assert sender.stats()["arena_used_bytes"] == 0
         assert receiver.failures() == []
+
+
+def test_acknowledgements_are_told_many_at_a_time_and_before_the_end_of_their_request() -> None:
+    events: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+    acked = [{"kind": "acked", "request": request, "piece": piece} for request, piece in ((1, 0), (1, 1), (2, 0))]
+    for event in (*acked, {"kind": "delivered", "request": 1}, {"kind": "acked", "request": 2, "piece": 1}, None):
+        events.put(event)
+    told: list[Message] = []
+
+    class Told:
+        def send(self, kind: str, **values: object) -> None:
+            told.append({"kind": kind, **values})
+
+    _forward(cast(Any, Told()), events)
+    assert told == [
+        {"kind": "acked", "request": 1, "pieces": [0, 1]},
+        {"kind": "acked", "request": 2, "pieces": [0]},
+        {"kind": "delivered", "request": 1},
+        {"kind": "acked", "request": 2, "pieces": [1]},
+    ]
 
 
 def test_the_payload_may_change_as_soon_as_send_returns(spec: TransportSpec) -> None:
