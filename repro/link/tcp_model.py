@@ -6,8 +6,8 @@ windows are whole segments, and a recovery takes its round trip, so the mean her
 sends a window, loses each segment with the same probability, and then shrinks or grows as the standard says. One law serves the
 simulated link (`repro.simulate`) and the study of distance.
 
-Constants are the standards'; two were set by what iperf3 measures on the emulated link. `experiment=link_law` fits them anew, and its
-reference record says how near its fit and the law come.
+Constants are the standards'; two were set by what iperf3 measures on the emulated link. `experiment=link_law` fits them anew; its reference
+record says how near its fit and the law come.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ RENO_BETA = 0.5
 SMALLEST_SEGMENTS = 2.0
 #: The largest window that Linux opens by itself.
 LINUX_WINDOW_BYTES = 4.0 * 2**20
-#: From measurements: rounds after a decrease in which a window does not grow (losses are found, sent again and acknowledged), and what hosts add to
-#: the link's round trip while they wake, copy and acknowledge.
+#: From measurements: rounds after a decrease in which a window does not grow (losses are found, sent again and acknowledged), and what
+#: hosts add to the link's round trip while they wake, copy and acknowledge.
 RECOVERY_ROUNDS, HOST_S = 1, 0.0007
 
 _CHAINS = 256
