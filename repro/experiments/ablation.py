@@ -18,7 +18,7 @@ from repro.experiments.deployment import profile_files
 from repro.scheduling.admission import AdmissionSpec
 from repro.scheduling.policies import RandomSplit
 from repro.scheduling.short_term import ShortTermSpec
-from repro.simulate.deployments import requests, with_scheduler
+from repro.simulate.deployments import payload_share, requests, with_scheduler
 from repro.simulate.link_spec import CapacityChange
 from repro.workload.arrivals import Piecewise
 
@@ -42,7 +42,8 @@ def run(context: Context) -> Outcome:
     options: Options = context.options
     setting = simulated.Setting.of(context)
     whole = setting.link.rate_bps
-    faults = ((_DROP_S[0], options.dropped_bps), (_DROP_S[1], whole), (_DOWN_S[0], 0.0), (_DOWN_S[1], whole))
+    dropped = options.dropped_bps * payload_share(context.settings.link)
+    faults = ((_DROP_S[0], dropped), (_DROP_S[1], whole), (_DOWN_S[0], 0.0), (_DOWN_S[1], whole))
     link = replace(setting.link, changes=tuple(CapacityChange(at, rate) for at, rate in faults))
     policies = setting.policies(link)
     full = policies["two_timescale"]

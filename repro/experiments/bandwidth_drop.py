@@ -26,7 +26,7 @@ from repro.record.metrics import Metric
 from repro.record.request_metrics import summarise
 from repro.record.statistics import Estimate
 from repro.report import style
-from repro.simulate.deployments import requests
+from repro.simulate.deployments import payload_share, requests
 from repro.simulate.link_spec import CapacityChange
 from repro.workload.arrivals import Poisson
 from repro.workload.spec import ServiceLevel
@@ -69,7 +69,8 @@ def run(context: Context) -> Outcome:
     for load in options.loads:
         rate = setting.rate(load)
         for dropped in options.dropped_bps:
-            changes = (CapacityChange(options.at_s, dropped), CapacityChange(end_s, setting.link.rate_bps))
+            reduced = dropped * payload_share(context.settings.link)
+            changes = (CapacityChange(options.at_s, reduced), CapacityChange(end_s, setting.link.rate_bps))
             specs = setting.policies(replace(setting.link, changes=changes))
             for seed in seeds_of(context, options.seeds):
                 stream = requests(setting.base, Poisson(rate), round(rate * options.duration_s), seed)

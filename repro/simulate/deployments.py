@@ -28,6 +28,11 @@ def tcp_counts(link: LinkSpec) -> bool:
     return link.loss > 0 or link.congestion_control is not None
 
 
+def payload_share(link: LinkSpec) -> float:
+    """What of a rate of the link is payload on the simulated one: all of it, or where TCP counts, all but its headers."""
+    return (_MTU_BYTES - TCP_HEADERS_BYTES) / _MTU_BYTES if tcp_counts(link) else 1.0
+
+
 def shared_link(link: LinkSpec, transport: TransportSpec) -> SharedLinkSpec:
     """The forward direction of the configured link, with its schedule of rates; jitter is for the emulated link.
 
@@ -43,7 +48,7 @@ def shared_link(link: LinkSpec, transport: TransportSpec) -> SharedLinkSpec:
     plain = SharedLinkSpec(rate_bps=rate, rtt_s=rtt_s, nic_bps=max(400e9, rate), changes=changes)
     if not tcp_counts(link):
         return plain
-    share = (_MTU_BYTES - TCP_HEADERS_BYTES) / _MTU_BYTES
+    share = payload_share(link)
     path = TcpPath(
         rtt_s,
         link.loss,

@@ -11,7 +11,7 @@ import pytest
 
 from repro.link.spec import LinkSpec
 from repro.link.tcp_model import TcpPath
-from repro.simulate.deployments import shared_link
+from repro.simulate.deployments import payload_share, shared_link
 from repro.simulate.events import EventQueue
 from repro.simulate.link import SharedLink
 from repro.simulate.link_spec import CapacityChange, SharedLinkSpec, WindowSpec
@@ -140,3 +140,10 @@ def test_the_papers_link_has_no_windows_and_is_as_it_was() -> None:
     spec = shared_link(LinkSpec(rate_bps=100e9, rtt_s=0.002), TransportSpec())
     assert spec == SharedLinkSpec(rate_bps=100e9, rtt_s=0.002)
     assert type(made(spec, EventQueue())) is SharedLink
+
+
+def test_a_rate_that_a_study_drops_the_link_to_is_counted_as_the_links_own_is() -> None:
+    for link in (LinkSpec(rate_bps=1e9, rtt_s=0.02), LinkSpec(rate_bps=1e9, rtt_s=0.02, loss=0.01)):
+        assert shared_link(link, TransportSpec()).rate_bps == 1e9 * payload_share(link)
+    assert payload_share(LinkSpec(rate_bps=1e9, rtt_s=0.02)) == 1.0
+    assert payload_share(link) < 1.0
