@@ -74,7 +74,7 @@ class _Errors:
 def admit(model: torch.nn.Module) -> Admission:
     """Check a model. Raises UserError with the reason where it cannot be split exactly."""
     name = type(model).__name__
-    with _seen_clearly(model) as checked, torch.no_grad(), _reported(name):
+    with seen_clearly(model) as checked, torch.no_grad(), _reported(name):
         tolerance, dtype = tolerance_of(checked), str(next(checked.parameters()).dtype).removeprefix("torch.")
         trial = _Trial(checked)
         whole = trial.in_one_chunk()
@@ -99,7 +99,7 @@ def _worst(errors: Sequence[float]) -> float:
 
 
 @contextmanager
-def _seen_clearly(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+def seen_clearly(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """A float32 copy where that is affordable, else the model itself."""
     parameter = next(model.parameters())
     is_plain = not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False)

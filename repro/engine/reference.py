@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from repro.errors import UserError
+from repro.models.prefill import chunked_prefill, greedy_decode
 
 #: Greatest difference of a logit that the order of sums explains, in standard deviations of the logits. On CPU the greatest seen over
 #: the families of docs/models.md and the models of conf/model is a fifth of it or less.
@@ -65,6 +66,16 @@ def generate(model: torch.nn.Module, ids: torch.Tensor, steps: int) -> Reference
         generator.generation_config = own
     logits = torch.cat([step[:1].float().cpu() for step in found.logits])
     return Reference(tuple(found.sequences[0, ids.shape[1] :].tolist()), logits)
+
+
+def answer(model: torch.nn.Module, ids: torch.Tensor, steps: int, chunk_tokens: int) -> Reference:
+    """`steps` greedy tokens after `ids` [1, n] as the kit computes them in one process: prefill in chunks, then one token at a time.
+
+    Every sum has the order that it has in a split run, so on a CPU both give the same bits.
+    """
+    cache, _ = chunked_prefill(model, ids[:, :-1], chunk_tokens)
+    tokens, logits = greedy_decode(model, cache, ids[:, -1], steps, ids.shape[1] - 1)
+    return Reference(tuple(tokens[0].tolist()), logits[0].float().cpu())
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from repro.engine.base import Emit, Handover, Prefilled, Request
 from repro.engine.gate import Admission, admit
-from repro.engine.reference import Agreement, Reference, compare, generate, tolerance_of
+from repro.engine.reference import Agreement, Reference, answer, compare, generate, tolerance_of
 from repro.engine.spans import Span, SpanLog, now_s
 from repro.engine.staging import HostCopies, Staging, Straight, copies_over
 from repro.errors import UserError
@@ -243,12 +243,7 @@ class TorchEngine:
         """
         ids = torch.tensor([request.prompt], device=self._spec.device)
         self._references[request.request_id] = generate(self._model, ids, request.output_tokens)
-        cache, _ = chunked_prefill(self._model, self._ids(request), self._chunk_tokens)
-        unsplit = _Decoding(cache, request.prompt[-1], request.state_tokens, Prefix())
-        for _ in range(request.output_tokens):
-            self._advance(unsplit, keep=True)
-        logits = torch.stack(unsplit.logits).float().cpu()
-        self._unsplit[request.request_id] = Reference(tuple(unsplit.tokens), logits)
+        self._unsplit[request.request_id] = answer(self._model, ids, request.output_tokens, self._chunk_tokens)
 
     def agreement(self, request_id: int) -> Agreement | None:
         """How the answer to a request that has left compares with its reference; None where it has none."""

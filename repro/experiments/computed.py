@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import pandas as pd
 import torch
 
-from repro.engine.reference import generate
+from repro.engine.gate import admit, seen_clearly
+from repro.engine.reference import answer, compare, generate, tolerance_of
 from repro.engine.torch_engine import EngineSpec
 from repro.experiments.base import Context
 from repro.experiments.live import Played
@@ -64,19 +67,36 @@ def _threads(count: int) -> Iterator[None]:
 
 @dataclass
 class Answers:
-    """The tokens that the model's own `generate` gives to a deployment's prompts; each prompt is asked once."""
+    """The tokens that a deployment must answer its prompts with; each prompt is asked once.
+
+    They are those of the model in one process, in chunks as an instance computes: on a CPU the same bits. That this is what the model
+    says is asked of its own `generate` in float32: in bfloat16 the order of sums alone turns a token, or a router to another expert.
+    """
 
     model: torch.nn.Module
     config: TorchInstanceConfig
     threads: int
     _known: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
+    @cached_property
+    def _chunk_tokens(self) -> int:
+        return self.config.engine.chunk_tokens if admit(self.model).chunked else sys.maxsize
+
+    @cached_property
+    def _clear(self) -> torch.nn.Module:
+        with seen_clearly(self.model) as clear:
+            return clear
+
     def expected(self, number: int, input_tokens: int, output_tokens: int) -> list[int]:
-        """The answer to a request."""
+        """The answer to a request; none where the model's own `generate` has other logits."""
         key = (number % self.config.prompts, input_tokens)
         if len(self._known.get(key, ())) < output_tokens:
-            prompt = prompt_of(self.config, number, input_tokens)
-            self._known[key] = list(generate(self.model, torch.tensor([prompt]), output_tokens).tokens)
+            ids = torch.tensor([prompt_of(self.config, number, input_tokens)])
+            theirs = generate(self._clear, ids, output_tokens)
+            ours = answer(self._clear, ids, output_tokens, self._chunk_tokens)
+            agreement = compare(theirs, ours.tokens, list(ours.logits), tolerance_of(self._clear))
+            found = answer(self.model, ids, output_tokens, self._chunk_tokens) if agreement.matches else None
+            self._known[key] = list(found.tokens) if found is not None else []
         return self._known[key][:output_tokens]
 
     def right(self, played: Played, most: int | None = None) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """A deployment that computes a real model, its instances killed one after the other while the link fails: every token must be right.
 
 `live_faults` with nothing replayed. A request that was lost with an instance or a transfer is prefilled anew, perhaps elsewhere, so an
-answer may come of state that crossed the link twice; it is held against the model's own `generate`. After each repeat the processes of all
-instances, replaced ones included, must be gone.
+answer may come of state that crossed the link twice; it is held against the model unsplit, and that against its own `generate`. After
+each repeat the processes of all instances, replaced ones included, must be gone.
 
     python -m repro experiment=live_stress options.repeats=20
 """

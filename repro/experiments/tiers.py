@@ -2,7 +2,8 @@
 
 The same requests at the same rate, the same profile (measured here, on this machine, of this model), the same scheduler object. The tiers
 differ in what is real, so each step from one to the next shows what the step before left out: queues, then a real clock, messages and
-TCP, then instances that share this machine's cores. Tokens of the computing tier are held against the model's own `generate`.
+TCP, then instances that share this machine's cores. Tokens of the computing tier are held against the model unsplit, and that against
+its own `generate`.
 
 On a machine with fewer cores than instances the last step is large, and that is the finding: the profile was measured with the machine
 to itself.
@@ -52,7 +53,7 @@ _SOURCES = {"model": "computed", "simulate": "simulated", "emulate": "emulated",
 
 @dataclass(frozen=True)
 class Options:
-    """`requests` at `load` of the model's Λ_max; tokens of the first `compared` are held against `generate`. The rest is how to compute."""
+    """`requests` at `load` of the model's Λ_max; tokens of the first `compared` are held against the model's. The rest is how."""
 
     requests: int = 60
     load: float = 0.5
@@ -146,7 +147,7 @@ def _rows(context: Context, values: Mapping[str, Mapping[str, float]]) -> list[M
 def _proofs(
     context: Context, played: Played, profile: PhaseProfile, computing: Computing, settings: Settings
 ) -> list[Metric]:
-    """That the computing tier did the work: tokens as `generate` gives them, bytes as the layout says, all requests answered."""
+    """That the computing tier did the work: tokens as the model gives them unsplit, bytes as the layout says, all requests answered."""
     config = computing.config("reference", settings.transport, None, 1, settings.seed)
     assert isinstance(config, TorchInstanceConfig)
     answers = Answers(build(one_model(settings), "cpu"), config, context.options.threads)
