@@ -88,10 +88,11 @@ def prepare(composition: Composition) -> Prepared:
     settings = replace(settings, options=plain(options))
     _refuse_hidden(settings, composition.asked, clusters=experiment.reads_key("cluster.pd", settings.tier))
     experiment.check(settings, options)
-    parts = tuple(prepare(compose(_words_for(part, composition.words))) for part in _chosen(experiment, options))
+    chosen = _chosen(experiment, settings.tier, options)
+    parts = tuple(prepare(compose(_words_for(part, composition.words))) for part in chosen)
     configuration = base.restricted(plain(settings), experiment, settings.tier)
     if parts:
-        configuration["parts"] = {part.settings.name: part.directory.path.name for part in parts}
+        configuration["parts"] = {name: part.directory.path.name for name, part in zip(chosen, parts, strict=True)}
     outcome_keys = {key: value for key, value in configuration.items() if key not in PRESENTATION}
     digest = configuration_hash(outcome_keys, [*checkpoint_files(settings.model), *experiment.inputs(settings)])
     folder = Path(settings.results) / settings.name / f"{settings.label or settings.tier}-{digest}"
@@ -132,26 +133,28 @@ def _unread_of_choices(composition: Composition, experiment: base.Experiment) ->
     return tuple(found)
 
 
-def _chosen(experiment: base.Experiment, options: Any) -> Sequence[str]:
+def _chosen(experiment: base.Experiment, tier: str, options: Any) -> Sequence[str]:
     """The parts of a composite that are to run."""
+    parts = experiment.parts.get(tier, ())
     if not isinstance(options, base.PartsOptions) or options.parts is None:
-        return experiment.parts
+        return parts
     for part in options.parts:
-        if part not in experiment.parts:
-            raise UserError(f"options.parts: {part!r} is no part; accepted: {', '.join(experiment.parts)}")
+        if part not in parts:
+            raise UserError(f"options.parts: {part!r} is no part on tier={tier}; accepted: {', '.join(parts)}")
     return options.parts
 
 
 def _words_for(part: str, words: Sequence[str]) -> list[str]:
     """The words of a composite that its part takes: those whose key it reads, and where results go."""
-    experiment, tier = base.load(part), base.part_tier(part)
+    experiment, tier = base.part_of(part)
     own = ("experiment", "tier", "label", "sweep")
     kept = []
     for word in words:
         key = word.lstrip("+~").partition("=")[0].replace("/", ".")
         if key not in own and not key.startswith(("options", "hydra")) and experiment.reads_key(key, tier):
             kept.append(word)
-    return [f"experiment={part}", *kept]
+    on = [f"tier={tier}"] if "@" in part else []
+    return [f"experiment={experiment.name}", *on, *kept]
 
 
 def _other_configuration(
@@ -279,9 +282,10 @@ def _run_parts(prepared: Prepared, context: base.Context, progress: Progress) ->
     """Run or find every part of a composite; its own record holds where they are."""
     rows = []
     for index, part in enumerate(prepared.parts, 1):
-        name = part.settings.name
-        context.progress(f"[{index}/{len(prepared.parts)}] {name}: {choices('experiment')[name]}")
-        record = run_prepared(part, ["repro", f"experiment={name}"], progress)
+        name, tier = part.settings.name, part.settings.tier
+        context.progress(f"[{index}/{len(prepared.parts)}] {name} on tier {tier}: {choices('experiment')[name]}")
+        on = [] if tier == part.experiment.tiers[0] else [f"tier={tier}"]
+        record = run_prepared(part, ["repro", f"experiment={name}", *on], progress)
         rows.append({"experiment": name, "path": os.path.relpath(record.path, context.folder)})
     return base.Outcome([], {"parts": pd.DataFrame(rows)})
 

@@ -144,9 +144,10 @@ class Experiment:
     often, not what: the paper's claims are judged whatever they are. `options` is a frozen dataclass of the experiment's own settings
     (the configuration's `options` node); `check` refuses settings that cannot run before anything is written; `inputs` names the
     files outside the configuration whose contents change the outcome; `tier_figures` replaces `figures` on a tier whose record has
-    another form. `parts` are other experiments that run in place of `run`, with the keys that each reads; their records are in the
-    report. `timed` says that results are times of this machine on whichever tier, so that no two runs are the same. `finding` says in a
-    sentence what a record shows, and `hinges_on` which assumption would change it; both stand at the head of the report.
+    another form. `parts` are other experiments that run in place of `run`, by tier, each written as its name or as name@tier, with the
+    keys that each reads; their records are in the report. `timed` says that results are times of this machine on whichever tier, so that
+    no two runs are the same. `finding` says in a sentence what a record shows, and `hinges_on` which assumption would change it; both
+    stand at the head of the report.
     """
 
     name: str
@@ -158,7 +159,7 @@ class Experiment:
     inputs: Callable[[Settings], Sequence[Path]] = lambda settings: ()
     tier_figures: Mapping[str, Mapping[str, Callable[[Record], Figure]]] = field(default_factory=dict)
     effort: tuple[str, ...] = ("seed", "options.seeds", "options.repeats")
-    parts: tuple[str, ...] = ()
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     timed: bool = False
     finding: Callable[[Record], str] | None = None
     hinges_on: str = ""
@@ -206,9 +207,17 @@ def _within(key: str, node: str) -> bool:
     return key == node or key.startswith((f"{node}.", f"{node}["))
 
 
-def part_tier(part: str) -> str:
-    """The tier that an experiment runs on as a part of another: its first."""
-    return load(part).tiers[0]
+def part_of(part: str) -> tuple[Experiment, str]:
+    """A part of a composite, and the tier that it runs on: the one behind its name's @, else its first."""
+    name, _, tier = part.partition("@")
+    experiment = load(name)
+    return experiment, tier or experiment.tiers[0]
+
+
+def part_reads(part: str, key: str) -> bool:
+    """Whether a part of a composite reads a key."""
+    experiment, tier = part_of(part)
+    return experiment.reads_key(key, tier)
 
 
 def refuse_unread(experiment: Experiment, tier: str, asked: Iterable[str]) -> None:
@@ -220,7 +229,7 @@ def refuse_unread(experiment: Experiment, tier: str, asked: Iterable[str]) -> No
     for key in asked:
         if experiment.reads_key(key, tier):
             continue
-        if any(load(part).reads_key(key, part_tier(part)) for part in experiment.parts):
+        if any(part_reads(part, key) for part in experiment.parts.get(tier, ())):
             continue
         readers = []
         for name in runs():

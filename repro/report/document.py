@@ -24,6 +24,11 @@ _INPUT = (
     "measured or simulated."
 )
 
+_TIERS = (
+    "Loads are fractions of each tier's own Λ_max. What simulator and live system say of the very same requests stands among the values of "
+    "tier emulate."
+)
+
 
 def write(folder: Path, title: str, question: str, records: Sequence[Record]) -> Path:
     """Write both reports into `folder`; returns the path of report.html.
@@ -39,6 +44,7 @@ def write(folder: Path, title: str, question: str, records: Sequence[Record]) ->
     sections = [
         Section("Claims", (f"{counts}. {_INPUT}",), (), (_claims(claims),)) if len(claims) else Section("Claims"),
         Section("Figures", (), pictures(records)),
+        *_tiers(records),
         Section(
             "Values",
             _statistics(records),
@@ -98,6 +104,33 @@ def _claims(claims: pd.DataFrame) -> Table:
         for row in each(claims)
     ]  # fmt: skip
     return Table(columns, rows)
+
+
+def _tiers(records: Sequence[Record]) -> list[Section]:
+    """What several tiers say of one experiment, a column for each beside the paper's; nothing where no experiment ran on two."""
+    by_name: dict[str, list[Record]] = {}
+    for record in records:
+        by_name.setdefault(record.configuration["name"], []).append(record)
+    tables = [_side_by_side(own) for own in by_name.values() if len({one.configuration["tier"] for one in own}) > 1]
+    return [Section("Tiers side by side", (_TIERS,), (), tables)] if tables else []
+
+
+def _side_by_side(records: Sequence[Record]) -> Table:
+    tables = {record.configuration["tier"]: record.metrics.set_index(["case", "metric"]) for record in records}
+    keys = dict.fromkeys(key for one in tables.values() for key in one.index)
+    shared = [key for key in keys if sum(key in one.index for one in tables.values()) > 1]
+    rows = []
+    for case, metric in shared:
+        found = {tier: one.loc[(case, metric)] for tier, one in tables.items() if (case, metric) in one.index}
+        paper = next((float(row["paper"]) for row in found.values() if math.isfinite(row["paper"])), math.nan)
+        unit = next((row["unit"] for row in found.values() if isinstance(row["unit"], str)), "")
+        values = {tier: float(found[tier]["value"]) if tier in found else math.nan for tier in tables}
+        rows.append([
+            Cell(str(case)), Cell(metric), Cell.of(readable(paper, unit), paper),
+            *(Cell.of(readable(value, unit), value) for value in values.values()),
+        ])  # fmt: skip
+    columns = [Column("case"), Column("metric"), Column("paper", True), *(Column(tier, True) for tier in tables)]
+    return Table(columns, rows, f"{records[0].configuration['name']} by tier: {len(rows)} values of two tiers or more")
 
 
 def _values(record: Record, *, open: bool) -> Table:

@@ -27,6 +27,8 @@ _UNTRAINED = ["options.training.steps=1", "options.training.batch=1", "options.t
 #: (experiment, tier) → what makes it small.
 SMALL: Mapping[tuple[str, str], list[str]] = {
     ("case_study", "model"): ["options.parts=[table5]"],
+    ("case_study", "simulate"): ["options.parts=[table5]"],
+    ("case_study", "emulate"): ["options.parts=[table5]"],
     ("table6", "model"): ["options.draws=0"],
     ("distance", "model"): [
         "options.rates_bps=[1e10]", "options.rtts_s=[0.0,0.05]", "options.losses=[0.0,0.001]", "options.connections=[1]",

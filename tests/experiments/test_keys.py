@@ -367,7 +367,7 @@ NODES = {
 def test_every_node_is_read_or_refused_by_name(name: str, tier: str) -> None:
     experiment = base.load(name)
     for key in (word.partition("=")[0] for word in NODES.values()):
-        parts = [base.load(part).reads_key(key, base.part_tier(part)) for part in experiment.parts]
+        parts = [base.part_reads(part, key) for part in experiment.parts.get(tier, ())]
         if experiment.reads_key(key, tier) or any(parts):
             base.refuse_unread(experiment, tier, [key])
         else:

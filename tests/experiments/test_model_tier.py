@@ -12,7 +12,7 @@ from repro.composition import compose
 from repro.paper import tables
 from repro.record.directory import Record
 from repro.record.metrics import value
-from repro.runner import run
+from repro.runner import prepare, run
 
 MODEL_TIER = ("table3", "table5", "table6", "figure2", "figure5", "egress", "cost")
 
@@ -158,6 +158,20 @@ def test_every_experiment_leaves_a_figure_and_both_reports(records: dict[str, Re
     assert "http://" not in page
     assert "https://" not in page
     assert (folder / "report.md").read_text().startswith(f"# {name}")
+
+
+def test_case_study_on_a_tier_runs_table6_on_every_tier_up_to_it(tmp_path: Path) -> None:
+    words = ["experiment=case_study", "link.rate_bps=6e9", f"results={tmp_path}"]
+    for tier, on in {
+        "model": ["model"],
+        "simulate": ["model", "simulate"],
+        "emulate": ["model", "simulate", "emulate"],
+    }.items():
+        prepared = prepare(compose([*words, f"tier={tier}"]))
+        own = [part for part in prepared.parts if part.settings.name == "table6"]
+        assert [part.settings.tier for part in own] == on
+        assert {part.settings.link.rate_bps for part in own} == {6e9}
+        assert len(prepared.configuration["parts"]) == len(prepared.parts)
 
 
 def test_case_study_gathers_its_parts_and_runs_none_twice(tmp_path: Path) -> None:

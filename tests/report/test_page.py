@@ -15,6 +15,7 @@ from repro import app
 from repro.experiments import base
 from repro.paper.claims import CLAIMS
 from repro.record.directory import Record
+from repro.record.metrics import value
 from repro.report import claims_page, document, page, style
 from repro.report.figures import redraw
 from repro.report.page import Cell, Column, Line, Section, Table
@@ -30,6 +31,17 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     record = Record(run)
     redraw(record, run / "figures", base.load("table6").figures_for("model"))
     return document.write(run, "table6", "A question?", [record])
+
+
+def test_tiers_of_one_experiment_stand_side_by_side_with_the_papers_value(tmp_path: Path) -> None:
+    records = [Record(REFERENCE / "table6" / tier) for tier in ("model", "simulate", "emulate")]
+    document.write(tmp_path, "case_study", "A question?", records)
+    text = (tmp_path / "report.md").read_text()
+    assert "| case | metric | paper | model | simulate | emulate |" in text
+    found = [value(one.metrics, "lambda_max", "prfaas_pd") for one in records]
+    (row,) = [line for line in text.splitlines() if line.startswith("| prfaas_pd | lambda_max | 3.24 req/s | ")]
+    printed = [float(cell.split()[0]) for cell in row.strip("| ").split(" | ")[3:]]
+    assert printed == pytest.approx(found, rel=2e-3)
 
 
 def test_a_report_is_one_file_that_asks_for_nothing_outside_it(report: Path) -> None:
