@@ -29,7 +29,9 @@ class RequestLifecycle:
         self._on_delivered = self._delivered
 
     def remote_began(self, now_s: float, job: Job) -> None:
-        """The first piece of an offloaded prefill exists."""
+        """The first piece of an offloaded prefill exists; what is said a second time changes nothing."""
+        if job.flow is not None:
+            return
         prfaas: PrfaasResources = job.prfaas
         job.flow = prfaas.link.produce(
             now_s, job.prefill_worker, job.kv_bytes, job.kv_bytes / job.work_s, self._on_sent, job

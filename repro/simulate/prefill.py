@@ -75,7 +75,9 @@ class WholePrefill(_Stage):
         if now_s != job.prefill_end_s:
             return
         instance = job.prefill_worker
-        queue = self.members[instance]
+        queue = self.members.get(instance)
+        if not queue or queue[0] is not job:
+            return  # of a job that was lost and given out twice at one moment, all events fall together
         queue.popleft()
         if not queue and instance in self._closing:
             self._leave(now_s, instance)

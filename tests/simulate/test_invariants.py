@@ -28,7 +28,7 @@ from repro.simulate.stability import lambda_max
 from repro.workload.arrivals import Gamma, Poisson
 from repro.workload.outputs import FixedOutput, LogNormalOutput
 from repro.workload.sessions import SessionSpec, draw_sessions
-from repro.workload.stream import Independent, Recorded, replay
+from repro.workload.stream import Independent, Recorded, RequestBatch, replay
 
 PROFILE = TinyProfile(s_per_token=1e-4, per_sequence_s=1e-4, per_context_s=1e-9, batch_max=8)
 LINK = SharedLinkSpec(
@@ -75,6 +75,16 @@ def test_requests_are_conserved_and_nothing_comes_before_its_cause_under_faults_
     assert (table["outcome"] == "fell_back").any()
     assert len({sample.n_p for sample in summary.samples}) > 1  # roles were converted
     assert len({sample.threshold_tokens for sample in summary.samples}) > 3  # thresholds were moved
+
+
+def test_a_prefill_that_is_lost_twice_at_one_moment_is_played_once() -> None:
+    faults = tuple(Fault("prfaas", instance, 0.5, 60.0) for instance in (0, 1))
+    spec = split(PROFILE, SchedulerSpec(Naive()), replace(LINK, changes=()), n_prfaas=3, faults=faults)
+    table, summary = play(spec, [RequestBatch(np.array([0.0, 0.6]), np.full(2, 10_000), np.full(2, 5))])
+    assert summary.completed == 2
+    assert table["prefill_s"].tolist() == pytest.approx([1.0, 1.0])
+    assert table["queue_s"].tolist() == pytest.approx([0.5, 0.9])
+    assert (table["transfer_exposed_s"] >= LINK.rtt_s / 2 - 1e-9).all()
 
 
 @pytest.mark.parametrize("router", ROUTERS, ids=lambda router: type(router).__name__)
