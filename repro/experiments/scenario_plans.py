@@ -7,24 +7,28 @@ which it is judged.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from repro.experiments.base import Context
-from repro.experiments.scenario_worlds import World
+from repro.experiments.scenario_worlds import Condition, World
 from repro.experiments.study import Point, run_once, run_points
 from repro.record.request_metrics import summarise
 from repro.scheduling.policies import Threshold
-from repro.scheduling.search import search
+from repro.scheduling.search import search, surface, threshold_grid
 from repro.scheduling.spec import PolicySpec
-from repro.scheduling.throughput import OperatingPoint, evaluate
+from repro.scheduling.throughput import Deployment, OperatingPoint, evaluate
 from repro.scheduling.timetable import Planned
 from repro.simulate.deployments import simulated
 from repro.workload.phases import Phases
 from repro.workload.spec import ServiceLevel
 
-#: For how long at most a condition is simulated to find what a plan is worth in it, and what share of that is warm-up.
-_TRIAL_S, _WARM_SHARE = 1500.0, 0.15
+#: What share of a trial is warm-up.
+_WARM_SHARE = 0.1
 #: A plan whose Λ_max by the equations is below this share of the arrival rate is worth nothing: its queues grow.
 _HOPELESS = 0.95
 
@@ -54,8 +58,16 @@ def choices(world: World, policy: PolicySpec) -> list[Choice]:
     found: dict[Choice, None] = {}
     for base in deployments:
         for n_p in range(1, base.n_pd):
-            found[search(base, replace(policy, n_p=n_p)).threshold_tokens, n_p] = None
+            found[roomiest(base, replace(policy, n_p=n_p))] = None
     return list(found)
+
+
+def roomiest(base: Deployment, policy: PolicySpec) -> Choice:
+    """The best split, and the threshold that leaves prefill the most room there: where decode binds, many have the same Λ_max."""
+    n_p = search(base, policy).n_p
+    found = surface(base, threshold_grid(base, policy.threshold_step_tokens), np.array([n_p]), policy.lengths)
+    prefill = np.minimum(found.prfaas_bound, found.pd_prefill_bound[:, 0])
+    return float(found.threshold_tokens[int(np.nanargmax(prefill))]), n_p
 
 
 def worth(
@@ -69,7 +81,7 @@ def worth(
             continue  # simulated before
         base, capacity = condition.base, {choice: _at(world, index, choice) for choice in every}
         best = max(capacity, key=lambda choice: capacity[choice].lambda_max)
-        phase = replace(condition.phase(rate_per_s), seconds=min(_TRIAL_S, condition.seconds))
+        phase = replace(condition.phase(rate_per_s), seconds=_lasting_s(world, condition))
         link = replace(world.link, rate_bps=min(world.link.rate_bps, base.egress_bps), changes=())
         for choice, point in capacity.items():
             if choice == best or point.lambda_max >= _HOPELESS * phase.rate_per_s:
@@ -83,6 +95,12 @@ def worth(
         {choice: values.get((world.conditions.index(condition), choice), 0.0) for choice in every}
         for condition in world.conditions
     ]
+
+
+def _lasting_s(world: World, condition: Condition) -> float:
+    """The longest that a condition lasts without a break: queues of a plan that is a little too small need hours to show."""
+    runs = ((one, math.fsum(each.seconds for each in same)) for one, same in itertools.groupby(world.conditions))
+    return max(seconds for one, seconds in runs if one == condition)
 
 
 def _at(world: World, index: int, choice: Choice) -> OperatingPoint:
@@ -131,12 +149,12 @@ def timetable(world: World, sequence: Sequence[Choice], early_s: float = 0.0) ->
 
 def by_hand(world: World, policy: PolicySpec, hour_s: float) -> tuple[Planned, ...]:
     """What an operator does who plans at every full hour, by the equations, for what most of the last hour was like."""
-    starts, plans = world.starts_s(), [search(one.base, policy) for one in world.conditions]
+    starts, plans = world.starts_s(), [roomiest(one.base, policy) for one in world.conditions]
     ends = [*starts[1:], world.seconds]
-    entries = [Planned(0.0, plans[0].threshold_tokens, plans[0].n_p)]
+    entries = [Planned(0.0, *plans[0])]
     for hour in range(1, max(1, round(world.seconds / hour_s))):
         low, high = (hour - 1) * hour_s, hour * hour_s
         lasted = [max(0.0, min(end, high) - max(start, low)) for start, end in zip(starts, ends, strict=True)]
         seen = plans[max(range(len(lasted)), key=lasted.__getitem__)]
-        entries.append(Planned(high, seen.threshold_tokens, seen.n_p))
+        entries.append(Planned(high, *seen))
     return tuple(entries)

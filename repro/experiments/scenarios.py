@@ -202,7 +202,8 @@ def cases_of(
     def still(point: OperatingPoint) -> SimulationSpec:
         return with_scheduler(at(point), router=Threshold())
 
-    first = search(base, free)
+    threshold, n_p = plans.roomiest(base, free)
+    first = search(base, replace(free, threshold_tokens=threshold, n_p=n_p))
     adaptive = at(first, short_term=policy.short_term, adaptive=policy.adaptive, fallback_s=policy.fallback_s)
     both = at(first, short_term=paper.short_term, long_term=paper.long_term, fallback_s=paper.fallback_s)
     threshold, n_p = plans.best_static(place, tables)

@@ -17,7 +17,7 @@ from repro.experiments.scenarios import POLICIES, reaction_s
 from repro.record.directory import Record
 from repro.runner import run
 from repro.scheduling.spec import PolicySpec
-from repro.scheduling.throughput import evaluate
+from repro.scheduling.throughput import OperatingPoint, Stages, evaluate
 from repro.scheduling.timetable import Planned
 from repro.simulate.deployments import simulated, with_scheduler
 from repro.simulate.link_spec import SharedLinkSpec
@@ -75,6 +75,26 @@ def test_the_best_sequence_moves_only_where_moving_pays() -> None:
     assert len(set(plans.best_sequence(one, tables, 600.0))) == 1
     better = [{(1e4, 2): 0.5, (1e4, 3): 0.6}] * 4
     assert plans.best_static(one, better) == (1e4, 3)
+
+
+def test_where_decode_binds_a_plan_takes_the_threshold_with_most_room_in_prefill() -> None:
+    base = replace(deployment()[0], output_tokens=2048.0)
+    tied = plans.search(base, replace(FREE, n_p=3))
+    threshold, n_p = plans.roomiest(base, replace(FREE, n_p=3))
+    roomy = evaluate(base, threshold, n_p, base.n_pd - n_p, "true_mean")
+    assert n_p == 3
+    assert roomy.lambda_max == pytest.approx(tied.lambda_max) == pytest.approx(tied.stages.pd_decode)
+
+    def room(point: OperatingPoint) -> float:
+        return Stages(point.stages.prfaas, point.stages.pd_prefill, np.inf).lambda_max(point.offload_fraction)
+
+    assert room(roomy) > 1.1 * room(tied)
+
+
+def test_a_plan_is_tried_for_as_long_as_a_condition_lasts_without_a_break() -> None:
+    longer, crowd = made("longer_outputs"), made("flash_crowd")
+    assert [plans._lasting_s(longer, one) for one in longer.conditions] == [600.0, 1800.0, 1800.0, 1800.0]
+    assert [plans._lasting_s(crowd, one) for one in crowd.conditions] == [1200.0, 300.0, 300.0, 1200.0, 1200.0]
 
 
 def test_by_hand_a_change_is_answered_an_hour_late() -> None:
