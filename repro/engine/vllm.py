@@ -177,10 +177,12 @@ def instance_environment(
 def confined(argv: list[str], *, namespaced: bool) -> list[str]:
     """`argv` in a process namespace of its own: whatever ends its first process, or this one, ends all that it has started.
 
-    An engine starts processes of its own, in sessions of their own. On a side of a link it also gets a /sys of its own, in which UCX
+    An engine starts processes of its own, in sessions of their own, and one that is killed leaves shared memory and sockets behind:
+    these go into a /dev/shm of its own, which ends with it. On a side of a link it also gets a /sys of its own, in which UCX
     finds the devices of that network namespace (see `repro.transport.remote_memory`).
     """
-    mounts = "mount -t proc proc /proc" + (" && mount -t sysfs sysfs /sys" if namespaced else "")
+    mounts = "mount -t proc proc /proc && mount -t tmpfs tmpfs /dev/shm && export TMPDIR=/dev/shm"
+    mounts += " && mount -t sysfs sysfs /sys" if namespaced else ""
     user = [] if namespaced or os.geteuid() == 0 else ["unshare", "--user", "--map-root-user"]
     own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", f'{mounts} && exec "$@"', "sh", *argv]
     return [*user, *tied(own)]

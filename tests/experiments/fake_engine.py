@@ -16,12 +16,15 @@ import socket
 import socketserver
 import struct
 import sys
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 BLOCK_TOKENS = 128
+#: What the names of files begin with that it would leave in shared memory and the folder of temporary files.
+LEFT = "fake-engine-left-"
 
 
 def environment(folder: Path) -> Path:
@@ -175,6 +178,9 @@ def main() -> None:
         print(f"(EngineCore pid=1) ERROR NotImplementedError: {config['model_type']} has no kernel here", flush=True)
         raise SystemExit(1)
     host, port = os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"], int(os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"])
+    # As vLLM does, which nobody tells to clean up when it is killed.
+    for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        (folder / f"{LEFT}{os.getpid()}").touch()
     LocalServer(asked.uds, handler(Engine(config, host, port))).serve_forever(poll_interval=0.05)
 
 

