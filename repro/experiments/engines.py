@@ -406,7 +406,7 @@ def finding(record: Record) -> str:
         parts.append(f"{model}: {words}")
     at = longest.iloc[0]
     return (
-        f"At {at['rate_bps'] / 1e6:g} Mbps and {1e3 * at['rtt_s']:g} ms a split of {at['input_tokens']} tokens adds to the TTFT of the "
+        f"At {at['rate_bps'] / 1e6:g} Mbps and {1e3 * at['rtt_s']:g} ms a split of {at['input_tokens']} tokens adds to the median TTFT of the "
         f"same engine unsplit: {'; '.join(parts)}."
     )
 
@@ -415,18 +415,18 @@ _WORDS: Final[Mapping[str, str]] = {VLLM: "by vLLM with NIXL", "layerwise": "lay
 
 
 def _added_s(table: pd.DataFrame, found: pd.DataFrame) -> float:
-    """Mean TTFT less that of the same engine and prompts unsplit."""
+    """Median TTFT less that of the same engine and prompts unsplit: a stall of one request in the engine is none of the link's."""
     first = found.iloc[0]
     alone = table[
         (table["model"] == first["model"])
         & (table["input_tokens"] == first["input_tokens"])
         & (table["mode"] == ALONE_OF[str(first["mode"])])
     ]
-    return float(found["ttft_s"].mean() - alone["ttft_s"].mean())
+    return float(found["ttft_s"].median() - alone["ttft_s"].median())
 
 
 def draw(record: Record) -> Figure:
-    """A column per model, over the link's rate, of the longest prompt: TTFT, and what it is above the same engine unsplit."""
+    """A column per model, over the link's rate, of the longest prompt: median TTFT, and what it is above the same engine unsplit."""
     table = record.table("served")
     table = table[table["input_tokens"] == table["input_tokens"].max()]
     names = list(table["model"].unique())
@@ -436,18 +436,18 @@ def draw(record: Record) -> Figure:
         own = table[table["model"] == name]
         for (mode, words), (colour, marker, _) in zip(_WORDS.items(), style.SERIES, strict=False):
             for (rtt, rows), dash in zip(_by_rtt(own[own["mode"] == mode]), ("-", "--", ":", "-."), strict=False):
-                means = [(rate, of["ttft_s"].mean(), _added_s(table, of)) for rate, of in rows.groupby("rate_bps")]
-                if not means:  # no link of the kit's: one condition, which has no place on the axis
-                    means = [(1e9, rows["ttft_s"].mean(), _added_s(table, rows))]
-                rates, ttfts, added = (list(values) for values in zip(*means, strict=True))
+                middles = [(rate, of["ttft_s"].median(), _added_s(table, of)) for rate, of in rows.groupby("rate_bps")]
+                if not middles:  # no link of the kit's: one condition, which has no place on the axis
+                    middles = [(1e9, rows["ttft_s"].median(), _added_s(table, rows))]
+                rates, ttfts, added = (list(values) for values in zip(*middles, strict=True))
                 look = {"color": colour, "marker": marker, "linestyle": dash}
                 label = f"{words}, {1e3 * float(rtt):g} ms" if np.isfinite(float(rtt)) else words
                 top.plot(np.array(rates) / 1e6, ttfts, label=label, **look)
                 below.plot(np.array(rates) / 1e6, added, **look)
         alone = own[own["mode"] == VLLM_ALONE]
         if len(alone):
-            top.axhline(alone["ttft_s"].mean(), color=style.GREY, linestyle=":", label="vLLM unsplit")
-        top.set(xscale="log", ylabel="TTFT (s)", title=f"{name}, {own['input_tokens'].iloc[0]:,} tokens")
+            top.axhline(alone["ttft_s"].median(), color=style.GREY, linestyle=":", label="vLLM unsplit")
+        top.set(xscale="log", ylabel="median TTFT (s)", title=f"{name}, {own['input_tokens'].iloc[0]:,} tokens")
         below.set(xlabel="rate of the link (Mbps)", ylabel="added to unsplit (s)")
         below.axhline(0, color=style.GREY, linewidth=0.8)
         rates = sorted(own["rate_bps"].dropna().unique())
