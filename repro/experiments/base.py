@@ -53,6 +53,8 @@ SIMULATED = (
 )  # fmt: skip
 #: What decides the decode batch of a simulated deployment beside BS_max: measured steps, and memory.
 DECODE = "cluster.decode"
+#: Instances of a simulated deployment that stop and come back.
+FAILURES = "cluster.failures"
 #: The scheduler beside threshold and split.
 SCHEDULER = (
     "policy.router", "policy.offload_share", "policy.placement", "policy.admission", "policy.short_term", "policy.long_term",

@@ -32,7 +32,7 @@ from repro.scheduling.views import Sample
 from repro.settings import Settings
 from repro.simulate.deployments import shared_link, simulated, with_scheduler
 from repro.simulate.link_spec import SharedLinkSpec
-from repro.simulate.spec import SimulationSpec
+from repro.simulate.spec import Fault, SimulationSpec
 from repro.simulate.stability import growth_of
 from repro.workload.spec import ServiceLevel
 from repro.workload.stream import RequestBatch
@@ -190,7 +190,8 @@ class Comparison:
     """Cases that meet the same requests, and what they are compared with.
 
     `stream` draws the requests of a seed; it is a value or a plain function, so that another process can draw them. `prefix` begins the
-    names of the cases in the record. `against` names cases that are compared with another than the baseline.
+    names of the cases in the record. `against` names cases that are compared with another than the baseline. `faults` are what fails
+    under a seed, in every case beside its own.
     """
 
     cases: Mapping[str, SimulationSpec]
@@ -198,6 +199,7 @@ class Comparison:
     baseline: str = "static"
     prefix: str = ""
     against: Mapping[str, str] = field(default_factory=dict)
+    faults: Mapping[int, tuple[Fault, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,8 @@ def compare(
     for one in comparisons:
         for seed in seeds_of(context, seeds):
             stream = one.stream(seed)  # drawn once, so that all cases meet the same requests
-            for case, spec in one.cases.items():
+            for case, alone in one.cases.items():
+                spec = replace(alone, faults=(*alone.faults, *one.faults.get(seed, ())))
                 points[f"{one.prefix}{case}, seed {seed}"] = Point(case, seed, spec, stream)
     results = iter(run_points(context, Measuring(window_s, slo, bin_s, first, "two_timescale"), points))
     rows: list[Metric] = []

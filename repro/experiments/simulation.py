@@ -7,15 +7,21 @@ Policies and workloads are values of the configuration, so a sweep over both com
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 from repro.errors import UserError
 from repro.experiments import simulated, study_figures
-from repro.experiments.base import DECODE, SCHEDULER, SIMULATED, Context, Experiment, Outcome
+from repro.experiments.base import DECODE, FAILURES, SCHEDULER, SIMULATED, Context, Experiment, Outcome
 from repro.experiments.deployment import check_decoding, decoding, deployment, profile_files, within_memory
+from repro.experiments.study import seeds_of
+from repro.record.metrics import Metric
+from repro.record.statistics import Estimate
 from repro.settings import Settings
 from repro.simulate.deployments import simulated as deployed
+from repro.simulate.failures import Pool, available_fraction, faults
+from repro.simulate.spec import Fault
 
 _USUAL_LOAD = 0.8
 
@@ -41,6 +47,12 @@ def check(settings: Settings, options: Options) -> None:
     """A deployment that can serve, and no load beside a workload that has its own. Raises UserError naming the key."""
     simulated.check(settings, options)
     check_decoding(settings)
+    for outage in settings.cluster.failures.schedule:
+        count = _instances(settings)[outage.pool]
+        if outage.instance >= count:
+            raise UserError(
+                f"cluster.failures.schedule: instance {outage.instance} of {outage.pool} does not exist; accepted: below {count}"
+            )
     workload = settings.workload
     if options.load is not None and (workload.sessions is not None or workload.trace is not None):
         raise UserError(f"options.load: workload={workload.name} brings its own arrivals; accepted: null")
@@ -53,6 +65,10 @@ def check(settings: Settings, options: Options) -> None:
         )
 
 
+def _instances(settings: Settings) -> Mapping[Pool, int]:
+    return {"prfaas": settings.cluster.prfaas.instances, "pd": settings.cluster.pd.instances}
+
+
 def run(context: Context) -> Outcome:
     """The deployment, seed by seed."""
     options, settings = context.options, context.settings
@@ -61,19 +77,38 @@ def run(context: Context) -> Outcome:
     spec = simulated.scheduled(placed, settings.policy, setting.point)
     rate = setting.rate(_USUAL_LOAD if options.load is None else options.load)
     duration_s = options.duration_s if settings.workload.trace is None else settings.workload.recorded.end_s
+    failures, instances = settings.cluster.failures, _instances(settings)
+    failing = {
+        seed: faults(failures, instances, duration_s, seed) if failures.enabled else ()
+        for seed in seeds_of(context, options.seeds)
+    }
     comparison = simulated.Comparison(
         {"deployment": simulated.cached(spec, settings.policy)},
         partial(settings.workload.stream, rate, duration_s),
         baseline="deployment",
+        faults=failing,
     )
     warmup_s = None if options.warmup_s is None else min(options.warmup_s, duration_s / 2)
     window_s = (warmup_s, duration_s)
-    return simulated.compare(context, [comparison], window_s, setting.slo, options.seeds)
+    outcome = simulated.compare(context, [comparison], window_s, setting.slo, options.seeds)
+    if not failures.enabled:
+        return outcome
+    return replace(outcome, metrics=[*outcome.metrics, *_availability(context, failing, instances, duration_s)])
+
+
+def _availability(
+    context: Context, failing: Mapping[int, tuple[Fault, ...]], instances: Mapping[Pool, int], duration_s: float
+) -> Iterable[Metric]:
+    for pool, count in instances.items():
+        share = Estimate.of([available_fraction(own, pool, count, duration_s) for own in failing.values()], 1.0)
+        yield context.metric(
+            pool, "available_fraction", share.value, "", "simulated", interval=(share.low, share.high), n=share.n
+        )
 
 
 EXPERIMENT = Experiment(
     "simulation",
-    {"simulate": (*SIMULATED, *SCHEDULER, DECODE, "policy.cache", "policy.rebalance", "workload", "options")},
+    {"simulate": (*SIMULATED, *SCHEDULER, DECODE, FAILURES, "policy.cache", "policy.rebalance", "workload", "options")},
     run,
     {"over_time": study_figures.draw_over_time},
     Options,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from repro.errors import UserError
+from repro.profiles.failures import FailureSpec
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,17 @@ class DecodeSpec:
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """A PrfaaS cluster, a local PD cluster with its decode batches, and the homogeneous PD cluster that they are compared with (§4.1)."""
+    """A PrfaaS cluster, a local PD cluster with its decode batches, and the homogeneous PD cluster that they are compared with (§4.1).
+
+    Their instances fail as `failures` says.
+    """
 
     name: str
     prfaas: PoolSpec
     pd: PoolSpec
     homogeneous_instances: int
     decode: DecodeSpec = field(default_factory=DecodeSpec)
+    failures: FailureSpec = field(default_factory=FailureSpec)
 
     def __post_init__(self) -> None:
         # PrfaaS may have no instance; a homogeneous cluster needs one to prefill and one to decode.

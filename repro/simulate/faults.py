@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 from repro.errors import UserError
 from repro.scheduling.observations import StalledTransfer
-from repro.scheduling.scheduler import Scheduler
+from repro.scheduling.scheduler import Pool, Scheduler
+from repro.simulate.decode import DecodeStage
+from repro.simulate.decode_memory import MemoryDecodeStage
 from repro.simulate.dispatch import Dispatch
 from repro.simulate.events import EventQueue
 from repro.simulate.job import Job
 from repro.simulate.link import Flow
+from repro.simulate.prefill import ChunkedPrefill, WholePrefill
 from repro.simulate.resources import PdResources, PrfaasResources
 from repro.simulate.spec import Fault
 
@@ -43,15 +46,19 @@ class Faults:
             events.at(fault.at_s, self._fail, fault)
 
     def _fail(self, now_s: float, fault: Fault) -> None:
-        place = self._prfaas_clusters[fault.cluster] if fault.pool == "prfaas" else self._pd_clusters[fault.cluster]
-        stage = self._pd_clusters[fault.cluster].decode if fault.pool == "pd_d" else place.prefill
+        pool: Pool
+        if fault.pool == "pd":
+            pool = "pd_d" if fault.instance in self._pd_clusters[fault.cluster].decode.members else "pd_p"
+        else:
+            pool = fault.pool
+        stage = self._stage(pool, fault.cluster)
         if fault.instance not in stage.members:
             return  # it has been converted, or is down already
         scheduler = self._scheduler
-        scheduler.failed(fault.pool, fault.cluster, fault.instance)
+        scheduler.failed(pool, fault.cluster, fault.instance)
         lost = stage.fail(now_s, fault.instance)
-        self._events.at(now_s + fault.for_s, self._repair, fault)
-        if fault.pool == "prfaas":
+        self._events.at(now_s + fault.for_s, self._repair, (pool, fault))
+        if pool == "prfaas":
             gone = {job.id for job in lost}
             link = self._prfaas_clusters[fault.cluster].link
             for flow in link.flows():
@@ -60,11 +67,16 @@ class Faults:
         for job in lost:
             self._again(now_s, job, scheduler.lost(now_s, job.input_tokens, job.pd.index, job.chain, job.offloaded))
 
-    def _repair(self, now_s: float, fault: Fault) -> None:
-        self._scheduler.repaired(now_s, fault.pool, fault.cluster, fault.instance)
-        place = self._prfaas_clusters[fault.cluster] if fault.pool == "prfaas" else self._pd_clusters[fault.cluster]
-        stage = self._pd_clusters[fault.cluster].decode if fault.pool == "pd_d" else place.prefill
-        stage.open(now_s, fault.instance)
+    def _repair(self, now_s: float, failed: tuple[Pool, Fault]) -> None:
+        pool, fault = failed
+        self._scheduler.repaired(now_s, pool, fault.cluster, fault.instance)
+        self._stage(pool, fault.cluster).open(now_s, fault.instance)
+
+    def _stage(self, pool: Pool, cluster: int) -> WholePrefill | ChunkedPrefill | DecodeStage | MemoryDecodeStage:
+        if pool == "prfaas":
+            return self._prfaas_clusters[cluster].prefill
+        pd = self._pd_clusters[cluster]
+        return pd.prefill if pool == "pd_p" else pd.decode
 
     def give_up_stalled(self, now_s: float) -> None:
         """Offer the scheduler what a link that is down holds up, and prefill anew what it gives up."""

@@ -53,17 +53,20 @@ class PrfaasCluster:
 
 @dataclass(frozen=True)
 class Fault:
-    """Instance `instance` of a pool stops at `at_s` and serves again `for_s` later; what it was doing is lost."""
+    """Instance `instance` of a pool stops at `at_s` and serves again `for_s` later; what it was doing is lost.
 
-    pool: Literal["prfaas", "pd_p", "pd_d"]
+    In `pd_p` and `pd_d` only an instance that prefills or decodes by then, in `pd` one of either role; none between two roles.
+    """
+
+    pool: Literal["prfaas", "pd", "pd_p", "pd_d"]
     instance: int
     at_s: float
     for_s: float
     cluster: int = 0
 
     def __post_init__(self) -> None:
-        if self.pool not in ("prfaas", "pd_p", "pd_d"):
-            raise UserError(f"faults.pool: {self.pool!r} is unknown; accepted: prfaas, pd_p, pd_d")
+        if self.pool not in ("prfaas", "pd", "pd_p", "pd_d"):
+            raise UserError(f"faults.pool: {self.pool!r} is unknown; accepted: prfaas, pd, pd_p, pd_d")
         if self.at_s < 0 or not self.for_s > 0:
             raise UserError(f"faults: at_s {self.at_s} must not be negative and for_s {self.for_s} must be positive")
 

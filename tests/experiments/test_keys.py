@@ -271,6 +271,14 @@ ACTING = {
     ("experiment=simulation", "link.loss=0.001", "options.duration_s=60", "options.warmup_s=10"): (
         "transport.connections=16", "link.congestion_control=bbr", "link.loss_burst_segments=4", "link.rtt_s=0.02",
     ),
+    (
+        "experiment=simulation", "options.duration_s=120", "options.warmup_s=10", "cluster.failures.mtbf_s=60",
+        "cluster.failures.repair_s=20", "cluster.failures.crews=2",
+    ): (
+        "cluster.failures.mtbf_s=90", "cluster.failures.repair_s=10", "cluster.failures.crews=1", "cluster.failures.cold_start_s=9",
+        "cluster.failures.schedule=[{pool: prfaas, instance: 0, at_s: 40, for_s: 30}]",
+        "cluster.failures.schedule=[{pool: pd, instance: 7, at_s: 40, for_s: 30}]",
+    ),
 }  # fmt: skip
 
 
@@ -313,6 +321,15 @@ REFUSED = [
     (["experiment=table6", "cluster.decode.memory_bytes=1e10"], "cluster.decode.memory_bytes: not read by experiment=table6 on tier=model"),
     (["experiment=table6", "tier=simulate", "cluster.decode.steps=rows"], "cluster.decode.steps: rows; paper_1t_h20 has none"),
     (["experiment=simulation", "cluster.decode.memory_bytes=1e9"], "cluster.decode.memory_bytes: 1e+09, but a request of 132096 tokens"),
+    (["experiment=burst", "cluster.failures.mtbf_s=100"], "cluster.failures.mtbf_s: not read by experiment=burst on tier=simulate"),
+    (
+        ["experiment=simulation", "cluster.failures.schedule=[{pool:pd,instance:8,at_s:1,for_s:1}]"],
+        "cluster.failures.schedule: instance 8 of pd does not exist; accepted: below 8",
+    ),
+    (
+        ["experiment=simulation", "cluster.failures.schedule=[{pool:pd,instance:0,at_s:-1,for_s:1}]"],
+        "cluster.failures.schedule[0].at_s: -1.0; accepted: seconds, 0 or more",
+    ),
     (["experiment=table6", "tier=simulate", "options.draws=3"], "options.draws: not read by experiment=table6 on tier=simulate"),
     (["experiment=burst", "transport.connections=2"], "transport.connections: 2 has no effect on tier=simulate while TCP carries"),
     (["experiment=burst", "policy.lengths=true_mean"], "policy.lengths: not read by experiment=burst"),
