@@ -1,4 +1,4 @@
-"""Which instance of a cluster takes a request: least work, sampled least work, round robin, cache affinity.
+"""Which instance of a cluster takes a request: least work, sampled least work, round robin.
 
 A router knows the work that it has promised to each instance, because T_prefill of a known length is known; `free_at_s` is that
 promise, and a live router corrects it with what workers report. Least work is a heap, so that 10,000 instances cost as little as 10.
@@ -18,7 +18,7 @@ class Placement(Protocol):
 
     free_at_s: dict[int, float]
 
-    def take(self, now_s: float, work_s: float, preferred: int | None = None) -> int:
+    def take(self, now_s: float, work_s: float) -> int:
         """Give `work_s` seconds of work to an instance and return its id. LookupError when there is none."""
         ...
 
@@ -71,7 +71,7 @@ class LeastWork(_Ledger):
         if instance in self.free_at_s:
             self.add(instance, free_at_s)
 
-    def take(self, now_s: float, work_s: float, preferred: int | None = None) -> int:  # noqa: ARG002
+    def take(self, now_s: float, work_s: float) -> int:
         """The least loaded instance."""
         heap, free_at = self._heap, self.free_at_s
         while heap:
@@ -93,7 +93,7 @@ class RoundRobin(_Ledger):
         super().__init__()
         self._turn = -1
 
-    def take(self, now_s: float, work_s: float, preferred: int | None = None) -> int:  # noqa: ARG002
+    def take(self, now_s: float, work_s: float) -> int:
         """The next instance in id order."""
         if not self.free_at_s:
             raise LookupError("no instance takes work")
@@ -109,7 +109,7 @@ class Sampled(_Ledger):
         super().__init__()
         self._draws = 0
 
-    def take(self, now_s: float, work_s: float, preferred: int | None = None) -> int:  # noqa: ARG002
+    def take(self, now_s: float, work_s: float) -> int:
         """The better of two pseudo-random instances."""
         ids = list(self.free_at_s)
         if not ids:
@@ -120,30 +120,11 @@ class Sampled(_Ledger):
         return self._give(min(first, second, key=lambda i: (self.free_at_s[i], i)), now_s, work_s)
 
 
-class CacheAffinity(LeastWork):
-    """The instance that holds the prefix, unless it is `slack_s` busier than the least loaded one."""
-
-    def __init__(self, slack_s: float = 1.0) -> None:
-        super().__init__()
-        self.slack_s = slack_s
-
-    def take(self, now_s: float, work_s: float, preferred: int | None = None) -> int:
-        """The preferred instance within the slack, else the least loaded."""
-        if preferred is not None and preferred in self.free_at_s:
-            wait = max(self.free_at_s[preferred] - now_s, 0.0)
-            least = max(min(self.free_at_s.values()) - now_s, 0.0)
-            if wait <= least + self.slack_s:
-                self.add(preferred, max(self.free_at_s[preferred], now_s) + work_s)
-                return preferred
-        return super().take(now_s, work_s)
-
-
 #: Placements by the name that `policy.placement` takes.
 PLACEMENTS: dict[str, type[Placement]] = {
     "least_work": LeastWork,
     "sampled": Sampled,
     "round_robin": RoundRobin,
-    "cache_affinity": CacheAffinity,
 }
 
 

@@ -57,7 +57,7 @@ def test_every_placement_serves_only_members_and_promises_all_work(name: str) ->
     for instance in range(4):
         chooser.add(instance, 0.0)
     chooser.remove(2)
-    taken = [chooser.take(0.0, 1.0, preferred=1) for _ in range(30)]
+    taken = [chooser.take(0.0, 1.0) for _ in range(30)]
     assert 2 not in taken
     assert sum(chooser.free_at_s.values()) == pytest.approx(30.0)
     for instance in (0, 1, 3):
@@ -71,13 +71,6 @@ def test_least_work_evens_out_unequal_jobs() -> None:
     for instance in range(3):
         chooser.add(instance, 0.0)
     assert [chooser.take(0.0, work) for work in (5.0, 1.0, 2.0, 1.0, 1.0)] == [0, 1, 2, 1, 1]
-
-
-def test_cache_affinity_gives_way_to_load() -> None:
-    chooser = placement("cache_affinity")
-    for instance in range(2):
-        chooser.add(instance, 0.0)
-    assert [chooser.take(0.0, 0.6, preferred=1) for _ in range(4)] == [1, 1, 0, 1]
 
 
 def test_an_unknown_placement_is_named_with_what_is_accepted() -> None:
