@@ -73,13 +73,13 @@ def test_instances_that_are_down_throughout_are_as_good_as_none() -> None:
 
 
 def test_capacity_is_that_of_a_server_whose_interrupted_work_begins_anew() -> None:
-    work_s, mtbf_s, repair_s, servers, until_s = 2.0, 20.0, 5.0, 8, 2500.0
+    work_s, mtbf_s, repair_s, servers, until_s = 2.0, 20.0, 5.0, 6, 1500.0
     spec = FailureSpec(mtbf_s=mtbf_s, repair_s=repair_s)
     own = tuple(
         Fault("pd_p", fault.instance, fault.at_s, fault.for_s)
         for fault in faults(spec, {"pd": servers}, until_s, 3)
     )  # fmt: skip
-    stream = Independent(Poisson(6.0), Lengths((2_000,)), FixedOutput(1), round(6.0 * until_s), 3)
+    stream = Independent(Poisson(4.0), Lengths((2_000,)), FixedOutput(1), round(4.0 * until_s), 3)
     table, _ = play(local(TinyProfile(), servers, drain_s=0.0, faults=own), stream)
     # Completions in a lifetime are geometric (Avi-Itzhak and Naor), and a lifetime and a repair make a cycle.
     expected = servers / (math.expm1(work_s / mtbf_s) * (mtbf_s + repair_s))
