@@ -321,7 +321,7 @@ REFUSED = [
     (["experiment=table6", "cluster.decode.memory_bytes=1e10"], "cluster.decode.memory_bytes: not read by experiment=table6 on tier=model"),
     (["experiment=table6", "tier=simulate", "cluster.decode.steps=rows"], "cluster.decode.steps: rows; paper_1t_h20 has none"),
     (["experiment=simulation", "cluster.decode.memory_bytes=1e9"], "cluster.decode.memory_bytes: 1e+09, but a request of 132096 tokens"),
-    (["experiment=burst", "cluster.failures.mtbf_s=100"], "cluster.failures.mtbf_s: not read by experiment=burst on tier=simulate"),
+    (["experiment=burst", "cluster.failures.schedule=[{pool:pd,instance:0,at_s:1,for_s:1}]"], "cluster.failures.schedule: not read by experiment=burst"),
     (
         ["experiment=simulation", "cluster.failures.schedule=[{pool:pd,instance:8,at_s:1,for_s:1}]"],
         "cluster.failures.schedule: instance 8 of pd does not exist; accepted: below 8",
