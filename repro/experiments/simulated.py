@@ -18,6 +18,8 @@ from repro.errors import UserError
 from repro.experiments.base import Context, Outcome
 from repro.experiments.deployment import check_deployment, deployment, operating_points
 from repro.experiments.study import Point, run_once, run_points, seeds_of
+from repro.kvcache.pool import CacheSpec
+from repro.kvcache.sizing import KvBytes
 from repro.record.metrics import Metric
 from repro.record.request_metrics import good, over_runs, summarise
 from repro.record.requests import ANSWERED
@@ -177,12 +179,15 @@ def scheduled(spec: SimulationSpec, policy: PolicySpec, point: OperatingPoint) -
     )
 
 
+def cache_of(policy: PolicySpec, profile: KvBytes) -> CacheSpec | None:
+    """The configured prefix cache with all its tiers, if it is switched on. Raises UserError for tiers that cannot be."""
+    return replace(policy.cache.spec(profile), lower=policy.cache.lower) if policy.cache.enabled else None
+
+
 def cached(spec: SimulationSpec, policy: PolicySpec) -> SimulationSpec:
     """The same deployment with the configured prefix caches and their rebalancing, if they are switched on."""
-    if not policy.cache.enabled:
-        return spec
-    caching = replace(spec, cache=policy.cache.spec(spec.pd[0].profile))
-    return with_scheduler(caching, rebalance=policy.rebalance)
+    cache = cache_of(policy, spec.pd[0].profile)
+    return spec if cache is None else with_scheduler(replace(spec, cache=cache), rebalance=policy.rebalance)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def check(settings: Settings, options: Options) -> None:
             raise UserError(
                 f"cluster.failures.schedule: instance {outage.instance} of {outage.pool} does not exist; accepted: below {count}"
             )
+    simulated.cache_of(settings.policy, deployment(settings).pd)
     workload = settings.workload
     if options.load is not None and (workload.sessions is not None or workload.trace is not None):
         raise UserError(f"options.load: workload={workload.name} brings its own arrivals; accepted: null")

@@ -13,7 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from repro.errors import UserError
 
@@ -36,10 +36,37 @@ class GroupSpec:
 
 
 @dataclass(frozen=True)
+class CacheTier:
+    """Slower memory below a cache's first tier. An instance loads from it at `load_bps` bits per second, null at once, after `latency_s`.
+
+    `capacity_gb` is that of the whole cluster, null without limit.
+    """
+
+    NODE: ClassVar = "policy.cache.lower"
+    name: str
+    capacity_gb: float | None
+    load_bps: float | None = None
+    latency_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("capacity_gb", "load_bps"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{self.NODE}.{key}: {value}; accepted: above 0, or null for no limit")
+        if not 0 <= self.latency_s < math.inf:
+            raise UserError(f"{self.NODE}.latency_s: {self.latency_s}; accepted: seconds, 0 or more")
+
+    def load_s(self, size_bytes: float) -> float:
+        """What loading so much takes."""
+        return self.latency_s + (0.0 if self.load_bps is None else 8 * size_bytes / self.load_bps)
+
+
+@dataclass(frozen=True)
 class CacheSpec:
     """A pool of `capacity_bytes` in pages of `page_bytes`, to which every group's blocks are aligned.
 
-    A checkpoint is kept at the end of each prefill, and every `checkpoint_blocks` blocks before it (0: only at the end).
+    A checkpoint is kept at the end of each prefill, and every `checkpoint_blocks` blocks before it (0: only at the end). `lower` are
+    the tiers that take what the pool has no room for, from which a hit has to be loaded.
     """
 
     groups: tuple[GroupSpec, ...]
@@ -48,6 +75,7 @@ class CacheSpec:
     page_bytes: int = 1 << 20
     checkpoint_blocks: int = 0
     eviction: Literal["lru", "length_aware"] = "lru"
+    lower: tuple[CacheTier, ...] = ()
 
     def __post_init__(self) -> None:
         if not any(group.kind == "block" for group in self.groups):
@@ -60,6 +88,12 @@ class CacheSpec:
         if self.checkpoint_blocks < 0:
             raise UserError(
                 f"cache.checkpoint_blocks: {self.checkpoint_blocks} is negative; accepted: 0 for the end only, or blocks"
+            )
+        limitless = [self.capacity_bytes == math.inf, *(tier.capacity_gb is None for tier in self.lower)]
+        if any(limitless[:-1]):
+            above = limitless.index(True)
+            raise UserError(
+                f"policy.cache.lower[{above}]: has no effect below a tier without limit; accepted: capacity_gb above it"
             )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from numpy.typing import ArrayLike
 
 from repro.errors import UserError
-from repro.kvcache.pool import CacheSpec, GroupSpec
+from repro.kvcache.pool import CacheSpec, CacheTier, GroupSpec
 
 
 class KvBytes(Protocol):
@@ -23,7 +23,8 @@ class KvBytes(Protocol):
 @dataclass(frozen=True)
 class CacheOptions:
     """Prefix caches, one per cluster. `capacity_gb` null is unlimited; `checkpoint_blocks` 0 keeps recurrent state at the end
-    of each prompt only.
+    of each prompt only. `lower` are the tiers below the one of `capacity_gb`, as DRAM and SSD are below HBM; what they hold is loaded
+    before its prefill.
     """
 
     enabled: bool = False
@@ -31,8 +32,11 @@ class CacheOptions:
     block_tokens: int = 512
     checkpoint_blocks: int = 0
     eviction: Literal["lru", "length_aware"] = "lru"
+    lower: tuple[CacheTier, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.lower and not self.enabled:
+            raise UserError("policy.cache.lower: has no effect without policy.cache.enabled=true")
         if self.capacity_gb is not None and not self.capacity_gb > 0:
             raise UserError(
                 f"policy.cache.capacity_gb: {self.capacity_gb} is not positive; accepted: gigabytes, or null for no limit"

@@ -13,7 +13,8 @@ class Decision(NamedTuple):
     """One request: at PrfaaS (`offload`) or in its PD cluster, on which instance, and what that costs.
 
     `prfaas` is the PrfaaS cluster that prefills or through whose link the prefix comes, −1 without one; `instance` is −1 until placed.
-    `work_s` is T_prefill of the uncached tokens, `kv_bytes` what goes to decode, `fetch_bytes` the prefix that crosses first.
+    `work_s` is T_prefill of the uncached tokens, with the time to load the others from a cache's lower tiers; `kv_bytes` goes to decode,
+    `fetch_bytes` is the prefix that crosses first.
     `fell_back`: it is not prefilled where routing wanted it, or not for the first time.
     """
 

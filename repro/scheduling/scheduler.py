@@ -22,7 +22,7 @@ same calls in the same order give the same decisions. One scheduler serves all P
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from repro.scheduling import loops
@@ -40,11 +40,15 @@ Pool = Literal["prfaas", "pd_p", "pd_d"]
 
 
 class CacheIndices(NamedTuple):
-    """What says which prefixes each cluster holds, in the clusters' order, by blocks of so many tokens."""
+    """What says which prefixes each cluster holds, in the clusters' order, by blocks of so many tokens.
+
+    Where caches have several tiers, `load_s(cluster, chain, tokens)` is what loading a prefix takes an instance. None: nothing.
+    """
 
     block_tokens: int
     pd: Sequence[PrefixIndex]
     prfaas: Sequence[PrefixIndex]
+    load_s: Callable[[str, Sequence[int], int], float] | None = None
 
 
 class Scheduler:
@@ -65,6 +69,7 @@ class Scheduler:
         self.prfaas = [PrfaasClusterState(i, plan, spec) for i, plan in enumerate(prfaas)]
         self.pd = [PdClusterState(i, plan, plan.share / shares, spec, self.prfaas) for i, plan in enumerate(pd)]
         self.caches = self._manager(indices, (prfaas[0] if prfaas else pd[0])) if indices else None
+        self._load_s = indices.load_s if indices else None
         self._route = spec.router.route
         self._limit_s = spec.admission.limit_s
         self._limited = self._limit_s < math.inf
@@ -160,6 +165,8 @@ class Scheduler:
         work_s = tables.prefill_s[tokens - cached]
         kv_bytes = tables.kv_bytes[tokens]
         if chain is not None and self.caches is not None:
+            if cached and not fetch:
+                work_s += self.load_s(state.name, chain, cached)
             if offload:
                 # Attention blocks that the PD cluster holds already need not travel; fixed-size state always does.
                 kv_bytes -= tables.kv_bytes[self.caches.attention_tokens(home.name, chain)] - tables.kv_bytes[0]
@@ -197,6 +204,10 @@ class Scheduler:
             return only if only.placement.free_at_s else None
         able = [cluster for cluster in clusters if cluster.serving and cluster.link_up]
         return min(able, key=lambda cluster: (cluster.predicted_wait_s(now_s), cluster.index)) if able else None
+
+    def load_s(self, cluster: str, chain: Sequence[int], tokens: int) -> float:
+        """What it takes an instance of `cluster` to load that much of a cached prefix from the tiers that hold it."""
+        return self._load_s(cluster, chain, tokens) if self._load_s is not None else 0.0
 
     def _own_tokens(self, home: PdClusterState, chain: Sequence[int]) -> int:
         assert self.caches is not None

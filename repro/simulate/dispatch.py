@@ -62,9 +62,7 @@ class Dispatch:
 
     def carry_out(self, now_s: float, job: Job, decision: Decision) -> None:
         """Do with a job what the scheduler has decided."""
-        action, offload, prfaas, instance, job.cached_tokens, job.work_s, job.kv_bytes, fetch_bytes, fell_back = (
-            decision
-        )
+        action, offload, prfaas, instance, job.cached_tokens, job.work_s, job.kv_bytes, _, fell_back = decision
         job.offloaded = offload
         job.prfaas = self._prfaas_clusters[prfaas] if prfaas >= 0 else None
         if fell_back:
@@ -72,10 +70,14 @@ class Dispatch:
         if instance >= 0:
             (job.prfaas if offload else job.pd).prefill.assign(now_s, job, instance)
         elif action == "fetch":
-            # The prefix that is elsewhere comes over the link before prefill.
+            # The prefix that is elsewhere comes over the link before prefill, from whichever tier holds it there.
             job.decision = decision
-            link = job.prfaas.ingress if offload else job.prfaas.link
-            job.flow = link.send(now_s, -1 - job.pd.index, fetch_bytes, self._fetched, job)
+            source = job.pd.name if offload else job.prfaas.name
+            load_s = self._scheduler.load_s(source, job.chain or (), job.cached_tokens)
+            if load_s > 0:
+                self._events.at(now_s + load_s, self._send_prefix, job)
+            else:
+                self._send_prefix(now_s, job)
         elif action == "refuse":
             self._ledger.refuse(job)
         else:
@@ -87,6 +89,10 @@ class Dispatch:
         job.parts = 0
         job.prefill_end_s = NOT_YET
         self.carry_out(now_s, job, decision)
+
+    def _send_prefix(self, now_s: float, job: Job) -> None:
+        link = job.prfaas.ingress if job.offloaded else job.prfaas.link
+        job.flow = link.send(now_s, -1 - job.pd.index, job.decision.fetch_bytes, self._fetched, job)
 
     def _fetched(self, now_s: float, job: Job) -> None:
         job.flow = None

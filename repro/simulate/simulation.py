@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from repro.kvcache.pool import HybridPool
+from repro.kvcache.tiers import TieredPool, made
 from repro.scheduling.scheduler import CacheIndices, Scheduler
 from repro.scheduling.views import Sample
 from repro.simulate.control import Control
@@ -60,8 +61,8 @@ class Simulation:
         self.spec = spec
         self.events = events = EventQueue()
         self._ledger = ledger = RequestLedger(sink)
-        pd_pools = [HybridPool(spec.cache) if spec.cache else None for _ in spec.pd]
-        prfaas_pools = [HybridPool(spec.cache) if spec.cache else None for _ in spec.prfaas]
+        pd_pools = [made(spec.cache) if spec.cache else None for _ in spec.pd]
+        prfaas_pools = [made(spec.cache) if spec.cache else None for _ in spec.prfaas]
         self.scheduler = scheduler = Scheduler(
             spec.scheduler, spec.pd, spec.prfaas, _indices(spec, pd_pools, prfaas_pools)
         )
@@ -156,11 +157,19 @@ class Simulation:
 def _indices(
     spec: SimulationSpec, pd: Sequence[HybridPool | None], prfaas: Sequence[HybridPool | None]
 ) -> CacheIndices | None:
-    """The pools themselves tell the scheduler what they hold."""
+    """The pools themselves tell the scheduler what they hold, and what loading it takes."""
     if spec.cache is None:
         return None
+    block_tokens = spec.cache.block_tokens
+    pools = {f"pd{i}": pool for i, pool in enumerate(pd)} | {f"prfaas{i}": pool for i, pool in enumerate(prfaas)}
+
+    def load_s(cluster: str, chain: Sequence[int], tokens: int) -> float:
+        pool = pools[cluster]
+        return pool.load_s(chain, tokens // block_tokens) if isinstance(pool, TieredPool) else 0.0
+
     return CacheIndices(
-        spec.cache.block_tokens,
+        block_tokens,
         [pool for pool in pd if pool is not None],
         [pool for pool in prfaas if pool is not None],
+        load_s=load_s if spec.cache.lower else None,
     )

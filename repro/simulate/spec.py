@@ -106,5 +106,9 @@ class SimulationSpec:
             raise UserError(
                 f"simulate.chunk_tokens: {self.chunk_tokens} is below 1; accepted: tokens, or null for whole prefill"
             )
+        if self.chunk_tokens is not None and self.cache is not None and self.cache.lower:
+            raise UserError(
+                "policy.cache.lower: loads before whole prefills; accepted: with simulate.chunk_tokens null"
+            )
         if not (self.limit_requests >= 1 and 0 <= self.drain_s < math.inf):
             raise UserError("simulate.limit_requests and simulate.drain_s: must be positive and finite")

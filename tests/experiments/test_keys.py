@@ -279,6 +279,14 @@ ACTING = {
         "cluster.failures.schedule=[{pool: prfaas, instance: 0, at_s: 40, for_s: 30}]",
         "cluster.failures.schedule=[{pool: pd, instance: 7, at_s: 40, for_s: 30}]",
     ),
+    (
+        "experiment=simulation", "workload=agentic", "policy.cache.enabled=true", "policy.cache.capacity_gb=5", "options.duration_s=200",
+        "options.warmup_s=10", "policy.cache.lower=[{name: dram, capacity_gb: 60, load_bps: 1e10}]",
+    ): (
+        "policy.cache.lower=[]", "policy.cache.lower=[{name: dram, capacity_gb: 60, load_bps: 2e9}]",
+        "policy.cache.lower=[{name: dram, capacity_gb: 1, load_bps: 1e10}]",
+        "policy.cache.lower=[{name: dram, capacity_gb: 60, load_bps: 1e10, latency_s: 1}]",
+    ),
 }  # fmt: skip
 
 
@@ -321,7 +329,10 @@ REFUSED = [
     (["experiment=table6", "cluster.decode.memory_bytes=1e10"], "cluster.decode.memory_bytes: not read by experiment=table6 on tier=model"),
     (["experiment=table6", "tier=simulate", "cluster.decode.steps=rows"], "cluster.decode.steps: rows; paper_1t_h20 has none"),
     (["experiment=simulation", "cluster.decode.memory_bytes=1e9"], "cluster.decode.memory_bytes: 1e+09, but a request of 132096 tokens"),
-    (["experiment=burst", "cluster.failures.schedule=[{pool:pd,instance:0,at_s:1,for_s:1}]"], "cluster.failures.schedule: not read by experiment=burst"),
+    (
+        ["experiment=burst", "cluster.failures.schedule=[{pool:pd,instance:0,at_s:1,for_s:1}]"],
+        "cluster.failures.schedule: not read by experiment=burst on tier=simulate",
+    ),
     (
         ["experiment=simulation", "cluster.failures.schedule=[{pool:pd,instance:8,at_s:1,for_s:1}]"],
         "cluster.failures.schedule: instance 8 of pd does not exist; accepted: below 8",
@@ -329,6 +340,18 @@ REFUSED = [
     (
         ["experiment=simulation", "cluster.failures.schedule=[{pool:pd,instance:0,at_s:-1,for_s:1}]"],
         "cluster.failures.schedule[0].at_s: -1.0; accepted: seconds, 0 or more",
+    ),
+    (
+        ["experiment=agentic", "policy.cache.lower=[{name:ssd,capacity_gb:1}]", "policy.cache.enabled=true"],
+        "policy.cache.lower: not read by experiment=agentic on tier=simulate",
+    ),
+    (
+        ["experiment=simulation", "policy.cache.lower=[{name:ssd,capacity_gb:1}]"],
+        "policy.cache.lower: has no effect without policy.cache.enabled=true",
+    ),
+    (
+        ["experiment=simulation", "policy.cache={enabled:true,capacity_gb:null,lower:[{name:ssd,capacity_gb:1}]}"],
+        "policy.cache.lower[0]: has no effect below a tier without limit",
     ),
     (["experiment=table6", "tier=simulate", "options.draws=3"], "options.draws: not read by experiment=table6 on tier=simulate"),
     (["experiment=burst", "transport.connections=2"], "transport.connections: 2 has no effect on tier=simulate while TCP carries"),
