@@ -29,7 +29,7 @@ from repro.errors import UserError
 MODULES = (
     *(f"scheduling.{name}" for name in ("clusters", "loops", "scheduler", "tables")),
     *(f"simulate.{name}" for name in ("control", "decode", "decode_memory", "dispatch", "events", "faults", "job", "ledger", "lifecycle")),
-    *(f"simulate.{name}" for name in ("link", "prefill", "rebalance", "resources", "simulation", "windowed_link")),
+    *(f"simulate.{name}" for name in ("colocated", "link", "prefill", "rebalance", "resources", "simulation", "windowed_link")),
 )  # fmt: skip
 _HERE = Path(__file__).resolve().parent
 _GROUP = "repro_native"

@@ -8,6 +8,7 @@ from repro.scheduling.decisions import Conversion
 from repro.scheduling.observations import InstanceReport, LinkReport, PdReport
 from repro.scheduling.scheduler import Scheduler
 from repro.scheduling.views import Sample, SchedulerState
+from repro.simulate.colocated import ColocatedStage
 from repro.simulate.events import EventQueue
 from repro.simulate.ledger import RequestLedger
 from repro.simulate.resources import PdResources, PrfaasResources
@@ -81,6 +82,7 @@ class Control:
         if not self._ledger.open:
             return
         self._events.at(now_s + self._slow_period_s, self._slow_tick, pd)
+        assert not isinstance(pd.prefill, ColocatedStage)  # refused beside a slow loop
         prefill, decode = pd.prefill.members, pd.decode.members
         report = PdReport(
             [InstanceReport(i, len(queue)) for i, queue in prefill.items()],

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from repro.kvcache.pool import HybridPool
 from repro.scheduling.clusters import PdClusterState, PrfaasClusterState
 from repro.scheduling.tables import CostTables, StepTimes
+from repro.simulate.colocated import ColocatedStage
 from repro.simulate.decode import DecodeStage
 from repro.simulate.decode_memory import MemoryDecodeStage
 from repro.simulate.events import EventQueue
@@ -72,20 +73,24 @@ class PdResources:
         self.name = state.name
         self.spec = spec
         self.state = state
-        self.prefill: WholePrefill | ChunkedPrefill
-        if run.chunk_tokens is None:
-            self.prefill = WholePrefill(events, prefilled)
-        else:
-            self.prefill = ChunkedPrefill(events, prefilled, run.chunk_tokens, _chunk_s(state.tables))
-        steps = StepTimes(spec.profile.decode_step_s, spec.profile.batch_max)
-        most = spec.profile.batch_max
+        self.prefill: WholePrefill | ChunkedPrefill | ColocatedStage
         self.decode: DecodeStage | MemoryDecodeStage
-        if spec.decode_memory_bytes is None:
-            self.decode = DecodeStage(events, steps, most, finished)
+        steps = StepTimes(spec.profile.decode_step_s, spec.profile.batch_max)
+        most, chunk = spec.profile.batch_max, spec.colocated_chunk_tokens
+        if chunk is not None:
+            both = ColocatedStage(events, steps, most, finished, prefilled, chunk, _chunk_s(state.tables))
+            self.prefill = self.decode = both
         else:
-            tables = CostTables(spec.profile)
-            self.decode = MemoryDecodeStage(events, steps, most, finished, tables, spec.decode_memory_bytes)
-        for instance in range(spec.n_p + spec.n_d):
+            if run.chunk_tokens is None:
+                self.prefill = WholePrefill(events, prefilled)
+            else:
+                self.prefill = ChunkedPrefill(events, prefilled, run.chunk_tokens, _chunk_s(state.tables))
+            if spec.decode_memory_bytes is None:
+                self.decode = DecodeStage(events, steps, most, finished)
+            else:
+                tables = CostTables(spec.profile)
+                self.decode = MemoryDecodeStage(events, steps, most, finished, tables, spec.decode_memory_bytes)
+        for instance in range(spec.n_p + (spec.n_d if chunk is None else 0)):
             (self.prefill if instance < spec.n_p else self.decode).open(0.0, instance)
         self.cache = cache
         self.finished = 0

@@ -18,7 +18,8 @@ from repro.simulate.link_spec import SharedLinkSpec
 class PdCluster:
     """A PD cluster: `n_p` instances prefill, `n_d` decode; `share` of the arrivals call it home.
 
-    A decode instance has `decode_memory_bytes` for KVCache; None leaves its batch to BS_max.
+    A decode instance has `decode_memory_bytes` for KVCache; None leaves its batch to BS_max. With `colocated_chunk_tokens` the `n_p`
+    instances are all: each prefills in such chunks between its own decode steps, and `n_d` is `n_p`.
     """
 
     profile: Profile
@@ -26,8 +27,14 @@ class PdCluster:
     n_d: int
     share: float = 1.0
     decode_memory_bytes: float | None = None
+    colocated_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if self.colocated_chunk_tokens is not None:
+            if self.colocated_chunk_tokens < 1:
+                raise UserError(f"chunk_tokens: {self.colocated_chunk_tokens} is below 1")
+            if self.n_p != self.n_d or self.decode_memory_bytes is not None:
+                raise UserError("cluster.pd: colocated instances do both phases, and their memory is not counted")
         if self.n_p < 0 or self.n_d < 1:
             raise UserError(
                 f"cluster.pd: n_p {self.n_p} and n_d {self.n_d}; accepted: 0 or more to prefill, 1 or more to decode"
@@ -92,6 +99,11 @@ class SimulationSpec:
         router = self.scheduler.router
         if not self.pd:
             raise UserError("cluster.pd: none given; accepted: one or more, since something must decode")
+        loops = self.scheduler.long_term.enabled or self.scheduler.adaptive.enabled or self.scheduler.timetable
+        if any(home.colocated_chunk_tokens for home in self.pd) and (self.prfaas or self.faults or loops):
+            raise UserError(
+                "cluster.pd: colocated instances serve alone; accepted: without PrfaaS, faults and conversions"
+            )
         if isinstance(router, Naive) and not self.prfaas:
             raise UserError("policy.router: naive sends every prefill to PrfaaS, but there is no PrfaaS cluster")
         if any(not home.n_p for home in self.pd) and (not self.prfaas or isinstance(router, Homogeneous)):

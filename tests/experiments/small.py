@@ -76,6 +76,7 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         *_STUDY, "options.at_s=30", "options.for_s=20", "options.recovery_s=10", "options.loads=[0.7]", "options.dropped_bps=[4e9]",
     ],
     ("burst", "simulate"): _STUDY,
+    ("colocation", "simulate"): [*_STUDY, "options.loads=[0.5]", "options.chunks_tokens=[1024]"],
     ("link_flap", "simulate"): [*_STUDY, "options.every_s=25"],
     ("output_length", "simulate"): [*_STUDY, "options.means=[256]"],
     ("scale", "simulate"): ["options.factors=[1,2]", "options.minimum_requests=300"],
