@@ -32,7 +32,7 @@ from repro.serving.router import Router
 from repro.serving.scale import Scale
 from repro.simulate.link_spec import SharedLinkSpec
 from repro.simulate.spec import PdCluster, PrfaasCluster
-from repro.workload.stream import RequestBatch
+from repro.workload.stream import Chains, RequestBatch
 
 #: The bar that the live system was asked to clear.
 AT_LEAST_PER_S, DELAY_AT_MOST_S = 2000.0, 0.005
@@ -196,9 +196,9 @@ def _open_loop(lengths: NDArray[np.int64], rate_per_s: float, for_s: float) -> R
     router.start(fleet, scale)
     asked_s: dict[int, float] = {}
 
-    def submit(number: int, due_s: float, input_tokens: int, output_tokens: int) -> None:
+    def submit(number: int, due_s: float, input_tokens: int, output_tokens: int, chains: Chains | None) -> None:
         asked_s[number] = time.monotonic()
-        router.submit(number, due_s, input_tokens, output_tokens)
+        router.submit(number, due_s, input_tokens, output_tokens, chains)
 
     load = LoadGenerator([RequestBatch(arrival_s, tokens, np.full(count, 128))], scale, submit)
     cpu_s = time.process_time()

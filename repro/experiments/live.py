@@ -22,6 +22,7 @@ from repro.link import Link, LinkSpec, open_link
 from repro.processes import Ended
 from repro.scheduling.throughput import Deployment as Modelled
 from repro.scheduling.views import Sample
+from repro.serving.cluster_caches import PRFAAS
 from repro.serving.faults import FaultSchedule, LiveFault
 from repro.serving.fleet import Config, Fleet, Launcher, LocalLauncher, Place
 from repro.serving.instance import MAX_PIECE_BYTES, InstanceConfig
@@ -89,8 +90,9 @@ class Computing(Protocol):
 class Played:
     """A run on the live system. `requests` is unscaled; lateness is in seconds of this machine.
 
-    `wire_bytes` of TCP payload and `payload_bytes` of KVCache crossed the link; the former is nan where an instance ended, for what it
-    had sent is counted nowhere. `workers` tells by instance how its clock stood to the router's.
+    `wire_bytes` of TCP payload and `payload_bytes` of KVCache left PrfaaS; the former is nan where an instance ended, for what it had sent
+    is counted nowhere. `copied_bytes` of prefixes crossed the link, either way, before the prefill that went on from them. `workers`
+    tells by instance how its clock stood to the router's.
     """
 
     requests: pd.DataFrame
@@ -101,6 +103,7 @@ class Played:
     wall_s: float
     wire_bytes: float
     payload_bytes: int
+    copied_bytes: int
     unfinished: int
     overloaded: bool
     samples: pd.DataFrame
@@ -137,13 +140,18 @@ class Deployment:
     ) -> None:
         if len(spec.pd) != 1 or len(spec.prfaas) > 1:
             raise UserError("cluster: the live system serves one PD cluster and at most one PrfaaS cluster")
+        if spec.scheduler.rebalance.enabled:
+            raise UserError(
+                "policy.rebalance: the live system moves a prefix when a request calls for it only; accepted: enabled=false"
+            )
         self.spec = spec
         self._wire = wire
         self._router: Router | None = None
         self._link: Link | None = link
         self._computes = computing is not None
         launcher = launcher or LocalLauncher(link, log_directory)
-        self._fleet = Fleet(launcher, self._heard, self._ended, hands_over=self._computes)
+        copies = spec.cache is not None and bool(spec.prfaas)
+        self._fleet = Fleet(launcher, self._heard, self._ended, hands_over=self._computes, copies=copies)
         self._next_number = 0
         self._reported = _Reported()
         pd = spec.pd[0]
@@ -154,13 +162,13 @@ class Deployment:
             profiles["prfaas0"] = spec.prfaas[0].profile
         self.configs: dict[Place, Config] = {}
         for number, place in enumerate(places):
-            host = launcher.host(place) if place.side == "decode" else None
+            host = launcher.host(place) if place.side == "decode" or copies else None
             if computing is not None:
                 self.configs[place] = computing.config(place.name, wire.transport, host, pd.profile.batch_max, seed)
             else:
                 self.configs[place] = InstanceConfig(
                     place.name, profiles[place.cluster], wire.transport, host, wire.scale.time, wire.scale.bytes, wire.pieces,
-                    seed + number,
+                    seed + number, copies,
                 )  # fmt: skip
 
     def __enter__(self) -> Deployment:
@@ -215,8 +223,13 @@ class Deployment:
             link_bps=link_bps,
             limit_requests=limit_requests,
             hands_over=self._computes,
+            cache=spec.cache,
         )
         batches = list(batches)
+        if any(batch.turns for batch in batches):
+            raise UserError(
+                "workload.sessions.closed_loop: the load generator does not wait for answers; accepted: false"
+            )
         router.scheduler.cover(max((batch.longest_tokens() for batch in batches), default=1))
         scale = replace(self._wire.scale, origin_s=self._origin_s())
         first = self.first_number()
@@ -250,7 +263,9 @@ class Deployment:
             cpu_s=after.cpu_s - before.cpu_s,
             wall_s=wall_s,
             wire_bytes=after.wire_bytes - before.wire_bytes if not router.died else math.nan,
-            payload_bytes=int(requests.loc[requests["route"] == "prfaas", "payload_bytes"].sum()),
+            payload_bytes=int(requests.loc[requests["route"] == "prfaas", "payload_bytes"].sum())
+            + router.copied_bytes[PRFAAS],
+            copied_bytes=router.copied_bytes.total(),
             unfinished=unfinished,
             overloaded=router.overloaded,
             samples=pd.DataFrame(list(router.samples), columns=Sample._fields),
@@ -280,6 +295,7 @@ class Deployment:
             link_bps=self._wire.link.rate_bps or math.inf,
             limit_requests=limit_requests,
             hands_over=self._computes,
+            cache=spec.cache,
             listener=listener,
         )
         router.start(fleet, replace(self._wire.scale, origin_s=self._origin_s()))

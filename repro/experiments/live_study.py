@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from repro.errors import UserError
+from repro.errors import UserError, at_least
 from repro.experiments import simulated, study_figures
 from repro.experiments.base import SCHEDULER, SIMULATED, WIRE, Context, Outcome
 from repro.experiments.live import Played, Wire, calibrated, deployed
@@ -27,6 +27,7 @@ from repro.report import style
 from repro.serving.faults import LiveFault
 from repro.serving.scale import Scaling
 from repro.settings import Settings
+from repro.simulate.simulation import Summary
 from repro.simulate.spec import Fault, SimulationSpec
 from repro.workload.spec import ServiceLevel
 
@@ -39,32 +40,39 @@ _NAMES = {"live": "live", "simulate": "simulated"}
 
 
 @dataclass(frozen=True)
-class Options(Scaling):
-    """`cases` of the policies of the simulated studies, at `load` as a share of Λ_max by the model, requests counted from `warmup_s` on.
+class RunOptions(Scaling):
+    """Which `cases` are run, for how long, requests counted from `warmup_s` on; `repeats` have seeds of their own."""
 
-    `repeats` have seeds of their own.
-    """
-
-    load: float = 0.7
+    KNOWN: ClassVar[tuple[str, ...]] = ()
     duration_s: float = 600.0
     warmup_s: float = 30.0
     repeats: int = 1
-    cases: tuple[str, ...] = ("static", "two_timescale")
+    cases: tuple[str, ...] = ()
     time_scale: float | None = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.load > 0 or self.repeats < 1:
-            raise UserError(
-                f"options.load, options.repeats: {self.load}, {self.repeats}; accepted: a positive load, 1 repeat or more"
-            )
+        at_least(self, "options", repeats=1)
         if not 0 <= self.warmup_s < self.duration_s:
             raise UserError(
                 f"options.warmup_s: {self.warmup_s}; accepted: 0 to less than options.duration_s ({self.duration_s})"
             )
-        known = ("static", "short_term", "two_timescale")
-        if not self.cases or not set(self.cases) <= set(known):
-            raise UserError(f"options.cases: {list(self.cases)}; accepted: some of {', '.join(known)}")
+        if not self.cases or not set(self.cases) <= set(self.KNOWN):
+            raise UserError(f"options.cases: {list(self.cases)}; accepted: some of {', '.join(self.KNOWN)}")
+
+
+@dataclass(frozen=True)
+class Options(RunOptions):
+    """`cases` of the policies of the simulated studies, at `load` as a share of Λ_max by the model."""
+
+    KNOWN: ClassVar[tuple[str, ...]] = ("static", "short_term", "two_timescale")
+    load: float = 0.7
+    cases: tuple[str, ...] = ("static", "two_timescale")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.load > 0:
+            raise UserError(f"options.load: {self.load}; accepted: a positive load")
 
 
 def check(settings: Settings, options: Any) -> None:
@@ -84,6 +92,7 @@ class Pair:
     seed: int
     played: Played
     simulated: pd.DataFrame
+    summary: Summary
     sent: int
 
     @property
@@ -104,31 +113,53 @@ class Pair:
 
 
 def run(context: Context, faults: Mapping[int, Sequence[LiveFault]] | None = None) -> Outcome:
-    """All cases, live and simulated; `faults` by seed."""
-    settings, options = context.settings, context.options
+    """The policies of `options.cases`, live and simulated; `faults` by seed."""
     setting = simulated.Setting.of(context)
+    specs = setting.policies()
+    cases = {case: specs[case] for case in context.options.cases}
+    return outcome(context, *meet(context, cases, setting.rate(context.options.load), faults))
+
+
+def meet(
+    context: Context,
+    cases: Mapping[str, SimulationSpec],
+    rate_per_s: float,
+    faults: Mapping[int, Sequence[LiveFault]] | None = None,
+) -> tuple[list[Pair], dict[str, float]]:
+    """Every case through the same requests, live and simulated, seed by seed; and how the emulation is scaled."""
+    settings, options = context.settings, context.options
     scale, facts = calibrated(options, settings.link.rate_bps)
     context.progress(f"time runs {scale.time:g} times as fast, bytes are divided by {scale.bytes:g}")
     wire = Wire(settings.link, settings.transport, options.pieces, scale)
     logs = context.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    specs = setting.policies()
     pairs = []
     for seed in range(settings.seed, settings.seed + options.repeats):
         own = (faults or {}).get(seed, ())
-        batches = list(settings.workload.stream(setting.rate(options.load), options.duration_s, seed))
+        batches = list(settings.workload.stream(rate_per_s, options.duration_s, seed))
         sent = sum(len(batch.arrival_s) for batch in batches)
-        for case in options.cases:
-            spec = specs[case]
+        for case, spec in cases.items():
             name = f"{settings.name}-{case}".replace("_", "-")
             with deployed(spec, wire, logs, name, seed) as live:
                 played = live.play(batches, faults=own)
-            table, _ = run_once(replace(spec, faults=simulated_faults(spec, own)), batches)
-            pair = Pair(case, seed, played, table, sent)
+            table, summary = run_once(replace(spec, faults=simulated_faults(spec, own)), batches)
+            pair = Pair(case, seed, played, table, summary, sent)
             pairs.append(pair)
             context.progress(f"{case}, seed {seed}: {sent} requests, {pair.lost} lost, {pair.twice} answered twice")
-    window_s = (options.warmup_s, options.duration_s)
-    rows = [row for case in options.cases for row in _rows(context, case, pairs, window_s, setting.slo, scale.time)]
+    return pairs, facts
+
+
+def outcome(
+    context: Context, pairs: Sequence[Pair], facts: Mapping[str, float], metrics: Sequence[str] = METRICS
+) -> Outcome:
+    """What became of all cases: those `metrics` live and simulated, what was lost, and both over time."""
+    settings, options = context.settings, context.options
+    window_s, slo = (options.warmup_s, options.duration_s), settings.workload.slo
+    rows = [
+        row
+        for case in options.cases
+        for row in _rows(context, case, pairs, metrics, window_s, slo, facts["time_scale"])
+    ]
     bad = [pair for pair in pairs if pair.lost or pair.twice]
     failure = "; ".join(
         f"{pair.case}, seed {pair.seed}: {pair.lost} of {pair.sent} requests lost, {pair.twice} answered twice"
@@ -136,7 +167,7 @@ def run(context: Context, faults: Mapping[int, Sequence[LiveFault]] | None = Non
     )
     return Outcome(
         rows,
-        _tables(pairs, settings.seed, setting.slo, max(options.duration_s / 60, 1.0)),
+        _tables(pairs, settings.seed, slo, max(options.duration_s / 60, 1.0)),
         requests=pd.concat([pair.played.requests.assign(case=pair.case, seed=pair.seed) for pair in pairs]),
         provenance={
             "emulation": facts,
@@ -163,13 +194,14 @@ def _rows(
     context: Context,
     case: str,
     pairs: Sequence[Pair],
+    metrics: Sequence[str],
     window_s: tuple[float, float],
     slo: ServiceLevel,
     time_scale: float,
 ) -> list[Metric]:
     own = [pair for pair in pairs if pair.case == case]
     rows = []
-    for metric in METRICS:
+    for metric in metrics:
         for name, source, tables in (
             (case, "emulated", [pair.played.requests for pair in own]),
             (f"{case}.simulate", "simulated", [pair.simulated for pair in own]),

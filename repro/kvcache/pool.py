@@ -236,6 +236,16 @@ class HybridPool:
                 added += self._put(group, chain[i], i + 1, parent, payload)
         return added
 
+    def prefilled(self, chain: Sequence[int], cached_tokens: int) -> None:
+        """A prefill of `chain` has gone on from its first `cached_tokens` tokens: they were used, and what it left is kept."""
+        blocks = cached_tokens // self.spec.block_tokens
+        self.touch(chain, blocks)
+        self.insert(chain, blocks)
+
+    def received(self, chain: Sequence[int]) -> None:
+        """State of `chain` has come from elsewhere: one state, that at its end, so no checkpoint inside it appears."""
+        self.insert(chain, len(chain))
+
     def _put(
         self,
         group: int,

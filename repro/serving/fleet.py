@@ -68,7 +68,7 @@ class Launcher(Protocol):
         ...
 
     def dial(self, place: Place, port: int) -> tuple[str, int]:
-        """Where the prefill side reaches that port of an instance of the decode side, through the link."""
+        """Where the other side reaches that port of an instance, through the link."""
         ...
 
 
@@ -106,7 +106,8 @@ class LocalLauncher:
 class Fleet:
     """All instances, by name; a context manager, after which every one is gone.
 
-    `hands_over`: PD instances send each other KVCache too, within the cluster, as engines that compute have to.
+    `hands_over`: PD instances send each other KVCache too, within the cluster, as engines that compute have to. `copies`: every instance
+    receives, and prefixes cross the link both ways.
     `heard(name, said)` gets what instances say, its moments on this process's clock, and `ended(name, how)` the news of an end;
     both are called in the launcher's threads.
     """
@@ -118,9 +119,11 @@ class Fleet:
         ended: Callable[[str, Ended], None],
         *,
         hands_over: bool = False,
+        copies: bool = False,
     ) -> None:
         self._launcher = launcher
         self._hands_over = hands_over
+        self._copies = copies
         self._heard = heard
         self._ended = ended
         self._children: dict[str, Child] = {}
@@ -160,7 +163,9 @@ class Fleet:
         self.pids.add(child.pid)
 
     def _sends(self, one: Place, other: Place) -> bool:
-        return other.side == "decode" and one != other and (one.side == "prefill" or self._hands_over)
+        if one.side != other.side:
+            return other.side == "decode" or self._copies
+        return other.side == "decode" and one != other and self._hands_over
 
     def _connect(self, sender: Place, receiver: Place) -> None:
         port = self._ports[receiver.name]

@@ -38,7 +38,10 @@ MAX_PIECE_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class InstanceConfig:
-    """What an instance is started with. It receives KVCache on `host`; null where it only prefills. `pieces` are sent per request."""
+    """What an instance is started with. It receives KVCache on `host`; null where it only prefills. `pieces` are sent per request.
+
+    One that `copies` sends prefixes to the other cluster, whatever it does beside that.
+    """
 
     MODULE: ClassVar = "repro.serving.instance"
     name: str
@@ -49,6 +52,7 @@ class InstanceConfig:
     byte_scale: float = 1.0
     pieces: int = 8
     seed: int = 0
+    copies: bool = False
 
     def __post_init__(self) -> None:
         if not (self.time_scale > 0 and self.byte_scale > 0 and self.pieces >= 1):
@@ -57,9 +61,9 @@ class InstanceConfig:
 
 @dataclass
 class _Task:
-    """A prefill that is queued or under way."""
+    """A prefill that is queued or under way, or a prefix to be sent."""
 
-    asked: say.Prefill
+    asked: say.Prefill | say.Copy
     size_bytes: int
     start_s: float = 0.0
     headers: list[FrameHeader] = field(default_factory=list)
@@ -82,7 +86,7 @@ class Instance:
         self._full = False
         self._armed_s = dict[str, float]()
         self._bytes = memoryview(
-            np.random.default_rng(config.seed).bytes(1 if receiver is not None else MAX_PIECE_BYTES)
+            np.random.default_rng(config.seed).bytes(MAX_PIECE_BYTES if receiver is None or config.copies else 1)
         )
 
     def hear(self, message: Message) -> None:
@@ -93,6 +97,8 @@ class Instance:
         match told := say.to_instance(message):
             case say.Prefill():
                 self._begin(told)
+            case say.Copy():
+                self._copy(told)
             case say.Decode():
                 self._ready(told.request * ATTEMPTS + told.attempt, told.input_tokens, told.output_tokens)
             case say.Forget():
@@ -120,6 +126,12 @@ class Instance:
         self._tasks[key] = _Task(asked, size_bytes)
         self._prefill.assign(time.monotonic(), key, work_s, pieces)
         self._arm_prefill()
+
+    def _copy(self, asked: say.Copy) -> None:
+        pieces = self._config.pieces
+        task = _Task(asked, max(round(asked.kv_bytes / self._config.byte_scale), pieces))
+        for piece in range(pieces):
+            self._emit(asked.request * ATTEMPTS + asked.attempt, task, piece, piece == pieces - 1)
 
     def _arm_prefill(self) -> None:
         due = self._prefill.due()
@@ -161,7 +173,9 @@ class Instance:
             task.headers.append(framed.header)
             sender.send(framed)
             if last:
-                meta = {"input_tokens": asked.input_tokens, "output_tokens": asked.output_tokens}
+                # What nobody decodes from is a copy.
+                output_tokens = asked.output_tokens if isinstance(asked, say.Prefill) else 0
+                meta = {"input_tokens": asked.input_tokens, "output_tokens": output_tokens}
                 sender.finish(Manifest.of(key, task.headers, meta))
         except TransferFailed:
             pass  # the observer has heard of it
@@ -202,11 +216,15 @@ class Instance:
     # Decode.
 
     def arrived(self, key: int, at_s: float, payload_bytes: int, meta: Mapping[str, object]) -> None:
-        """A request's KVCache is here, whole."""
+        """A request's KVCache is here, whole, or the prefix that its prefill goes on from."""
         number, attempt = divmod(key, ATTEMPTS)
+        input_tokens, output_tokens = (int(str(meta[name])) for name in ("input_tokens", "output_tokens"))
+        if not output_tokens:
+            self._tell(say.Copied(number, attempt, payload_bytes))
+            return
         if not self._full:
             self._tell(say.Delivered(number, attempt, at_s, payload_bytes))
-        self._ready(key, int(str(meta["input_tokens"])), int(str(meta["output_tokens"])))
+        self._ready(key, input_tokens, output_tokens)
 
     def _ready(self, key: int, input_tokens: int, output_tokens: int) -> None:
         if self._full:

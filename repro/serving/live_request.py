@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,17 @@ LIVE_COLUMNS = (*COLUMNS, "attempts", "payload_bytes")
 
 @dataclass(slots=True)
 class LiveRequest:
-    """A request in the system; moments are CLOCK_MONOTONIC in seconds, nan until they come."""
+    """A request in the system; moments are CLOCK_MONOTONIC in seconds, nan until they come.
+
+    `chain` names the blocks of its prompt that a cache could serve, `kept_chain` those of prompt and answer; None where nothing is cached.
+    """
 
     number: int
     arrival_s: float
     tokens: int
     output_tokens: int
+    chain: Sequence[int] | None = None
+    kept_chain: Sequence[int] | None = None
     attempt: int = 0
     decision: Decision | None = None
     prefill: str = ""
@@ -51,6 +57,11 @@ class LiveRequest:
         return "transfer" if not math.isnan(self.end_s) else "prefill"
 
     @property
+    def cached_tokens(self) -> int:
+        """Of its prompt, what prefill finds in a cache."""
+        return self.decision.cached_tokens if self.decision is not None else 0
+
+    @property
     def offloaded(self) -> bool:
         """Whether it is prefilled in the PrfaaS cluster."""
         return self.decision is not None and self.decision.offload
@@ -74,7 +85,7 @@ class LiveRequest:
         promised = decision.kv_bytes if decision is not None else 0.0
         kv_bytes = self.payload_bytes * scale.bytes if offload else promised
         return (
-            self.number, self.arrival_s, self.tokens, decision.cached_tokens if decision is not None else 0, self.output_tokens,
+            self.number, self.arrival_s, self.tokens, self.cached_tokens, self.output_tokens,
             "prfaas" if offload else "pd", *times, kv_bytes, decode_queue_s, ttft_s, tpot_s, finish_s, outcome, self.prefill, self.decode,
             self.attempt + 1, self.payload_bytes,
         )  # fmt: skip

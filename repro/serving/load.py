@@ -8,15 +8,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
 
 from repro.serving.scale import Scale
-from repro.workload.stream import RequestBatch
+from repro.workload.stream import Chains, RequestBatch
 
-#: (number, due in the deployment's seconds, input tokens, output tokens).
-Submit = Callable[[int, float, int, int], None]
+#: (number, due in the deployment's seconds, input tokens, output tokens, keys of its blocks where prefixes are shared).
+Submit = Callable[[int, float, int, int, Chains | None], None]
 
 
 class LoadGenerator:
@@ -57,13 +58,14 @@ class LoadGenerator:
     def _run(self) -> None:
         number = self._number
         for batch in self.batches:
-            for arrival_s, tokens, output in zip(
-                batch.arrival_s.tolist(), batch.input_tokens.tolist(), batch.output_tokens.tolist(), strict=True
-            ):
+            for arrival_s, tokens, output, chains in zip(
+                batch.arrival_s.tolist(), batch.input_tokens.tolist(), batch.output_tokens.tolist(),
+                batch.chains or repeat(None, len(batch.arrival_s)), strict=True,
+            ):  # fmt: skip
                 due_s = self._scale.wall_s(arrival_s)
                 # Even with a wait of nothing the event is looked at, so that stopping takes effect in an overload.
                 if self._stopped.wait(max(due_s - time.monotonic(), 0.0)):
                     return
                 self._late_s.append(max(time.monotonic() - due_s, 0.0))
-                self._submit(number, arrival_s, tokens, output)
+                self._submit(number, arrival_s, tokens, output, chains)
                 number += 1

@@ -23,7 +23,7 @@ class Said(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
 
 
 class Connect(Said, frozen=True):
-    """Decode instance `name` receives there, across the link."""
+    """Instance `name` receives there, across the link or within the cluster."""
 
     name: str
     host: str
@@ -44,6 +44,16 @@ class Prefill(Said, frozen=True):
     kv_bytes: float
     to: str | None
     prompt: list[int] | None = None
+
+
+class Copy(Said, frozen=True):
+    """Send a prompt's first `input_tokens` tokens, `kv_bytes` of KVCache that this cluster holds, to an instance of the other cluster."""
+
+    request: int
+    attempt: int
+    input_tokens: int
+    kv_bytes: float
+    to: str
 
 
 class Decode(Said, frozen=True):
@@ -84,7 +94,7 @@ class Ready(Said, frozen=True):
 
 
 class Connected(Said, frozen=True):
-    """Its connections to decode instance `name` are open."""
+    """Its connections to instance `name` are open."""
 
     name: str
 
@@ -104,6 +114,14 @@ class Delivered(Said, frozen=True):
     request: int
     attempt: int
     at_s: float
+    payload_bytes: int
+
+
+class Copied(Said, frozen=True):
+    """The prefix that a request waits for has come, `payload_bytes` of it on the link."""
+
+    request: int
+    attempt: int
     payload_bytes: int
 
 
@@ -179,9 +197,20 @@ class Time(Said, frozen=True):
     said_s: float
 
 
-ToInstance = Connect | Prefill | Decode | Forget | Slow | Memory | Report | AskTime
+ToInstance = Connect | Prefill | Copy | Decode | Forget | Slow | Memory | Report | AskTime
 FromInstance = (
-    Ready | Connected | Prefilled | Delivered | Undelivered | Decoding | Stepped | Finished | Sending | Lateness | Time
+    Ready
+    | Connected
+    | Prefilled
+    | Delivered
+    | Copied
+    | Undelivered
+    | Decoding
+    | Stepped
+    | Finished
+    | Sending
+    | Lateness
+    | Time
 )
 
 _ENCODER = msgspec.json.Encoder()

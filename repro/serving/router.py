@@ -17,7 +17,7 @@ import gc
 import math
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import MutableSequence, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -25,6 +25,7 @@ from typing import Any
 
 import pandas as pd
 
+from repro.kvcache.pool import CacheSpec
 from repro.processes import Ended
 from repro.record.requests import ANSWERED
 from repro.scheduling.clusters import PdPlan, PrfaasPlan
@@ -36,12 +37,14 @@ from repro.scheduling.spec import SchedulerSpec
 from repro.scheduling.views import Sample
 from repro.serving import messages as say
 from repro.serving.clockwork import Clockwork
+from repro.serving.cluster_caches import PD, PRFAAS, ClusterCaches
 from repro.serving.egress import Egress
 from repro.serving.fleet import Fleet
 from repro.serving.instance import ATTEMPTS
 from repro.serving.listener import PHASES, Listener, View
 from repro.serving.live_request import LIVE_COLUMNS, LiveRequest
 from repro.serving.scale import Scale
+from repro.workload.stream import Chains
 
 #: What a router that serves without end keeps of samples, events and lateness.
 _KEPT = 1000
@@ -54,7 +57,7 @@ class Router:
 
     `limit_requests` bounds what is in the system: with more, arrivals are refused, and `overloaded` says so. `link_bps` is what the
     egress was sold as: what is believed of it until it was seen full. `hands_over`: a PD instance that prefills sends the KVCache to the
-    one that decodes, so that one is chosen before every prefill.
+    one that decodes, so that one is chosen before every prefill. `cache` is each cluster's prefix cache; null is none.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Router:
         link_bps: float = math.inf,
         limit_requests: int = 20_000,
         hands_over: bool = False,
+        cache: CacheSpec | None = None,
         listener: Listener | None = None,
     ) -> None:
         self._listener = listener
@@ -88,6 +92,9 @@ class Router:
         self._live: dict[int, LiveRequest] = {}
         self._limit = limit_requests
         self._hands_over = hands_over
+        self._cache = cache
+        #: By the cluster that had them, bytes of prefixes that have crossed the link.
+        self.copied_bytes: Counter[str] = Counter()
         #: Whether an instance has ended during the run.
         self.died = False
         self._dead = set[str]()
@@ -104,7 +111,10 @@ class Router:
     def _forget_all(self) -> None:
         """Know what a router knows that has just been started: the deployment as it is configured, and nothing that happened before."""
         prfaas = [self._prfaas_plan] if self._prfaas_plan is not None else []
-        self.scheduler = Scheduler(self._spec, [self._pd_plan], prfaas)
+        self._caches = ClusterCaches(self._cache, [PD, PRFAAS] if prfaas else [PD])
+        self.scheduler = Scheduler(self._spec, [self._pd_plan], prfaas, self._caches.indices())
+        #: By request whose prefix crosses the link, the instances that send and receive it.
+        self._copying: dict[int, tuple[str, str]] = {}
         self._holds: defaultdict[str, set[int]] = defaultdict(set)
         self._decoders = FewestHeld()
         for instance in self.scheduler.pd[0].decoding:
@@ -131,9 +141,11 @@ class Router:
             if spec.slow_period_s is not None:
                 self.clock.ask(self._every, spec.slow_period_s, self._slow_beat)
 
-    def submit(self, number: int, arrival_s: float, tokens: int, output_tokens: int) -> None:
-        """A request, due at `arrival_s` of the deployment's time."""
-        self.clock.ask(self._arrive, number, arrival_s, tokens, output_tokens)
+    def submit(
+        self, number: int, arrival_s: float, tokens: int, output_tokens: int, chains: Chains | None = None
+    ) -> None:
+        """A request, due at `arrival_s` of the deployment's time; `chains` name its blocks, where prompts share their beginning."""
+        self.clock.ask(self._arrive, number, arrival_s, tokens, output_tokens, chains)
 
     def stop(self, number: int, outcome: str, output_tokens: int) -> None:
         """Let a request leave before its last token, with that outcome and so many tokens: it is complete, too late, or nobody waits."""
@@ -206,9 +218,12 @@ class Router:
         first = time.monotonic() + period_s / self.scale.time
         self.clock.at(first, again, first)
 
-    def _arrive(self, number: int, arrival_s: float, tokens: int, output_tokens: int) -> None:
+    def _arrive(self, number: int, arrival_s: float, tokens: int, output_tokens: int, chains: Chains | None) -> None:
         self._arrived += 1
-        self._take(LiveRequest(number, arrival_s, tokens, output_tokens))
+        request = LiveRequest(number, arrival_s, tokens, output_tokens)
+        if chains is not None and (caches := self.scheduler.caches) is not None:
+            request.chain, request.kept_chain = caches.usable(chains[0], tokens), chains[1]
+        self._take(request)
 
     def _take(self, request: LiveRequest) -> None:
         if self._is_down:
@@ -219,7 +234,10 @@ class Router:
             self._leave(request, "refused")
             return
         self._live[request.number] = request
-        self._carry_out(request, self.scheduler.arrive(self._now_s(), request.number, request.tokens, 0))
+        self._route(request)
+
+    def _route(self, request: LiveRequest) -> None:
+        self._carry_out(request, self.scheduler.arrive(self._now_s(), request.number, request.tokens, 0, request.chain))
 
     def _carry_out(self, request: LiveRequest, decision: Decision) -> None:
         request.decision = decision
@@ -229,6 +247,9 @@ class Router:
             return
         if decision.action == "fail":
             self._parked.append((request, request.attempt))
+            return
+        if decision.action == "fetch":
+            self._fetch(request, decision)
             return
         cluster = f"prfaas{decision.prfaas}" if decision.offload else "pd0"
         request.prefill = f"{cluster}.{decision.instance}"
@@ -245,6 +266,23 @@ class Router:
                 self._listener.prompt(request.number) if self._listener is not None else None,
             ),
         )  # fmt: skip
+
+    def _fetch(self, request: LiveRequest, decision: Decision) -> None:
+        """Have the prefix that a request goes on from cross the link first, from any instance of the cluster that has it."""
+        source, target = (
+            min(self._alive(cluster), key=lambda name: len(self._holds[name]), default=None)
+            for cluster in ((PD, PRFAAS) if decision.offload else (PRFAAS, PD))
+        )
+        if source is None or target is None:
+            self._parked.append((request, request.attempt))
+            return
+        self._copying[request.number] = (source, target)
+        copy = say.Copy(request.number, request.attempt, decision.cached_tokens, decision.fetch_bytes, target)
+        self._tell(source, copy)
+
+    def _alive(self, cluster: str) -> list[str]:
+        assert self._fleet is not None
+        return [name for name in self._fleet.names if name.startswith(f"{cluster}.") and name not in self._dead]
 
     def _decoder(self, request: LiveRequest) -> str | None:
         """The decode instance that takes a request: the one that holds fewest; None, and the request waits, while there is none."""
@@ -288,6 +326,7 @@ class Router:
         match said:
             case say.Prefilled():
                 request.start_s, request.end_s = said.start_s, said.end_s
+                self._caches.prefilled(request)
                 self._release(request.prefill, request)
                 self._account(request.prefill)
                 if not request.decode:
@@ -301,6 +340,14 @@ class Router:
                 request.delivered_s, request.payload_bytes = said.at_s, said.payload_bytes
                 if request.offloaded:
                     self._crossed_bytes += said.payload_bytes
+                    self._caches.delivered(request)
+            case say.Copied():
+                source, target = (one.partition(".")[0] for one in self._copying.pop(request.number))
+                self.copied_bytes[source] += said.payload_bytes
+                self._caches.copied(request, target)
+                assert request.decision is not None
+                there = self.scheduler.fetched(self._now_s(), request.tokens, 0, request.chain, request.decision)
+                self._carry_out(request, there)
             case say.Decoding():
                 request.joined_s, request.first_s = said.joined_s, said.first_s
             case say.Finished():
@@ -308,6 +355,7 @@ class Router:
                     self.tokens[request.number] = said.tokens
                 self._finished += 1
                 self._finished_tokens += request.output_tokens
+                self._caches.finished(request)
                 self._leave(request, "fell_back" if request.fell_back else "ok", said.at_s)
             case say.Undelivered():
                 self._note(f"request {request.number} from {name}: {said.why}")
@@ -386,7 +434,7 @@ class Router:
         """Prefill a request anew whose prefill, transfer or decode was lost."""
         offload = request.offloaded
         if self._next_attempt(request):
-            self._carry_out(request, self.scheduler.lost(self._now_s(), request.tokens, 0, None, offload))
+            self._carry_out(request, self.scheduler.lost(self._now_s(), request.tokens, 0, request.chain, offload))
 
     def _next_attempt(self, request: LiveRequest) -> bool:
         """Give up what was tried; whether it may be tried again."""
@@ -400,10 +448,12 @@ class Router:
 
     def _give_up_at(self, request: LiveRequest) -> None:
         """Tell the instances that have a request to forget it."""
-        for name in {request.prefill, request.decode} - {"", *self._dead}:
+        having = {request.prefill, request.decode, *self._copying.get(request.number, ())}
+        for name in having - {"", *self._dead}:
             self._tell(name, say.Forget(request.number, request.attempt))
 
     def _unhold(self, request: LiveRequest) -> None:
+        self._copying.pop(request.number, None)
         if request.prefill:
             self._release(request.prefill, request)
         if request.decode:
@@ -437,7 +487,8 @@ class Router:
         if self._is_down:
             return
         self._take_out(name)
-        for number in sorted(self._holds.pop(name, set())):
+        copied = {number for number, pair in self._copying.items() if name in pair}
+        for number in sorted(self._holds.pop(name, set()) | copied):
             if (request := self._live.get(number)) is not None:
                 self._again(request)
 
@@ -494,7 +545,7 @@ class Router:
             request.prefill = request.decode = ""
         for request in in_flight:
             if self._next_attempt(request):
-                self._carry_out(request, self.scheduler.arrive(self._now_s(), request.number, request.tokens, 0))
+                self._route(request)
         for request in waiting:
             self._take(request)
 
@@ -507,7 +558,7 @@ class Router:
         return [self._egress.report(time.monotonic(), found)]
 
     def _beat(self, now_s: float) -> None:
-        for name in self._prefillers():
+        for name in self._alive(PRFAAS):
             self._tell(name, say.Report())
         links = self._links()
         if links and links[0].up != self.scheduler.prfaas[0].link_up:
@@ -527,14 +578,10 @@ class Router:
         """Requests whose KVCache is there and that have no place in a batch yet."""
         return sum(1 for one in self._live.values() if not math.isnan(one.delivered_s) and math.isnan(one.joined_s))
 
-    def _prefillers(self) -> list[str]:
-        assert self._fleet is not None
-        return [name for name in self._fleet.names if name.startswith("prfaas") and name not in self._dead]
-
     def _give_up(self, now_s: float) -> None:
         for prfaas in self.scheduler.overdue(now_s):
             stalled = [
-                StalledTransfer(one.number, 0, one.tokens, None)
+                StalledTransfer(one.number, 0, one.tokens, one.chain)
                 for one in self._live.values()
                 if one.offloaded and not math.isnan(one.end_s) and math.isnan(one.delivered_s)
             ]

@@ -101,8 +101,7 @@ class Dispatch:
     def _prefix_there(self, now_s: float, job: Job) -> None:
         target = job.prfaas.cache if job.offloaded else job.pd.cache
         blocks = job.cached_tokens // target.spec.block_tokens
-        # One state has crossed, that at the end: no checkpoint inside the prefix appears.
-        target.insert((job.chain or ())[:blocks], blocks)
+        target.received((job.chain or ())[:blocks])
         self.carry_out(
             now_s,
             job,

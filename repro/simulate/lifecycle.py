@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from repro.kvcache.pool import HybridPool
 from repro.simulate.events import EventQueue
 from repro.simulate.job import Job
 from repro.simulate.ledger import RequestLedger
@@ -41,7 +40,7 @@ class RequestLifecycle:
         """An offloaded prefill has ended; what is unsent drains."""
         prfaas: PrfaasResources = job.prfaas
         if prfaas.cache is not None and job.chain is not None:
-            _keep(prfaas.cache, job)
+            prfaas.cache.prefilled(job.chain, job.cached_tokens)
         if self._whole:
             prfaas.link.drain(now_s, job.flow)
         elif not job.parts:
@@ -70,15 +69,14 @@ class RequestLifecycle:
         pd: PdResources = job.pd
         job.delivered_s = now_s
         if pd.cache is not None and job.chain is not None:
-            # One state has crossed, that at the end: no checkpoint inside the prompt appears.
-            pd.cache.insert(job.chain, len(job.chain))
+            pd.cache.received(job.chain)
         pd.decode.ready(now_s, job)
 
     def local_ended(self, now_s: float, job: Job) -> None:
         """A prefill in the PD cluster has ended; its RDMA is no bottleneck (equation 4)."""
         pd: PdResources = job.pd
         if pd.cache is not None and job.chain is not None:
-            _keep(pd.cache, job)
+            pd.cache.prefilled(job.chain, job.cached_tokens)
         job.delivered_s = now_s
         pd.decode.ready(now_s, job)
 
@@ -92,9 +90,3 @@ class RequestLifecycle:
         if job.turn is not None and self.go_on is not None:
             self._events.at(now_s + job.turn.after_s, self.go_on, job)
         self._ledger.finish(now_s, job)
-
-
-def _keep(cache: HybridPool, job: Job) -> None:
-    blocks = job.cached_tokens // cache.spec.block_tokens
-    cache.touch(job.chain or (), blocks)
-    cache.insert(job.chain or (), blocks)

@@ -96,5 +96,4 @@ class Rebalancing:
         target.free(copy.lease)
         # What the target has evicted meanwhile did not come with the copy, which is then of no use.
         if target.attention_blocks(move.chain) >= copy.there:
-            # One state crossed, that at the end: no checkpoint inside the prefix appears.
-            target.insert(move.chain, move.blocks)
+            target.received(move.chain)

@@ -123,6 +123,10 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         *_LIVE, "link.schedule=[{at_s: 5, for_s: 10, rate_bps: 2e9}]", "options.cases=[two_timescale]",
     ],
     ("live_burst", "emulate"): [*_LIVE, "options.cases=[two_timescale]"],
+    ("live_sessions", "emulate"): [
+        *(word for word in _LIVE if not word.startswith("options.load")), "policy.n_p=1", "workload.sessions.mean_gap_s=5",
+        "workload.sessions.primed=true", "options.cases=[best_cache]",
+    ],
     ("bandwidth_wall", "emulate"): [
         "options.rates_bps=[5e9]", "options.live_rates_bps=[5e9]", "options.requests=1000", "options.search_requests=100",
         "options.search_width=0.5", "options.time_scale=100", "cluster.pd.instances=2", "cluster.prfaas.instances=1", "link.backend=relay",

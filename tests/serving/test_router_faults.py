@@ -13,6 +13,7 @@ import pytest
 from test_live_router import PROFILE
 
 from repro.errors import UserError
+from repro.kvcache.pool import CacheSpec
 from repro.processes import Ended
 from repro.scheduling.decisions import Conversion
 from repro.scheduling.long_term import LongTermSpec
@@ -38,6 +39,7 @@ class Instances:
         self.names = NAMES
         self.told: list[tuple[float, str, say.ToInstance]] = []
         self.full = set[str]()
+        self.copies = True
         self.refused = 0
         self._router = router
         self._prefill_s, self._decode_s = prefill_s, decode_s
@@ -56,6 +58,9 @@ class Instances:
                 )
                 if to is not None:
                     at(now_s + self._prefill_s, self._decode, to, request, attempt)
+            case say.Copy(request, attempt, _, _, to):
+                if self.copies:
+                    at(now_s + self._prefill_s, self._say, to, say.Copied(request, attempt, 10))
             case say.Decode(request, attempt):
                 self._decode(name, request, attempt)
 
@@ -80,12 +85,12 @@ class Instances:
 
 
 @contextmanager
-def running(spec: SchedulerSpec | None = None) -> Iterator[tuple[Router, Instances]]:
+def running(spec: SchedulerSpec | None = None, cache: CacheSpec | None = None) -> Iterator[tuple[Router, Instances]]:
     """A router over instances that cost a few milliseconds, time ten times as fast."""
     plan = PdCluster(PROFILE, 1, 3)
     router = Router(
         spec or SchedulerSpec(Threshold(), threshold_tokens=2000.0), plan, PrfaasCluster(PROFILE, 2, SharedLinkSpec(1e10, 0.0)),
-        Scale(), link_bps=1e10,
+        Scale(), link_bps=1e10, cache=cache,
     )  # fmt: skip
     instances = Instances(router)
     router.start(instances, Scale(10.0, 1.0, time.monotonic()))  # type: ignore[arg-type]
