@@ -62,6 +62,11 @@ class EngineSpec:
         """All devices that the model lies on."""
         return (self.device, *self.more_devices)
 
+    @property
+    def identity(self) -> str:
+        """All that states depend on beside the tokens: prefixes are shared only where it is equal."""
+        return json.dumps([asdict(self.model), self.chunk_tokens], sort_keys=True)
+
     def __post_init__(self) -> None:
         for name in ("chunk_tokens", "threads", "staging_bytes"):
             if getattr(self, name) < 1:
@@ -146,8 +151,7 @@ class TorchEngine:
         spec = self._spec.prefix_cache
         if not spec.capacity_bytes:
             return None
-        identity = json.dumps([asdict(self._spec.model), self._spec.chunk_tokens], sort_keys=True)
-        return PrefixCache(spec, layout(self._model), self._config, identity, blocks_only=blocks_only)
+        return PrefixCache(spec, layout(self._model), self._config, self._spec.identity, blocks_only=blocks_only)
 
     def prefill(
         self, request: Request, emit: Emit, log: SpanLog, held_tokens: int = 0, *, emit_copies: bool = False

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import pandas as pd
@@ -14,31 +14,73 @@ import torch
 from repro.engine.gate import admit, seen_clearly
 from repro.engine.reference import answer, compare, generate, tolerance_of
 from repro.engine.torch_engine import EngineSpec
+from repro.errors import UserError
 from repro.experiments.base import Context
 from repro.experiments.live import Played
 from repro.experiments.profile import accelerator_of
+from repro.kvcache.prefix import PrefixCacheSpec, block_chain, root_of
 from repro.kvcache.state import layout
 from repro.models.build import build
 from repro.models.spec import ModelSpec
 from repro.profiles.base import PhaseProfile
 from repro.profiles.measured import ProfileSpec, measure, profile_of
+from repro.serving.cluster_caches import PD, PRFAAS
 from repro.serving.fleet import Config
 from repro.serving.torch_instance import TorchInstanceConfig, prompt_of
+from repro.settings import Settings
 from repro.transport import TransportSpec
 from repro.workload.lengths import LengthDistribution
 
 
 @dataclass(frozen=True)
 class Computing:
-    """Makes instances that compute that model; prompts repeat after `prompts` requests."""
+    """Makes instances that compute that model; prompts that they draw repeat after `prompts` requests.
+
+    `caches` says which prefix cache each instance of a cluster has; without a word of it, none. They say every token as it comes where it
+    `streams`.
+    """
 
     engine: EngineSpec
     vocabulary: int
     prompts: int
+    caches: Mapping[str, PrefixCacheSpec] = field(default_factory=dict)
+    streams: bool = False
 
     def config(self, name: str, transport: TransportSpec, host: str | None, batch_max: int, seed: int) -> Config:
         """What an instance of that name is started with."""
-        return TorchInstanceConfig(name, self.engine, transport, host, self.vocabulary, self.prompts, batch_max, seed)
+        cache = self.caches.get(name.partition(".")[0], self.engine.prefix_cache)
+        engine = replace(self.engine, prefix_cache=cache)
+        return TorchInstanceConfig(
+            name, engine, transport, host, self.vocabulary, self.prompts, batch_max, seed, self.streams
+        )
+
+    def chains(self, prompts: Sequence[Sequence[int]], block_tokens: int) -> list[tuple[int, ...]]:
+        """The names that instances give to the full blocks of prompts, of which the last token is never cached."""
+        root = root_of(self.engine.identity)
+        return [block_chain(prompt[:-1], block_tokens, root) for prompt in prompts]
+
+
+def check_pools(settings: Settings, chunk_tokens: int, chunk_key: str) -> None:
+    """Caches that instances which compute can have. Raises UserError naming the key."""
+    cache = settings.policy.cache
+    if cache.capacity_gb is None:
+        raise UserError("policy.cache.capacity_gb: null; accepted where instances compute: gigabytes of host memory")
+    if cache.block_tokens % chunk_tokens:
+        raise UserError(
+            f"policy.cache.block_tokens: {cache.block_tokens}; accepted: multiples of {chunk_key} ({chunk_tokens}), so that a block ends "
+            "where a chunk of prefill ends"
+        )
+
+
+def pools(settings: Settings, n_p: int) -> dict[str, PrefixCacheSpec]:
+    """The prefix cache of an instance by its cluster: the cluster's capacity in equal parts, one for each instance that prefills."""
+    cache = settings.policy.cache
+    assert cache.capacity_gb is not None
+    whole = PrefixCacheSpec(cache.capacity_gb * 1e9, cache.block_tokens, cache.checkpoint_blocks, cache.eviction)
+    return {
+        cluster: replace(whole, capacity_bytes=whole.capacity_bytes / max(instances, 1))
+        for cluster, instances in ((PD, n_p), (PRFAAS, settings.cluster.prfaas.instances))
+    }
 
 
 def measured_profile(context: Context, spec: ModelSpec, law: LengthDistribution, repeats: int) -> PhaseProfile:
@@ -76,7 +118,7 @@ class Answers:
     model: torch.nn.Module
     config: TorchInstanceConfig
     threads: int
-    _known: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    _known: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
 
     @cached_property
     def _chunk_tokens(self) -> int:
@@ -87,22 +129,33 @@ class Answers:
         with seen_clearly(self.model) as clear:
             return clear
 
-    def expected(self, number: int, input_tokens: int, output_tokens: int) -> list[int]:
-        """The answer to a request; none where the model's own `generate` has other logits."""
-        key = (number % self.config.prompts, input_tokens)
-        if len(self._known.get(key, ())) < output_tokens:
-            ids = torch.tensor([prompt_of(self.config, number, input_tokens)])
+    def expected(self, prompt: tuple[int, ...], output_tokens: int) -> list[int]:
+        """The answer to a prompt; none where the model's own `generate` has other logits."""
+        if len(self._known.get(prompt, ())) < output_tokens:
+            ids = torch.tensor([prompt])
             theirs = generate(self._clear, ids, output_tokens)
             ours = answer(self._clear, ids, output_tokens, self._chunk_tokens)
             agreement = compare(theirs, ours.tokens, list(ours.logits), tolerance_of(self._clear))
             found = answer(self.model, ids, output_tokens, self._chunk_tokens) if agreement.matches else None
-            self._known[key] = list(found.tokens) if found is not None else []
-        return self._known[key][:output_tokens]
+            self._known[prompt] = list(found.tokens) if found is not None else []
+        return self._known[prompt][:output_tokens]
 
-    def right(self, played: Played, most: int | None = None) -> tuple[int, int]:
-        """Of the answers, or the first `most` of them: how many are right, and how many there are."""
+    def right(
+        self, played: Played, most: int | None = None, prompts: Sequence[tuple[int, ...]] | None = None
+    ) -> tuple[int, int]:
+        """Of the answers, or the first `most` of them: how many are right, and how many there are.
+
+        `prompts` are those of all requests, where instances did not draw them.
+        """
         lengths: pd.Series[int] = played.requests.set_index("id")["input_tokens"]
         answers = sorted(played.tokens.items())[:most]
         with _threads(self.threads):
-            same = [self.expected(number, int(lengths[number]), len(found)) == list(found) for number, found in answers]
+            same = [
+                self.expected(
+                    prompt_of(self.config, number, int(lengths[number])) if prompts is None else prompts[number],
+                    len(found),
+                )
+                == list(found)
+                for number, found in answers
+            ]
         return sum(same), len(same)

@@ -22,7 +22,7 @@ from repro.link import Link, LinkSpec, open_link
 from repro.processes import Ended
 from repro.scheduling.throughput import Deployment as Modelled
 from repro.scheduling.views import Sample
-from repro.serving.cluster_caches import PRFAAS
+from repro.serving.cluster_caches import PD, PRFAAS, Caches, ClusterCaches, InstanceCaches
 from repro.serving.faults import FaultSchedule, LiveFault
 from repro.serving.fleet import Config, Fleet, Launcher, LocalLauncher, Place
 from repro.serving.instance import MAX_PIECE_BYTES, InstanceConfig
@@ -205,15 +205,21 @@ class Deployment:
         self,
         batches: Iterable[RequestBatch],
         *,
+        prompts: Sequence[Sequence[int]] | None = None,
         faults: Sequence[LiveFault] = (),
         drain_s: float = DRAIN_S,
         limit_requests: int = 20_000,
     ) -> Played:
-        """Serve a stream of requests from an empty system, and wait up to `drain_s`, unscaled, for what is under way after the last."""
+        """Serve a stream of requests from an empty system, and wait up to `drain_s`, unscaled, for what is under way after the last.
+
+        `prompts` of all requests in their order are sent along; without them instances that compute draw their own. Instances keep their
+        caches from one run to the next.
+        """
         spec, fleet = self.spec, self._fleet
         fleet.wait()
         prfaas = spec.prfaas[0] if spec.prfaas else None
         link_bps = self._wire.link.rate_bps or math.inf
+        first = self.first_number()
         before = self._reported
         router = self._router = Router(
             spec.scheduler,
@@ -223,7 +229,8 @@ class Deployment:
             link_bps=link_bps,
             limit_requests=limit_requests,
             hands_over=self._computes,
-            cache=spec.cache,
+            caches=self._caches,
+            prompt=(lambda number: list(prompts[number - first])) if prompts is not None else lambda number: None,
         )
         batches = list(batches)
         if any(batch.turns for batch in batches):
@@ -232,7 +239,6 @@ class Deployment:
             )
         router.scheduler.cover(max((batch.longest_tokens() for batch in batches), default=1))
         scale = replace(self._wire.scale, origin_s=self._origin_s())
-        first = self.first_number()
         load = LoadGenerator(batches, scale, router.submit, first)
         began_s = time.monotonic()
         router.start(fleet, scale)
@@ -274,6 +280,16 @@ class Deployment:
             workers=fleet.clocks.record(),
         )
 
+    def _caches(self) -> Caches:
+        """A router's view of the prefix caches, of one that knows of nothing yet."""
+        cache = self.spec.cache
+        if cache is None:
+            return Caches()
+        clusters = [PD, PRFAAS] if self.spec.prfaas else [PD]
+        if self._computes:
+            return InstanceCaches(cache.block_tokens, any(group.kind == "request" for group in cache.groups), clusters)
+        return ClusterCaches(cache, clusters)
+
     def first_number(self) -> int:
         """The first of ten million request numbers used once, so that what an instance still says of earlier ones is nobody's."""
         first, self._next_number = self._next_number, self._next_number + _NUMBERS
@@ -295,7 +311,8 @@ class Deployment:
             link_bps=self._wire.link.rate_bps or math.inf,
             limit_requests=limit_requests,
             hands_over=self._computes,
-            cache=spec.cache,
+            caches=self._caches,
+            prompt=listener.prompt,
             listener=listener,
         )
         router.start(fleet, replace(self._wire.scale, origin_s=self._origin_s()))

@@ -104,6 +104,15 @@ class Lease(NamedTuple):
     pages: int
 
 
+class Changes(NamedTuple):
+    """What a pool serves since it was last asked, by keys: blocks of attention and checkpoints, come and gone."""
+
+    added: list[int]
+    removed: list[int]
+    added_checkpoints: list[int]
+    removed_checkpoints: list[int]
+
+
 class Entry:
     """One block of one group, or one checkpoint. `depth` is its end in blocks from the beginning of the prompt."""
 
@@ -140,6 +149,8 @@ class HybridPool:
         self._followers: dict[tuple[int, int], int] = {}
         self._leases: dict[int, Lease] = {}
         self._next_lease = 0
+        # Entries that came or went since `changes` was asked; None until it is.
+        self._changed: set[tuple[int, int]] | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -236,6 +247,19 @@ class HybridPool:
                 added += self._put(group, chain[i], i + 1, parent, payload)
         return added
 
+    def changes(self) -> Changes:
+        """What came and went since this was last asked; the first time, from when on changes are noted."""
+        changed, self._changed = self._changed or set(), set()
+        found = Changes([], [], [], [])
+        for groups, come, gone in (
+            (self._blocks, found.added, found.removed),
+            (self._states, found.added_checkpoints, found.removed_checkpoints),
+        ):
+            for key in {key for group, key in changed if group in groups}:
+                there = all((group, key) in self._entries for group in groups)
+                (come if there else gone).append(key)
+        return found
+
     def prefilled(self, chain: Sequence[int], cached_tokens: int) -> None:
         """A prefill of `chain` has gone on from its first `cached_tokens` tokens: they were used, and what it left is kept."""
         blocks = cached_tokens // self.spec.block_tokens
@@ -262,6 +286,8 @@ class HybridPool:
             return 0
         self._entries[at] = Entry(self._size[group], depth, parent, payload(group, depth) if payload else None)
         self.used_pages += self._size[group]
+        if self._changed is not None:
+            self._changed.add(at)
         if parent is not None:
             self._followers[parent] = self._followers.get(parent, 0) + 1
         return 1
@@ -295,6 +321,8 @@ class HybridPool:
         entry = self._entries.pop(at)
         self.used_pages -= entry.pages
         self.evicted += 1
+        if self._changed is not None:
+            self._changed.add(at)
         if entry.parent is not None:
             left = self._followers[entry.parent] - 1
             if left:

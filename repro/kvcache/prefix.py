@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from repro.errors import UserError, at_least
 from repro.kvcache.frames import StateKind
-from repro.kvcache.pool import CacheSpec, GroupSpec, HybridPool
+from repro.kvcache.pool import CacheSpec, Changes, GroupSpec, HybridPool
 from repro.kvcache.state import Cache, State, extract
 from repro.models.layout import StateLayout
 
@@ -77,6 +77,11 @@ def block_chain(tokens: Sequence[int], block_tokens: int, root: bytes) -> tuple[
         key = hashlib.blake2b(key + ids[start : start + block_tokens].tobytes(), digest_size=16).digest()
         chain.append(int.from_bytes(key, "little"))
     return tuple(chain)
+
+
+def root_of(identity: str, salt: str = "") -> bytes:
+    """What the names of all blocks of one model, and of one salt, begin from."""
+    return hashlib.blake2b(f"{identity}\0{salt}".encode(), digest_size=16).digest()
 
 
 class Prefix:
@@ -138,8 +143,32 @@ class PrefixCache:
 
         Prompts share with those of the same `salt` only.
         """
-        root = hashlib.blake2b(f"{self._identity}\0{salt}".encode(), digest_size=16).digest()
-        return _Pooled(self, block_chain(tokens, self.pool.spec.block_tokens, root), len(tokens))
+        chain = block_chain(tokens, self.pool.spec.block_tokens, root_of(self._identity, salt))
+        return _Pooled(self, chain, len(tokens))
+
+    def lend(self, chain: Sequence[int]) -> tuple[State, ...] | None:
+        """The states of the prefix of that name, for another instance; None where it is not here, or not whole."""
+        with self.lock:
+            if self.pool.match_blocks(chain) < len(chain):
+                return None
+            self.pool.touch(chain, len(chain))
+            return states_in(self.pool, chain)
+
+    def adopt(self, chain: Sequence[int], states: Sequence[State]) -> None:
+        """Keep a prefix that another instance has lent, as far as there is room."""
+        groups, block_tokens = self.pool.spec.groups, self.pool.spec.block_tokens
+
+        def payload(group: int, blocks: int) -> tuple[State, ...]:
+            end = blocks * block_tokens
+            return tuple(_on_host(one) for one in states if one.end == end and _group(one.kind) == groups[group].name)
+
+        with self.lock:
+            self.pool.insert(chain, len(chain), payload)
+
+    def changes(self) -> Changes:
+        """What came into the pool and what was evicted since this was last asked."""
+        with self.lock:
+            return self.pool.changes()
 
 
 class _Pooled(Prefix):
@@ -151,21 +180,13 @@ class _Pooled(Prefix):
         tail_bytes = owner.layout.kv_bytes(tokens) - owner.layout.bytes_per_token * len(chain) * block_tokens
         with owner.lock:
             self._hit = pool.match_blocks(chain)
-            self.states = self._found()
+            self.states = states_in(pool, chain[: self._hit])
             pool.touch(chain, self._hit)
             pool.pin(chain, self._hit)
             self._lease = None if owner.blocks_only else pool.lease(tail_bytes)
             wanted = [n for n in pool.checkpoints(len(chain)) if n > self._hit]
         self.cached_tokens = self._hit * block_tokens
         self.checkpoints = frozenset(n * block_tokens for n in wanted)
-
-    def _found(self) -> tuple[State, ...]:
-        pool, states = self._owner.pool, list[State]()
-        for index, group in enumerate(pool.spec.groups):
-            first = 0 if group.kind == "block" else max(0, self._hit - 1)
-            for key in self._chain[first : self._hit]:
-                states += cast(Sequence[State], pool.payload(index, key))
-        return tuple(sorted(states, key=lambda state: (state.layer, state.kind, state.slot, state.start)))
 
     def note(self, state: State) -> None:
         self._noted.setdefault((_group(state.kind), state.end), []).append(_on_host(state))
@@ -195,6 +216,15 @@ class _Pooled(Prefix):
             if self._lease is not None:
                 self._owner.pool.free(self._lease)
             self._hit, self._lease, self.states = 0, None, ()
+
+
+def states_in(pool: HybridPool, chain: Sequence[int]) -> tuple[State, ...]:
+    """The states of a prefix that the pool serves, the earliest layer first."""
+    states = list[State]()
+    for index, group in enumerate(pool.spec.groups):
+        for key in chain if group.kind == "block" else chain[-1:]:
+            states += cast(Sequence[State], pool.payload(index, key))
+    return tuple(sorted(states, key=lambda state: (state.layer, state.kind, state.slot, state.start)))
 
 
 def _group(kind: StateKind) -> str:

@@ -109,6 +109,10 @@ class KVCacheManager:
         """The keys of a prompt of `tokens` that a cache could serve: one token at least is computed, or there is nothing to decode from."""
         return keys[: (tokens - 1) // self._block_tokens]
 
+    def first(self, chain: Sequence[int], tokens: int) -> Sequence[int]:
+        """The keys of a chain's first `tokens` tokens."""
+        return chain[: tokens // self._block_tokens]
+
     def match_tokens(self, cluster: str, chain: Sequence[int]) -> tuple[int, int]:
         """Tokens of `chain` that `cluster` can serve, and the most that another cluster linked to it can."""
         own, elsewhere = self._indices[cluster].match_blocks(chain), self._longest_elsewhere(cluster, chain)[1]

@@ -16,7 +16,7 @@ same calls in the same order give the same decisions. One scheduler serves all P
 | `long_term` | every `slow_period_s` | `PdReport`: queues, batches, finished requests | `PdReport`: the workers' messages |
 | `converted` | a node serves its new role | `restart_s` after it has drained | the worker's message |
 | `rebalance` | every `rebalance.period_s` | what the links could have carried | the sender's estimate |
-| prefix indices | on every match | the pools themselves | `Replica`s that workers' messages update |
+| prefix indices | on every match | the pools themselves | pools of its own, or `Replica`s that instances' messages update |
 """
 
 from __future__ import annotations
@@ -43,12 +43,16 @@ class CacheIndices(NamedTuple):
     """What says which prefixes each cluster holds, in the clusters' order, by blocks of so many tokens.
 
     Where caches have several tiers, `load_s(cluster, chain, tokens)` is what loading a prefix takes an instance. None: nothing.
+
+    Where instances have caches of their own, `holder(cluster, chain)` is the one that serves most of a chain, to which the request then
+    goes. None there: a cache belongs to its whole cluster.
     """
 
     block_tokens: int
     pd: Sequence[PrefixIndex]
     prfaas: Sequence[PrefixIndex]
     load_s: Callable[[str, Sequence[int], int], float] | None = None
+    holder: Callable[[str, Sequence[int]], int | None] | None = None
 
 
 class Scheduler:
@@ -70,6 +74,7 @@ class Scheduler:
         self.pd = [PdClusterState(i, plan, plan.share / shares, spec, self.prfaas) for i, plan in enumerate(pd)]
         self.caches = self._manager(indices, (prfaas[0] if prfaas else pd[0])) if indices else None
         self._load_s = indices.load_s if indices else None
+        self._holder = indices.holder if indices else None
         self._route = spec.router.route
         self._limit_s = spec.admission.limit_s
         self._limited = self._limit_s < math.inf
@@ -128,7 +133,8 @@ class Scheduler:
         """What follows a `fetch`, once the prefix is in the cluster's cache: an instance, as far as there still is one."""
         state: PrefillState = self.prfaas[decision.prfaas] if decision.offload else self.pd[pd]
         try:
-            return decision._replace(action="prefill", instance=state.placement.take(now_s, decision.work_s))
+            instance = self._instance(now_s, state, decision.work_s, chain)
+            return decision._replace(action="prefill", instance=instance)
         except LookupError:
             return self._elsewhere(now_s, self.pd[pd], tokens, chain, decision)
 
@@ -180,12 +186,23 @@ class Scheduler:
             fetch_bytes = self._fetch_bytes(remote, state, chain or (), cached)
             return Decision("fetch", offload, index, -1, cached, work_s, kv_bytes, fetch_bytes, fell_back)
         try:
-            instance = state.placement.take(now_s, work_s)
+            own = self._holder is not None and cached
+            instance = self._instance(now_s, state, work_s, chain) if own else state.placement.take(now_s, work_s)
         except LookupError:
             nobody = Decision("fail", offload, index, -1, cached, work_s, kv_bytes, 0.0, fell_back)
             return nobody if last else self._elsewhere(now_s, home, tokens, chain, nobody)
         # What a NamedTuple's own constructor does, at half its price: this is the one made for every request.
         return tuple.__new__(Decision, ("prefill", offload, index, instance, cached, work_s, kv_bytes, 0.0, fell_back))
+
+    def _instance(self, now_s: float, state: PrefillState, work_s: float, chain: Sequence[int] | None) -> int:
+        """For a request with a cached prefix: the instance that holds it, where instances have caches of their own."""
+        placement = state.placement
+        if self._holder is not None and chain is not None:
+            holder = self._holder(state.name, chain)
+            if holder is not None and holder in placement.free_at_s:
+                placement.add(holder, max(placement.free_at_s[holder], now_s) + work_s)
+                return holder
+        return placement.take(now_s, work_s)
 
     def _elsewhere(
         self, now_s: float, home: PdClusterState, tokens: int, chain: Sequence[int] | None, decision: Decision

@@ -39,12 +39,14 @@ class LiveRequest:
     joined_s: float = math.nan
     first_s: float = math.nan
     payload_bytes: int = 0
+    found_tokens: int | None = None
 
     def next_attempt(self) -> None:
         """Nothing of the attempt that failed counts."""
         self.start_s = self.end_s = self.delivered_s = self.joined_s = self.first_s = math.nan
         self.prefill = self.decode = ""
         self.payload_bytes = 0
+        self.found_tokens = None
         self.attempt += 1
 
     @property
@@ -58,7 +60,9 @@ class LiveRequest:
 
     @property
     def cached_tokens(self) -> int:
-        """Of its prompt, what prefill finds in a cache."""
+        """Of its prompt, what prefill finds in a cache: as the instance said, else as was decided."""
+        if self.found_tokens is not None:
+            return self.found_tokens
         return self.decision.cached_tokens if self.decision is not None else 0
 
     @property

@@ -47,13 +47,17 @@ class Prefill(Said, frozen=True):
 
 
 class Copy(Said, frozen=True):
-    """Send a prompt's first `input_tokens` tokens, `kv_bytes` of KVCache that this cluster holds, to an instance of the other cluster."""
+    """Send a prompt's first `input_tokens` tokens, `kv_bytes` of KVCache that this cluster holds, to an instance of the other cluster.
+
+    `blocks` name them to an instance that has real state.
+    """
 
     request: int
     attempt: int
     input_tokens: int
     kv_bytes: float
     to: str
+    blocks: list[str] = []
 
 
 class Decode(Said, frozen=True):
@@ -100,12 +104,22 @@ class Connected(Said, frozen=True):
 
 
 class Prefilled(Said, frozen=True):
-    """A prefill began and ended."""
+    """A prefill began and ended; `cached_tokens` were found in the instance's own cache, where it has one."""
 
     request: int
     attempt: int
     start_s: float
     end_s: float
+    cached_tokens: int | None = None
+
+
+class Cached(Said, frozen=True):
+    """What an instance's prefix cache serves and did not, or no longer serves: names of blocks and of checkpoints."""
+
+    added: list[str]
+    removed: list[str]
+    added_checkpoints: list[str]
+    removed_checkpoints: list[str]
 
 
 class Delivered(Said, frozen=True):
@@ -202,6 +216,7 @@ FromInstance = (
     Ready
     | Connected
     | Prefilled
+    | Cached
     | Delivered
     | Copied
     | Undelivered
@@ -235,3 +250,13 @@ def from_instance(message: Message) -> FromInstance:
     """Read what an instance said. Raises ValueError (msgspec.ValidationError) for anything else."""
     found: FromInstance = msgspec.convert(message, _FROM.get(message["kind"], FromInstance))
     return found
+
+
+def name_of(key: int) -> str:
+    """A block's key as it goes over a channel, which carries no whole numbers of 128 bits."""
+    return f"{key:x}"
+
+
+def named(name: str) -> int:
+    """The key of that name."""
+    return int(name, 16)

@@ -18,14 +18,13 @@ import math
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 import pandas as pd
 
-from repro.kvcache.pool import CacheSpec
 from repro.processes import Ended
 from repro.record.requests import ANSWERED
 from repro.scheduling.clusters import PdPlan, PrfaasPlan
@@ -37,7 +36,7 @@ from repro.scheduling.spec import SchedulerSpec
 from repro.scheduling.views import Sample
 from repro.serving import messages as say
 from repro.serving.clockwork import Clockwork
-from repro.serving.cluster_caches import PD, PRFAAS, ClusterCaches
+from repro.serving.cluster_caches import PD, PRFAAS, Caches
 from repro.serving.egress import Egress
 from repro.serving.fleet import Fleet
 from repro.serving.instance import ATTEMPTS
@@ -57,7 +56,8 @@ class Router:
 
     `limit_requests` bounds what is in the system: with more, arrivals are refused, and `overloaded` says so. `link_bps` is what the
     egress was sold as: what is believed of it until it was seen full. `hands_over`: a PD instance that prefills sends the KVCache to the
-    one that decodes, so that one is chosen before every prefill. `cache` is each cluster's prefix cache; null is none.
+    one that decodes, so that one is chosen before every prefill. `caches` makes a fresh view of the prefix caches. `prompt` gives the
+    prompt of a request to send along, where instances do not draw it.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class Router:
         link_bps: float = math.inf,
         limit_requests: int = 20_000,
         hands_over: bool = False,
-        cache: CacheSpec | None = None,
+        caches: Callable[[], Caches] = Caches,
+        prompt: Callable[[int], list[int] | None] = lambda number: None,
         listener: Listener | None = None,
     ) -> None:
         self._listener = listener
@@ -92,7 +93,7 @@ class Router:
         self._live: dict[int, LiveRequest] = {}
         self._limit = limit_requests
         self._hands_over = hands_over
-        self._cache = cache
+        self._view_of_caches, self._prompt = caches, prompt
         #: By the cluster that had them, bytes of prefixes that have crossed the link.
         self.copied_bytes: Counter[str] = Counter()
         #: Whether an instance has ended during the run.
@@ -111,7 +112,7 @@ class Router:
     def _forget_all(self) -> None:
         """Know what a router knows that has just been started: the deployment as it is configured, and nothing that happened before."""
         prfaas = [self._prfaas_plan] if self._prfaas_plan is not None else []
-        self._caches = ClusterCaches(self._cache, [PD, PRFAAS] if prfaas else [PD])
+        self._caches = self._view_of_caches()
         self.scheduler = Scheduler(self._spec, [self._pd_plan], prfaas, self._caches.indices())
         #: By request whose prefix crosses the link, the instances that send and receive it.
         self._copying: dict[int, tuple[str, str]] = {}
@@ -263,22 +264,37 @@ class Router:
             request.prefill,
             say.Prefill(
                 request.number, request.attempt, request.tokens, decision.cached_tokens, request.output_tokens, decision.kv_bytes, to,
-                self._listener.prompt(request.number) if self._listener is not None else None,
+                self._prompt(request.number),
             ),
         )  # fmt: skip
 
     def _fetch(self, request: LiveRequest, decision: Decision) -> None:
-        """Have the prefix that a request goes on from cross the link first, from any instance of the cluster that has it."""
-        source, target = (
-            min(self._alive(cluster), key=lambda name: len(self._holds[name]), default=None)
-            for cluster in ((PD, PRFAAS) if decision.offload else (PRFAAS, PD))
-        )
+        """Have the prefix that a request goes on from cross the link first, from the instance that has it to one that prefills.
+
+        Where caches belong to whole clusters, that is any instance.
+        """
+        assert self.scheduler.caches is not None
+        chain = self.scheduler.caches.first(request.chain or (), decision.cached_tokens)
+        here, there = (PD, PRFAAS) if decision.offload else (PRFAAS, PD)
+        holder = self._caches.holder(here, chain)
+        source = f"{here}.{holder}" if holder is not None else self._freest(self._alive(here))
+        target = self._freest(self._alive(there) if holder is None else self._prefilling(there))
         if source is None or target is None:
             self._parked.append((request, request.attempt))
             return
         self._copying[request.number] = (source, target)
-        copy = say.Copy(request.number, request.attempt, decision.cached_tokens, decision.fetch_bytes, target)
-        self._tell(source, copy)
+        blocks = [say.name_of(key) for key in chain] if holder is not None else []
+        self._tell(
+            source,
+            say.Copy(request.number, request.attempt, decision.cached_tokens, decision.fetch_bytes, target, blocks),
+        )
+
+    def _freest(self, names: Sequence[str]) -> str | None:
+        return min(names, key=lambda name: len(self._holds[name]), default=None)
+
+    def _prefilling(self, cluster: str) -> list[str]:
+        state = self.scheduler.pd[0] if cluster == PD else self.scheduler.prfaas[0]
+        return [f"{cluster}.{index}" for index in sorted(state.placement.free_at_s)]
 
     def _alive(self, cluster: str) -> list[str]:
         assert self._fleet is not None
@@ -317,6 +333,9 @@ class Router:
                 self._repaired(name)
         elif isinstance(said, say.Stepped):
             self._stepped(said)
+        elif isinstance(said, say.Cached):
+            if not self._is_down:
+                self._caches.heard(name, said)
         elif not (self._is_down or isinstance(said, say.Connected | say.Time)):
             request = self._live.get(said.request)
             if request is not None and request.attempt == said.attempt:
@@ -326,6 +345,7 @@ class Router:
         match said:
             case say.Prefilled():
                 request.start_s, request.end_s = said.start_s, said.end_s
+                request.found_tokens = said.cached_tokens
                 self._caches.prefilled(request)
                 self._release(request.prefill, request)
                 self._account(request.prefill)
@@ -487,6 +507,7 @@ class Router:
         if self._is_down:
             return
         self._take_out(name)
+        self._caches.ended(name)
         copied = {number for number, pair in self._copying.items() if name in pair}
         for number in sorted(self._holds.pop(name, set()) | copied):
             if (request := self._live.get(number)) is not None:

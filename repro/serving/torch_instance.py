@@ -13,8 +13,9 @@ import queue
 import threading
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -26,11 +27,12 @@ from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.errors import UserError
 from repro.kvcache.codecs import CodecSpec
 from repro.kvcache.frames import Manifest
-from repro.kvcache.state import State
+from repro.kvcache.state import State, seal
 from repro.processes import Message, Parent, background, run_worker
 from repro.serving import messages as say
 from repro.serving.clocks import telling_time
 from repro.serving.instance import ATTEMPTS
+from repro.serving.messages import name_of, named
 from repro.serving.prefill import Outbox
 from repro.serving.running_batch import Generation, RunningBatch
 from repro.transport import Received, Receiver, Sender, TransferFailed, TransportSpec
@@ -110,6 +112,9 @@ class TorchInstance:
         self._inbox: queue.SimpleQueue[Message | _Arrived | tuple[str, Sender]] = queue.SimpleQueue()
         self._senders: dict[str, Sender] = {}
         self._gone = _Gone()
+        self._telling = threading.Lock()
+        if (prefixes := self._engine.prefixes) is not None:
+            prefixes.changes()  # from here on they are noted
         self._slow = 1.0
         self._full = False
         self.put = self._inbox.put
@@ -155,6 +160,8 @@ class TorchInstance:
         match told:
             case say.Prefill():
                 self._prefill(told)
+            case say.Copy():
+                self._copy(told)
             case say.Connect():
                 background(self._connect, told, name=f"connect {told.name}")
             case say.Forget():
@@ -201,18 +208,69 @@ class TorchInstance:
         outbox = Outbox(sender, True, CodecSpec(), self._log)
         sender.begin(key)
         start_s = now_s()
+        release: Callable[[], None] = _nothing
         try:
             prefilled = self._engine.prefill(request, outbox.emit, self._log)
+            release = prefilled.release
             self._linger(start_s)
             sender.finish(Manifest.of(key, outbox.headers, prefilled.handover.as_meta()))
         except TransferFailed as error:
+            release()
             self._tell(say.Undelivered(asked.request, asked.attempt, str(error)))
             return
-        background(self._confirm, asked, sender, prefilled.release, name=f"confirm {key}")
-        self._tell(say.Prefilled(asked.request, asked.attempt, start_s, prefilled.end_s))
+        self._tell(say.Prefilled(asked.request, asked.attempt, start_s, prefilled.end_s, prefilled.cached_tokens))
+        prefilled.keep()
+        self._tell_cached()
+        background(self._confirm, asked, sender, release, name=f"confirm {key}")
         self._log.take()
 
-    def _confirm(self, asked: say.Prefill, sender: Sender, release: Any) -> None:
+    def _copy(self, asked: say.Copy) -> None:
+        """Send a prefix of this instance's cache to another instance, whose cache it goes into."""
+        key, prefixes = asked.request * ATTEMPTS + asked.attempt, self._engine.prefixes
+        if self._gone.take(key):
+            return
+        sender = self._senders.get(asked.to)
+        states = prefixes.lend([named(name) for name in asked.blocks]) if prefixes is not None else None
+        if sender is None or states is None:
+            why = f"no connection to {asked.to}" if sender is None else "the prefix is not here any more"
+            self._tell(say.Undelivered(asked.request, asked.attempt, why))
+            return
+        outbox = Outbox(sender, True, CodecSpec(), self._log)
+        sender.begin(key)
+        try:
+            for index, state in enumerate(states):
+                outbox.emit(seal(state, key, index))
+            sender.finish(Manifest.of(key, outbox.headers, {"blocks": list(asked.blocks)}))
+        except TransferFailed as error:
+            self._tell(say.Undelivered(asked.request, asked.attempt, str(error)))
+            return
+        background(self._confirm, asked, sender, _nothing, name=f"confirm {key}")
+
+    def _adopt(self, received: Received, blocks: Sequence[str]) -> None:
+        """Keep a prefix that another instance has sent."""
+        number, attempt = divmod(received.request_id, ATTEMPTS)
+        try:
+            prefixes = self._engine.prefixes
+            if prefixes is None:
+                raise UserError("this instance has no prefix cache")
+            prefixes.adopt([named(name) for name in blocks], self._engine.fetch(received.pieces))
+        except Exception as error:  # whatever is wrong with one prefix must not end the instance
+            self._tell(say.Undelivered(number, attempt, f"the prefix was not taken in: {error}"))
+            return
+        self._tell_cached()
+        size = sum(piece.header.payload_bytes for piece in received.pieces)
+        self._tell(say.Copied(number, attempt, size))
+
+    def _tell_cached(self) -> None:
+        """Say what came into the prefix cache and what was evicted, in that order though two threads do."""
+        if (prefixes := self._engine.prefixes) is None:
+            return
+        with self._telling:
+            changes = prefixes.changes()
+            if any(changes):
+                self._tell(say.Cached(*([name_of(key) for key in keys] for keys in changes)))
+
+    def _confirm(self, asked: say.Prefill | say.Copy, sender: Sender, release: Callable[[], None]) -> None:
         try:
             sender.wait(asked.request * ATTEMPTS + asked.attempt)
         except TransferFailed as error:
@@ -225,6 +283,9 @@ class TorchInstance:
     def arrived(self, received: Received) -> None:
         """Bring a request's state to the device, in the receiving thread, beside the batch."""
         with received:
+            if (blocks := received.manifest.meta.get("blocks")) is not None:
+                self._adopt(received, [str(name) for name in cast(Sequence[Any], blocks)])
+                return
             size = sum(piece.header.payload_bytes for piece in received.pieces)
             try:
                 handover = Handover.from_meta(received.manifest.meta)
@@ -284,6 +345,10 @@ class TorchInstance:
         if not self._config.streams:
             self._tell(say.Decoding(number, attempt, generation.joined_s, generation.times_s[0]))
         self._tell(say.Finished(number, attempt, generation.times_s[-1], generation.tokens))
+
+
+def _nothing() -> None:
+    """Where nothing has to be released."""
 
 
 def work(parent: Parent, config: Message) -> None:

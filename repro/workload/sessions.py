@@ -10,7 +10,7 @@ When sessions begin and what they say are two random streams of one seed, so tha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -61,26 +61,7 @@ def draw_sessions(spec: SessionSpec, duration_s: float, seed: int) -> Recorded:
     Raises:
         UserError: when no session begins in that time.
     """
-    when, what = (np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(2))
-    expected = duration_s * spec.sessions_per_s
-    starts = np.cumsum(when.exponential(size=round(1.5 * expected) + 50)) / spec.sessions_per_s
-    rows = [Turn(float(family), *_priming(spec, family)) for family in range(spec.families if spec.primed else 0)]
-    for session, start in enumerate(starts[starts < duration_s].tolist()):
-        turns = _turns(spec, session, what)
-        if spec.closed_loop:
-            conversation = None
-            for turn in reversed(turns):
-                conversation = turn._replace(then=conversation)
-            rows += [conversation._replace(after_s=start)] if conversation else []
-            continue
-        at_s = start
-        for turn in turns:
-            at_s += turn.after_s
-            if at_s < duration_s:
-                rows.append(turn._replace(after_s=at_s))
-    if not rows:
-        raise UserError(f"workload.sessions: none begins within {duration_s} s at {spec.sessions_per_s} per second")
-    rows.sort(key=lambda row: row.after_s)
+    rows = [row.turn for row in _rows(spec, duration_s, seed)]
     times, inputs, outputs, chains, then = zip(*rows, strict=True)
     return Recorded(
         RequestBatch(
@@ -88,6 +69,64 @@ def draw_sessions(spec: SessionSpec, duration_s: float, seed: int) -> Recorded:
             list(then) if spec.closed_loop else None,
         )
     )  # fmt: skip
+
+
+def draw_prompts(spec: SessionSpec, duration_s: float, seed: int, vocabulary: int) -> list[tuple[int, ...]]:
+    """The prompts of the same sessions, as token ids below `vocabulary`: a turn's begins with that of the turn before it.
+
+    What stands where an answer would is drawn as well: open-loop turns do not wait for one.
+    """
+
+    def words(whose: str, number: int, size: int) -> list[int]:
+        rng = np.random.default_rng((seed, *whose.encode(), number))
+        return [int(word) for word in rng.integers(0, vocabulary, size)]
+
+    return [
+        (
+            *words("family", row.family, spec.system_tokens),
+            *words(
+                "session" if row.session is not None else "primed",
+                row.family if row.session is None else row.session,
+                row.turn.input_tokens - spec.system_tokens,
+            ),
+        )
+        for row in _rows(spec, duration_s, seed)
+    ]
+
+
+class _Row(NamedTuple):
+    """A turn that arrives, and whose it is; a priming request is no session's."""
+
+    turn: Turn
+    family: int
+    session: int | None
+
+
+def _rows(spec: SessionSpec, duration_s: float, seed: int) -> list[_Row]:
+    """All turns in the order of their arrival; closed-loop, the first ones, with what follows them."""
+    when, what = (np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(2))
+    expected = duration_s * spec.sessions_per_s
+    starts = np.cumsum(when.exponential(size=round(1.5 * expected) + 50)) / spec.sessions_per_s
+    rows = [
+        _Row(Turn(float(family), *_priming(spec, family)), family, None)
+        for family in range(spec.families if spec.primed else 0)
+    ]
+    for session, start in enumerate(starts[starts < duration_s].tolist()):
+        family, turns = _turns(spec, session, what)
+        if spec.closed_loop:
+            conversation = None
+            for turn in reversed(turns):
+                conversation = turn._replace(then=conversation)
+            rows += [_Row(conversation._replace(after_s=start), family, session)] if conversation else []
+            continue
+        at_s = start
+        for turn in turns:
+            at_s += turn.after_s
+            if at_s < duration_s:
+                rows.append(_Row(turn._replace(after_s=at_s), family, session))
+    if not rows:
+        raise UserError(f"workload.sessions: none begins within {duration_s} s at {spec.sessions_per_s} per second")
+    return sorted(rows, key=lambda row: row.turn.after_s)
 
 
 def _priming(spec: SessionSpec, family: int) -> tuple[int, int, Chains]:
@@ -99,8 +138,8 @@ def _system_keys(spec: SessionSpec, family: int) -> tuple[int, ...]:
     return tuple(family << 20 | block for block in range(spec.system_tokens // spec.block_tokens))
 
 
-def _turns(spec: SessionSpec, session: int, rng: np.random.Generator) -> list[Turn]:
-    """A session's turns, each with the gap before it; none before the first."""
+def _turns(spec: SessionSpec, session: int, rng: np.random.Generator) -> tuple[int, list[Turn]]:
+    """A session's family and its turns, each with the gap before it; none before the first."""
     family = int(rng.integers(spec.families))
     shared = _system_keys(spec, family)
     turns = int(rng.geometric(1 / spec.mean_turns))
@@ -120,4 +159,4 @@ def _turns(spec: SessionSpec, session: int, rng: np.random.Generator) -> list[Tu
         gap_s = float(gaps[turn - 1]) if turn else 0.0
         found.append(Turn(gap_s, context, output, (keys[: context // spec.block_tokens], keys)))
         context = after + int(adds[turn])
-    return found
+    return family, found

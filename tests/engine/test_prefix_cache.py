@@ -15,7 +15,7 @@ from repro.engine.spans import SpanLog
 from repro.engine.torch_engine import EngineSpec, TorchEngine
 from repro.errors import UserError
 from repro.kvcache.frames import Piece
-from repro.kvcache.prefix import PrefixCache, PrefixCacheSpec, block_chain, groups_of
+from repro.kvcache.prefix import PrefixCache, PrefixCacheSpec, block_chain, groups_of, root_of
 from repro.kvcache.state import State, extract, restore
 from repro.kvcache.tensors import bytes_of, tensor_of
 from repro.models import spec as models
@@ -337,3 +337,25 @@ def test_the_groups_of_a_model_hold_all_of_its_state(name: str) -> None:
 def test_a_prefix_cache_that_cannot_work_is_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         prefill(cached("kimi_linear", **values), request(1, tokens(10, 1)))
+
+
+@pytest.mark.parametrize("name", ["kimi_linear", "mimo_v2_flash", "qwen3_235b"])
+def test_a_prefix_that_another_instance_lent_serves_as_ones_own(name: str) -> None:
+    lender, borrower = cached(name), cached(name)
+    first, then = request(1, tokens(2 * BLOCK + 9, 1)), request(2, tokens(2 * BLOCK + 9, 1), tokens(70, 2))
+    chain = block_chain(first.prompt[:-1], BLOCK, root_of(lender._spec.identity))
+    assert pool_of(lender).lend(chain) is None
+    prefill(lender, first)
+    states = pool_of(lender).lend(chain)
+    assert states is not None
+    pool_of(borrower).changes()
+    pool_of(borrower).adopt(chain, states)
+    changes = pool_of(borrower).changes()
+    assert set(changes.added) == set(chain)
+    assert changes.added_checkpoints == ([] if name == "qwen3_235b" else [chain[-1]])
+    prefilled, pieces = prefill(borrower, then)
+    assert prefilled.cached_tokens == 2 * BLOCK
+    assert state_bits(borrower, then, pieces) == state_bits(plain(name), then, prefill(plain(name), then)[1])
+    # The lender may lose what it lent.
+    pool_of(lender).pool._entries.clear()
+    assert prefill(borrower, replace(then, request_id=3))[0].cached_tokens == 3 * BLOCK

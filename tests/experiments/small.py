@@ -123,6 +123,10 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         *_LIVE, "link.schedule=[{at_s: 5, for_s: 10, rate_bps: 2e9}]", "options.cases=[two_timescale]",
     ],
     ("live_burst", "emulate"): [*_LIVE, "options.cases=[two_timescale]"],
+    ("live_reuse", "execute"): [
+        "model=qwen3_235b", "profile=paper_1t_h200", "options.duration_s=12", "options.compared=6", "cluster.prfaas.instances=1",
+        "cluster.pd.instances=2", "policy.n_p=1",
+    ],
     ("live_sessions", "emulate"): [
         *(word for word in _LIVE if not word.startswith("options.load")), "policy.n_p=1", "workload.sessions.mean_gap_s=5",
         "workload.sessions.primed=true", "options.cases=[best_cache]",

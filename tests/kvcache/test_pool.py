@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from repro.errors import UserError
 from repro.kvcache.pool import CacheSpec, GroupSpec, HybridPool
+from repro.scheduling.kvcache_manager import Replica
 
 MLA = GroupSpec("mla", "block", 1024.0)
 KDA = GroupSpec("kda", "request", 4 * 1024.0)
@@ -131,6 +132,25 @@ def test_room_is_never_exceeded_and_no_block_is_kept_without_its_prefix(
         assert cache.used_pages <= pages
         present = [(0, key) in cache._entries for key in keys]
         assert present == sorted(present, reverse=True)
+
+
+def test_a_replica_that_hears_all_changes_serves_what_the_pool_serves() -> None:
+    cache, replica = pool(MLA, KDA, pages=20, checkpoint_blocks=2), Replica(needs_checkpoint=True)
+    assert cache.changes() == ([], [], [], [])
+    rng = np.random.default_rng(0)
+    gone = 0
+    for _ in range(60):
+        prompt = rng.integers(0, 3, int(rng.integers(1, 8))).tolist()
+        keys = tuple(hash(tuple(prompt[: i + 1])) for i in range(len(prompt)))
+        cache.prefilled(keys, cache.match_tokens(keys))
+        changes = cache.changes()
+        gone += len(changes.removed) + len(changes.removed_checkpoints)
+        replica.apply(*changes)
+        assert replica.match_blocks(keys) == cache.match_blocks(keys)
+        assert replica.blocks == {key for group, key in cache._entries if group == 0}
+        assert replica.checkpoints == {key for group, key in cache._entries if group == 1}
+    assert gone > 20
+    assert cache.changes() == ([], [], [], [])
 
 
 def test_a_pool_without_a_block_level_group_is_refused() -> None:

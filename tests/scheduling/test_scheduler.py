@@ -109,6 +109,17 @@ def test_a_prefix_in_the_pd_cluster_crosses_to_prfaas_for_a_long_rest() -> None:
     assert decision.fetch_bytes == pytest.approx(1e6 + 6_000 * 1e3)
 
 
+def test_a_cached_request_goes_to_the_instance_that_holds_its_prefix_where_instances_have_their_own() -> None:
+    indices = CacheIndices(BLOCK, [held(10)], [held(0)], lambda cluster, keys: {"pd0": 1}.get(cluster))
+    scheduler = Scheduler(replace(LOOPS, router=Threshold()), [Pd()], [Remote()], indices)
+    decisions = [scheduler.arrive(0.0, number, 12_000, 0, chain(scheduler, 12_000)) for number in range(3)]
+    assert [(one.offload, one.instance, one.cached_tokens) for one in decisions] == [(False, 1, 10_000)] * 3
+    # What it has been promised counts for others.
+    assert scheduler.arrive(0.0, 3, 12_000, 0).instance == 0
+    scheduler.failed("pd_p", 0, 1)
+    assert scheduler.arrive(0.0, 4, 12_000, 0, chain(scheduler, 12_000)).instance == 0
+
+
 def test_work_goes_to_the_instance_that_has_promised_least_and_a_report_corrects_the_promise() -> None:
     scheduler = Scheduler(SchedulerSpec(Threshold(), 50_000.0), [Pd(n_p=2)])
     assert [scheduler.arrive(0.0, i, tokens).instance for i, tokens in enumerate((30_000, 10_000, 10_000))] == [0, 1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from repro.scheduling.policies import LengthAware, Router, Threshold
 from repro.scheduling.rebalance import RebalanceSpec
 from repro.scheduling.spec import SchedulerSpec
 from repro.serving import messages as say
+from repro.serving.cluster_caches import PD, PRFAAS, ClusterCaches
 from repro.serving.faults import LiveFault
 from repro.serving.router import Router as LiveRouter
 from repro.simulate.spec import SimulationSpec
@@ -71,7 +73,7 @@ def turn(router: LiveRouter, number: int, tokens: int) -> None:
 
 
 def test_a_prefix_crosses_the_link_to_the_cluster_that_prefills() -> None:
-    with running(SPEC_OF_BEST_CACHE, CACHE) as (router, instances):
+    with running(SPEC_OF_BEST_CACHE, partial(ClusterCaches, CACHE, [PD, PRFAAS])) as (router, instances):
         turn(router, 0, 1800)  # up to t: the PD cluster has it
         turn(router, 1, 5000)  # 1792 of it are there, and more than t are left
         copies = [(name, said) for _, name, said in instances.told if isinstance(said, say.Copy)]
@@ -88,7 +90,7 @@ def test_a_prefix_crosses_the_link_to_the_cluster_that_prefills() -> None:
 
 
 def test_a_request_is_prefilled_whole_where_an_instance_ended_that_its_prefix_was_to_come_from() -> None:
-    with running(SPEC_OF_BEST_CACHE, CACHE) as (router, instances):
+    with running(SPEC_OF_BEST_CACHE, partial(ClusterCaches, CACHE, [PD, PRFAAS])) as (router, instances):
         turn(router, 0, 1800)
         instances.copies = False  # nobody answers
         router.submit(1, router.scale.virtual_s(time.monotonic()), 5000, 8, (tuple(range(19)), ()))
@@ -103,7 +105,7 @@ def test_a_request_is_prefilled_whole_where_an_instance_ended_that_its_prefix_wa
 
 
 def test_a_router_that_was_restarted_knows_of_no_prefix() -> None:
-    with running(SPEC_OF_BEST_CACHE, CACHE) as (router, _):
+    with running(SPEC_OF_BEST_CACHE, partial(ClusterCaches, CACHE, [PD, PRFAAS])) as (router, _):
         turn(router, 0, 1800)
         router.go_down()
         router.come_up()

@@ -13,7 +13,6 @@ import pytest
 from test_live_router import PROFILE
 
 from repro.errors import UserError
-from repro.kvcache.pool import CacheSpec
 from repro.processes import Ended
 from repro.scheduling.decisions import Conversion
 from repro.scheduling.long_term import LongTermSpec
@@ -22,6 +21,7 @@ from repro.scheduling.policies import Threshold
 from repro.scheduling.short_term import ShortTermSpec
 from repro.scheduling.spec import SchedulerSpec
 from repro.serving import messages as say
+from repro.serving.cluster_caches import Caches
 from repro.serving.faults import LiveFault
 from repro.serving.router import Router
 from repro.serving.scale import Scale
@@ -85,12 +85,14 @@ class Instances:
 
 
 @contextmanager
-def running(spec: SchedulerSpec | None = None, cache: CacheSpec | None = None) -> Iterator[tuple[Router, Instances]]:
+def running(
+    spec: SchedulerSpec | None = None, caches: Callable[[], Caches] = Caches
+) -> Iterator[tuple[Router, Instances]]:
     """A router over instances that cost a few milliseconds, time ten times as fast."""
     plan = PdCluster(PROFILE, 1, 3)
     router = Router(
         spec or SchedulerSpec(Threshold(), threshold_tokens=2000.0), plan, PrfaasCluster(PROFILE, 2, SharedLinkSpec(1e10, 0.0)),
-        Scale(), link_bps=1e10, cache=cache,
+        Scale(), link_bps=1e10, caches=caches,
     )  # fmt: skip
     instances = Instances(router)
     router.start(instances, Scale(10.0, 1.0, time.monotonic()))  # type: ignore[arg-type]

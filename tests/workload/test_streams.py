@@ -7,7 +7,7 @@ from repro.workload.arrivals import Poisson
 from repro.workload.lengths import TruncatedLogNormal
 from repro.workload.mixtures import Empirical, Mixture
 from repro.workload.outputs import FixedOutput, LogNormalOutput
-from repro.workload.sessions import SessionSpec, draw_sessions
+from repro.workload.sessions import SessionSpec, draw_prompts, draw_sessions
 from repro.workload.stream import Independent, RequestBatch
 
 LAW = TruncatedLogNormal(9.9, 1.0, 128, 131_072)
@@ -79,3 +79,17 @@ def test_session_prompts_grow_and_share_their_beginning() -> None:
             kept[own] = after
     assert grown > 200
     assert len({prompt[0] for prompt, _ in stream.chains if prompt}) == 2
+
+
+def test_prompts_of_sessions_are_as_long_as_said_and_begin_as_their_blocks_say() -> None:
+    spec = SessionSpec(0.5, families=2, system_tokens=64, first_tokens=80, turn_tokens=40, block_tokens=16, primed=True)
+    stream, prompts = draw_sessions(spec, 400.0, seed=1).batch, draw_prompts(spec, 400.0, 1, vocabulary=512)
+    assert [len(prompt) for prompt in prompts] == stream.input_tokens.tolist()
+    assert prompts == draw_prompts(spec, 400.0, 1, vocabulary=512) != draw_prompts(spec, 400.0, 2, vocabulary=512)
+    assert stream.chains is not None
+    # A key stands for all tokens up to its block's end, and for no others.
+    seen: dict[int, tuple[int, ...]] = {}
+    for prompt, (keys, _) in zip(prompts, stream.chains, strict=True):
+        for block, key in enumerate(keys):
+            assert seen.setdefault(key, prompt[: 16 * (block + 1)]) == prompt[: 16 * (block + 1)]
+    assert len(set(seen.values())) == len(seen) < sum(len(keys) for keys, _ in stream.chains)
