@@ -30,6 +30,7 @@ from repro.serving.torch_instance import TorchInstanceConfig, prompt_of
 from repro.settings import Settings
 from repro.transport import TransportSpec
 from repro.workload.lengths import LengthDistribution
+from repro.workload.stream import Chains
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,9 @@ class Computing:
             name, engine, transport, host, self.vocabulary, self.prompts, batch_max, seed, self.streams
         )
 
-    def chains(self, prompts: Sequence[Sequence[int]], block_tokens: int) -> list[tuple[int, ...]]:
-        """The names that instances give to the full blocks of prompts, of which the last token is never cached."""
-        root = root_of(self.engine.identity)
-        return [block_chain(prompt[:-1], block_tokens, root) for prompt in prompts]
+    def named(self, prompt: Sequence[int], block_tokens: int) -> Chains:
+        """The names that instances give to a prompt's full blocks; its last token is never cached, and of an answer nothing is kept."""
+        return block_chain(prompt[:-1], block_tokens, root_of(self.engine.identity)), ()
 
 
 def check_pools(settings: Settings, chunk_tokens: int, chunk_key: str) -> None:

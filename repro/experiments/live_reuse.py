@@ -41,7 +41,7 @@ from repro.settings import Settings
 from repro.simulate.deployments import shared_link, simulated, with_scheduler
 from repro.simulate.spec import SimulationSpec
 from repro.workload.sessions import draw_prompts
-from repro.workload.stream import RequestBatch
+from repro.workload.stream import Chains, RequestBatch
 
 CASES = {"no_cache": "no caches", "own_caches": "own caches", "best_cache": "best cache"}
 _METRICS = ("cached_fraction", "ttft_mean_s", "offload_fraction", "egress_bps")
@@ -105,7 +105,7 @@ def run(context: Context) -> Outcome:
     )
     prompts = draw_prompts(sessions, options.duration_s, settings.seed, computing.vocabulary)
     batches = list(settings.workload.stream(1.0, options.duration_s, settings.seed))
-    named = _named(batches, computing.chains(prompts, policy.cache.block_tokens))
+    named = _named(batches, [computing.named(prompt, policy.cache.block_tokens) for prompt in prompts])
     played = {case: _played(context, case, spec, computing, named, prompts) for case, spec in specs.items()}
     config = computing.config("reference", settings.transport, None, 1, settings.seed)
     assert isinstance(config, TorchInstanceConfig)
@@ -141,12 +141,12 @@ def run(context: Context) -> Outcome:
     )
 
 
-def _named(batches: Sequence[RequestBatch], chains: Sequence[tuple[int, ...]]) -> list[RequestBatch]:
+def _named(batches: Sequence[RequestBatch], chains: Sequence[Chains]) -> list[RequestBatch]:
     """The same requests, their blocks by the names that instances give them."""
     named, at = [], 0
     for batch in batches:
-        own = chains[at : at + len(batch.arrival_s)]
-        named.append(batch._replace(chains=[(chain, ()) for chain in own]))
+        own = list(chains[at : at + len(batch.arrival_s)])
+        named.append(batch._replace(chains=own))
         at += len(own)
     return named
 

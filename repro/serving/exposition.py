@@ -54,8 +54,10 @@ class Exposition:
             "prfaas_link_bytes", "What PrfaaS instances sent over the link: TCP payload (wire), KVCache acknowledged (acked) or sent again",
             ["kind"], registry=registry,
         )  # fmt: skip
-        # vLLM's series of this name count what its prefix cache spared; there is none here, and a client that looks shall see it.
-        Counter("prfaas_prefix_cache_hits", "Prompt tokens that a prefix cache spared", registry=registry)
+        # Named as vLLM's, so that a client that looks for one sees whether there is a prefix cache.
+        self._spared = Counter(
+            "prfaas_prefix_cache_hits", "Prompt tokens that a prefix cache spared", registry=registry
+        )
         self._ttft = Histogram(
             "prfaas_ttft_seconds",
             "Request received to its first token at the front",
@@ -113,6 +115,7 @@ class Exposition:
         self._kv.labels(route).inc(row["payload_bytes"])
         if row["outcome"] in ANSWERED:
             self._prompt.labels(route).inc(row["input_tokens"])
+            self._spared.inc(row["cached_tokens"])
             self._first.observe(row["ttft_s"] - row["queue_s"])
             for name, (_, column) in _PHASES.items():
                 self._phases[name].labels(route).observe(max(row[column], 0.0))

@@ -22,6 +22,7 @@ from repro.serving.listener import View
 from repro.serving.messages import Sending
 from repro.serving.openai_bodies import ApiError
 from repro.serving.router import Router
+from repro.workload.stream import Chains
 
 #: How many requests that have left are kept for the record.
 _KEPT_ROWS = 100_000
@@ -76,8 +77,16 @@ class Front:
     Whatever is `async`, and `submit` and `leave`, belongs to the event loop of `attach`.
     """
 
-    def __init__(self, exposition: Exposition, limits: Limits, first_number: int = 0) -> None:
+    def __init__(
+        self,
+        exposition: Exposition,
+        limits: Limits,
+        first_number: int = 0,
+        chains: Callable[[Sequence[int]], Chains | None] = lambda prompt: None,
+    ) -> None:
+        """`chains` names a prompt's blocks, where instances have prefix caches."""
         self.exposition = exposition
+        self._chains = chains
         self.limits = limits
         #: What has left, for the record: rows of the requests table with `ttft_front_s`.
         self.rows: deque[dict[str, Any]] = deque(maxlen=_KEPT_ROWS)
@@ -110,7 +119,8 @@ class Front:
             )  # fmt: skip
         answer = Answer(next(self._numbers), prompt, output_tokens, received_s, received_s + self.limits.timeout_s)
         self._answers[answer.number] = answer
-        router.submit(answer.number, router.scale.virtual_s(time.monotonic()), len(prompt), output_tokens)
+        now_s, chains = router.scale.virtual_s(time.monotonic()), self._chains(prompt)
+        router.submit(answer.number, now_s, len(prompt), output_tokens, chains)
         return answer
 
     async def tokens(self, answer: Answer) -> AsyncIterator[int]:

@@ -20,9 +20,9 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -32,6 +32,7 @@ from repro.configuration import plain
 from repro.errors import UserError, writing
 from repro.experiments import tiers
 from repro.experiments.base import MODEL, SCHEDULER, SIMULATED, WIRE, Context, Experiment, restricted
+from repro.experiments.computed import Computing, check_pools, pools
 from repro.experiments.live import Wire, deployed
 from repro.experiments.simulated import scheduled
 from repro.experiments.split_model import engine_of, vocabulary_of
@@ -42,17 +43,14 @@ from repro.scheduling.search import search
 from repro.scheduling.throughput import Deployment as Capacity
 from repro.serving.api import Api, Served
 from repro.serving.exposition import Exposition
-from repro.serving.fleet import Config
 from repro.serving.front import Front, Limits
 from repro.serving.http_server import listening, serve_until, signalled
 from repro.serving.ray_launcher import RayLauncher
 from repro.serving.scale import Scale
 from repro.serving.tokenizer import ByteTokenizer, tokenizer_of
-from repro.serving.torch_instance import TorchInstanceConfig
 from repro.settings import Settings
 from repro.simulate.deployments import shared_link, simulated
 from repro.simulate.spec import SimulationSpec
-from repro.transport import TransportSpec
 
 #: Where the deployment's values come from; the command line changes them.
 _BASE = "experiment=tiers"
@@ -60,7 +58,9 @@ _BASE = "experiment=tiers"
 _BATCH_MAX = 8
 #: What serving reads, as an experiment would say it.
 _READS = Experiment(
-    "serve", {"execute": (*MODEL, *(key for key in SIMULATED if key != "workload.slo"), *SCHEDULER, *WIRE)}, tiers.run
+    "serve",
+    {"execute": (*MODEL, *(key for key in SIMULATED if key != "workload.slo"), *SCHEDULER, "policy.cache", *WIRE)},
+    tiers.run,
 )  # fmt: skip
 
 
@@ -107,6 +107,8 @@ def main(argv: list[str]) -> int:
         return _save_tokenizer(settings, given.save_tokenizer)
     options = tiers.Options(chunk_tokens=given.chunk_tokens, threads=given.threads)
     tiers.check(settings, options)
+    if settings.policy.cache.enabled:
+        check_pools(settings, given.chunk_tokens, "--chunk-tokens")
     limits = Limits(
         given.max_body_bytes, given.max_context_tokens, given.max_output_tokens, given.max_requests, given.timeout_s
     )
@@ -178,20 +180,6 @@ def _key(variable: str | None, host: str) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Streaming:
-    """Makes instances that compute a model and tell every token."""
-
-    engine: Any
-    vocabulary: int
-
-    def config(self, name: str, transport: TransportSpec, host: str | None, batch_max: int, seed: int) -> Config:
-        """What an instance of that name is started with."""
-        return TorchInstanceConfig(
-            name, self.engine, transport, host, self.vocabulary, 1, batch_max, seed, streams=True
-        )
-
-
 def _batched(profile: PhaseProfile, settings: Settings, batch_max: int | None) -> PhaseProfile:
     """The profile with that BS_max. One that was just measured has the BS_max of a speed that this machine may not reach alone."""
     wanted = batch_max or (None if settings.profile is not None else _BATCH_MAX)
@@ -205,7 +193,9 @@ def _specification(settings: Settings, profile: PhaseProfile) -> SimulationSpec:
         settings.workload.length_law(), settings.workload.mean_output_tokens(),
     )  # fmt: skip
     point = search(base, replace(settings.policy, lengths="true_mean"))
-    return scheduled(simulated(base, point, shared_link(settings.link, settings.transport)), settings.policy, point)
+    plain = scheduled(simulated(base, point, shared_link(settings.link, settings.transport)), settings.policy, point)
+    cache = settings.policy.cache
+    return replace(plain, cache=cache.spec(profile)) if cache.enabled else plain
 
 
 def _serve(
@@ -227,13 +217,16 @@ def _serve(
     home, remote = spec.pd[0], spec.prfaas[0].instances if spec.prfaas else 0
     instances = f"{remote} PrfaaS, {home.n_p} PD-P and {home.n_d} PD-D instances"
     _say(f"{model.name}, tokenizer {tokenizer.name}: {instances}, t = {spec.scheduler.threshold_tokens:g} tokens")
-    computing = Streaming(engine_of(model, options.chunk_tokens, options.threads), words)
+    caches = pools(settings, home.n_p) if spec.cache is not None else {}
+    engine = engine_of(model, options.chunk_tokens, options.threads)
+    computing = Computing(engine, words, prompts=1, caches=caches, streams=True)
     wire = Wire(settings.link, settings.transport, options.pieces, Scale())
     logs = directory.path / "logs"
     logs.mkdir()
     launcher = RayLauncher(ray, logs) if ray is not None else None
     with deployed(spec, wire, logs, f"serve-{os.getpid()}", settings.seed, computing, launcher) as live:
-        front = Front(Exposition(model.name), limits, live.first_number())
+        named = partial(computing.named, block_tokens=settings.policy.cache.block_tokens)
+        front = Front(Exposition(model.name), limits, live.first_number(), named if caches else lambda prompt: None)
         api = Api(front, Served(model.name, model.pretrained or f"{model.name}_{model.size}", tokenizer, words), key)
         host, port = listener.getsockname()[:2]
         with live.serving(front, limits.requests + 1) as router:

@@ -125,11 +125,11 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
     ("live_burst", "emulate"): [*_LIVE, "options.cases=[two_timescale]"],
     ("live_reuse", "execute"): [
         "model=qwen3_235b", "profile=paper_1t_h200", "options.duration_s=12", "options.compared=6", "cluster.prfaas.instances=1",
-        "cluster.pd.instances=2", "policy.n_p=1",
+        "cluster.pd.instances=2", "policy.n_p=1", "policy.threshold_tokens=null",
     ],
     ("live_sessions", "emulate"): [
-        *(word for word in _LIVE if not word.startswith("options.load")), "policy.n_p=1", "workload.sessions.mean_gap_s=5",
-        "workload.sessions.primed=true", "options.cases=[best_cache]",
+        *(word for word in _LIVE if not word.startswith("options.load")), "policy.n_p=1", "policy.threshold_tokens=null",
+        "workload.sessions.mean_gap_s=5", "workload.sessions.primed=true", "options.cases=[best_cache,policy]",
     ],
     ("bandwidth_wall", "emulate"): [
         "options.rates_bps=[5e9]", "options.live_rates_bps=[5e9]", "options.requests=1000", "options.search_requests=100",

@@ -11,9 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,18 @@ from repro.engine.openai import OpenAIServer, parse_counters
 from repro.engine.reference import generate
 from repro.engine.torch_engine import EngineSpec
 from repro.errors import UserError
+from repro.experiments.computed import Computing
 from repro.experiments.live import Deployment, Wire, deployed
 from repro.experiments.split_model import model_layout, vocabulary_of
+from repro.kvcache.pool import CacheSpec, GroupSpec
+from repro.kvcache.prefix import PrefixCacheSpec
 from repro.link import LinkSpec
 from repro.models.build import build
 from repro.models.spec import load
 from repro.profiles.base import DecodeStep, KVSize, PhaseProfile, PrefillCurve
 from repro.profiles.presets import save_profile
 from repro.record import requests as schema
-from repro.scheduling.policies import Threshold
+from repro.scheduling.policies import LengthAware, Threshold
 from repro.scheduling.spec import SchedulerSpec
 from repro.serving.api import Api, Served
 from repro.serving.exposition import Exposition
@@ -92,15 +97,17 @@ class Running:
         return found
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@contextmanager
+def served(
+    folder: Path, computing: Computing, spec: SimulationSpec = SPEC, chains: Callable[[Any], Any] = lambda prompt: None
+) -> Iterator[Running]:
+    """A deployment that serves at a free port."""
     over = threading.Event()
-    computing = serve.Streaming(EngineSpec(MODEL, chunk_tokens=64), WORDS)
     with (
         listening("127.0.0.1", 0) as listener,
-        deployed(SPEC, WIRE, tmp_path_factory.mktemp("serve"), "serve-test", 0, computing) as live,
+        deployed(spec, WIRE, folder, "serve-test", 0, computing) as live,
     ):
-        front = Front(Exposition(MODEL.name), LIMITS, live.first_number())
+        front = Front(Exposition(MODEL.name), LIMITS, live.first_number(), chains)
         api = Api(front, Served(MODEL.name, MODEL.name, ByteTokenizer(WORDS), WORDS))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with live.serving(front, LIMITS.requests + 1) as router, httpx.Client(base_url=url, timeout=30.0) as client:
@@ -111,6 +118,15 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             finally:
                 over.set()
                 thread.join()
+
+
+COMPUTING = Computing(EngineSpec(MODEL, chunk_tokens=64), WORDS, 1, streams=True)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with served(tmp_path_factory.mktemp("serve"), COMPUTING) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -368,3 +384,26 @@ def test_nothing_is_left_of_a_server_that_was_told_to_stop_or_killed(number: sig
     assert said.splitlines()[-1] == str(folder)
     assert {"DONE", "requests.parquet", "provenance.json"} <= {path.name for path in folder.iterdir()}
     assert not any(b"a key of the test's" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_chat_goes_on_from_cached_state_with_the_tokens_that_the_model_itself_generates(
+    model: torch.nn.Module, tmp_path: Path
+) -> None:
+    cache = PrefixCacheSpec(1e8, block_tokens=64)
+    computing = replace(COMPUTING, caches={"pd0": cache, "prfaas0": cache})
+    groups = GroupSpec("growing", "block", 1e3), GroupSpec("fixed", "request", 1e5)
+    best = replace(SPEC, cache=CacheSpec(groups, 1e8, 64), scheduler=replace(SPEC.scheduler, router=LengthAware()))
+    with served(tmp_path, computing, best, partial(computing.named, block_tokens=64)) as running:
+        said = prompt(150)  # offloaded; what PrfaaS computed stays there
+        for added in (0, 20, 100):
+            said = said + prompt(added, seed=added)
+            expected = list(generate(model, torch.tensor([said]), 4).tokens)
+            (choice,) = running.ask(prompt=said, max_tokens=4, return_token_ids=True).json()["choices"]
+            assert choice["token_ids"] == expected
+            said = said + expected
+        rows = list(running.front.rows)
+        assert [row["cached_tokens"] for row in rows] == [0, 128, 128]
+        # The second turn is short beside what is cached, and is prefilled where PrfaaS's prefix has crossed the link to.
+        assert [row["route"] for row in rows] == ["prfaas", "pd", "prfaas"]
+        assert running.router.copied_bytes["prfaas0"] > 0
+        assert running.until("prfaas_prefix_cache_hits_total", 256) == 256
