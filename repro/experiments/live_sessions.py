@@ -3,7 +3,8 @@
 A conversation's next turn goes on from what a cluster still holds of it. `own_caches` is the rule for scarce bandwidth (each cluster's
 cache counts alone), `best_cache` the one for abundant bandwidth (the longest prefix counts, and crosses the link to where it is needed),
 both at a t that nothing moves; `policy` is the configured scheduler, which for `policy.router=prfaas` switches between the two. The
-simulator gets the same requests: of what is cached it must say the same, request by request, wherever no loop looks at a clock.
+simulator gets the same requests. Of what is cached it says the same, request by request, but where a loop looks at a clock, or two prompts
+end so close together that the other is evicted first.
 """
 
 from __future__ import annotations
