@@ -24,7 +24,8 @@ class Settings:
 
     `model` holds the models by name: one, or several where an experiment compares; `size` and `pretrained` were handed to each
     of them. `profile` replaces the profiles of both clusters by one that was
-    measured; `options` is the experiment's own part, checked against the dataclass that the experiment declares.
+    measured; `ray` is the address of a running Ray cluster on whose nodes a live deployment is placed, null for this machine;
+    `options` is the experiment's own part, checked against the dataclass that the experiment declares.
     `label` names the run directory beside its hash and changes nothing else; so many `processes` simulate a study's points, null
     for one per core. `sweep` says what a sweep draws of its points.
     """
@@ -42,6 +43,7 @@ class Settings:
     size: str = "tiny"
     pretrained: str | None = None
     profile: str | None = None
+    ray: str | None = None
     seed: int = 0
     label: str | None = None
     results: str = "results"

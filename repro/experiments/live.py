@@ -149,7 +149,7 @@ class Deployment:
         self._router: Router | None = None
         self._link: Link | None = link
         self._computes = computing is not None
-        launcher = launcher or LocalLauncher(link, log_directory)
+        self._launcher = launcher = launcher or LocalLauncher(link, log_directory)
         copies = spec.cache is not None and bool(spec.prfaas)
         self._fleet = Fleet(launcher, self._heard, self._ended, hands_over=self._computes, copies=copies)
         self._next_number = 0
@@ -192,6 +192,11 @@ class Deployment:
     def fleet(self) -> Fleet:
         """Its instances."""
         return self._fleet
+
+    def measured_link(self) -> dict[str, Any]:
+        """What lies between the two sides, measured now, before the first run: for the record."""
+        assert self._link is not None
+        return self._launcher.measured(self._link)
 
     def _heard(self, name: str, said: FromInstance) -> None:
         if (router := self._router) is not None:

@@ -35,6 +35,7 @@ from repro.report import style
 from repro.scheduling.search import search
 from repro.scheduling.throughput import Deployment as Planned
 from repro.serving.faults import Kind
+from repro.serving.ray_launcher import RayLauncher
 from repro.serving.scale import Scale
 from repro.serving.torch_instance import TorchInstanceConfig
 from repro.simulate.deployments import requests, shared_link, simulated
@@ -88,6 +89,7 @@ class _Repeat:
     answers: int
     right: int
     processes_left: int
+    link: Mapping[str, Any]
     workers: Mapping[str, Mapping[str, float]]
 
     @property
@@ -144,7 +146,10 @@ def run(context: Context) -> Outcome:
         rows,
         {"events": pd.DataFrame(events, columns=["seed", "at_s", "event"])},
         requests=pd.concat([one.requests.assign(case="execute", seed=one.seed) for one in repeats]),
-        provenance={"workers": {f"seed {one.seed}": one.workers for one in repeats}},
+        provenance={
+            "link": {f"seed {one.seed}": one.link for one in repeats},
+            "workers": {f"seed {one.seed}": one.workers for one in repeats},
+        },
         failure="; ".join(one.failure for one in repeats if one.failure),
     )
 
@@ -157,17 +162,20 @@ def _repeat(
     logs = context.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     batches = list(requests(base, Poisson(options.rate_per_s), options.requests, seed))
+    launcher = RayLauncher(settings.ray, logs) if settings.ray is not None else None
     # Prompts are the same in every repeat, lengths and arrivals are not.
-    with deployed(spec, wire, logs, f"live-stress-{seed}", settings.seed, computing) as live:
+    with deployed(spec, wire, logs, f"live-stress-{seed}", settings.seed, computing, launcher) as live:
+        link = live.measured_link()
         faults = drawn(options, live.fleet.names, seed)
         played = live.play(batches, faults=faults, drain_s=options.drain_s)
         pids = live.fleet.pids
     found = played.requests
     answered = found["outcome"].isin(ANSWERED)
     right, checked = answers.right(played)
+    left = _alive(pids) + (launcher.left() if launcher is not None else 0)
     return _Repeat(
         seed, found, played.events, options.requests - int(found.loc[answered, "id"].nunique()), int(found["id"].duplicated().sum()),
-        checked, right, _alive(pids), played.workers,
+        checked, right, left, link, played.workers,
     )  # fmt: skip
 
 
@@ -232,7 +240,7 @@ def check(settings: Any, options: Any) -> None:
 _READS = tuple(key for key in tiers.READS if key != "workload.slo")
 EXPERIMENT = Experiment(
     "live_stress",
-    {"execute": (*MODEL, *_READS, "cluster.prfaas.instances", "cluster.pd.instances", *WIRE, "options")},
+    {"execute": (*MODEL, *_READS, "cluster.prfaas.instances", "cluster.pd.instances", *WIRE, "ray", "options")},
     run,
     {"live_stress": draw},
     Options,

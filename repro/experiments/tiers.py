@@ -37,6 +37,7 @@ from repro.report import style
 from repro.scheduling.latency import prefill_latency
 from repro.scheduling.search import search
 from repro.scheduling.throughput import Deployment
+from repro.serving.ray_launcher import RayLauncher, check_placement
 from repro.serving.scale import Scale
 from repro.serving.torch_instance import TorchInstanceConfig
 from repro.settings import Settings
@@ -98,12 +99,14 @@ def run(context: Context) -> Outcome:
     wire = Wire(settings.link, settings.transport, options.pieces, Scale())
     logs = context.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    played = dict[str, Played]()
+    launcher = RayLauncher(settings.ray, logs) if settings.ray is not None else None
+    links, played = dict[str, Any](), dict[str, Played]()
     for tier in ("emulate", "execute"):
         context.progress(f"{tier}: {point.n_p + point.n_d + point.n_prfaas} instances")
         with deployed(
-            spec, wire, logs, f"tiers-{tier}", settings.seed, computing if tier == "execute" else None
+            spec, wire, logs, f"tiers-{tier}", settings.seed, computing if tier == "execute" else None, launcher
         ) as live:
+            links[tier] = live.measured_link()
             played[tier] = live.play(batches)
         values[tier] = summarise(played[tier].requests, window, slo).values()
     rows = [
@@ -117,7 +120,7 @@ def run(context: Context) -> Outcome:
     kept = pd.concat([run.requests.assign(case=tier) for tier, run in played.items()])
     table = pd.DataFrame([{"tier": tier, **found} for tier, found in values.items()])
     workers = {tier: run.workers for tier, run in played.items()}
-    return Outcome(rows, {"tiers": table}, requests=kept, provenance={"workers": workers})
+    return Outcome(rows, {"tiers": table}, requests=kept, provenance={"link": links, "workers": workers})
 
 
 def own_profile(context: Context) -> PhaseProfile:
@@ -194,8 +197,9 @@ def draw(record: Record) -> Figure:
 
 
 def check(settings: Settings, options: Any) -> None:
-    """One model that can be built, and prompts that it can take. Raises UserError naming the key."""
+    """One model that can be built, prompts that it can take, and a place for it. Raises UserError naming the key."""
     check_one(settings, options)
+    check_placement(settings.ray, settings.link)
     if settings.cluster.prfaas.instances < 1 or settings.cluster.pd.instances < 2:
         raise UserError("cluster: prfaas.instances must be 1 or more and pd.instances 2 or more, one for each phase")
     longest = settings.workload.length_law().maximum_tokens
@@ -219,7 +223,7 @@ EXPERIMENT = Experiment(
     name="tiers",
     reads={
         "execute": (
-            *MODEL, *READS, "cluster.prfaas.instances", "cluster.pd.instances", *WIRE, "options",
+            *MODEL, *READS, "cluster.prfaas.instances", "cluster.pd.instances", *WIRE, "ray", "options",
         ),
     },
     run=run,

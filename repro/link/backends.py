@@ -114,7 +114,7 @@ def _everything(spec: LinkSpec) -> list[str]:
         "jitter": spec.jitter_s > 0,
         "schedule": bool(spec.schedule),
     }
-    return [f"{name}: not emulated, this is plain loopback" for name, was_asked in asked.items() if was_asked]
+    return [f"{name}: not emulated, the network is as it is" for name, was_asked in asked.items() if was_asked]
 
 
 def _traced(spec: LinkSpec) -> bool:

@@ -292,7 +292,9 @@ class Child:
     def _failed(self, message: Message) -> Ended:
         """The child's own failure, or, with a role in the message, that of a process which it watches."""
         if "role" in message:
-            return Ended(message["role"], message["pid"], message["how"], message["rank"])
+            return Ended(
+                message["role"], message["pid"], message["how"], message["rank"], message.get("last_words", "")
+            )
         return Ended(self.role, self.pid, f"failed: {message['error']}", FAILED)
 
     def _look(self) -> None:

@@ -6,10 +6,6 @@ notice what they do by itself. Faults of the link are its own schedule.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import resource
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +14,7 @@ from typing import Literal, Protocol, get_args
 
 from repro.errors import UserError
 from repro.serving import messages as say
+from repro.serving.afflictions import Affliction
 from repro.serving.fleet import Fleet
 from repro.serving.scale import Scale
 
@@ -119,13 +116,13 @@ class FaultSchedule:
         self._router.note(f"fault {fault.kind} of {fault.instance}")
         match fault.kind:
             case "kill" | "stop":
-                self._signal(fault.instance, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+                self._afflict(fault.instance, fault.kind)
             case "slow":
                 self._fleet.tell(fault.instance, say.Slow(fault.factor))
             case "out_of_memory":
                 self._fleet.tell(fault.instance, say.Memory(full=True))
             case "disk_full":
-                self._allow_files(fault.instance, 0)
+                self._afflict(fault.instance, "fill_disk")
             case "restart":
                 self._router.go_down()
 
@@ -134,7 +131,7 @@ class FaultSchedule:
             case "kill":
                 self._replace(fault.instance)
             case "stop" if self._fleet.is_alive(fault.instance):
-                self._signal(fault.instance, signal.SIGCONT)
+                self._afflict(fault.instance, "continue")
             case "stop":
                 self._replace(fault.instance)
             case "slow":
@@ -142,22 +139,12 @@ class FaultSchedule:
             case "out_of_memory":
                 self._fleet.tell(fault.instance, say.Memory(full=False))
             case "disk_full":
-                self._allow_files(fault.instance, resource.RLIM_INFINITY)
+                self._afflict(fault.instance, "free_disk")
             case "restart":
                 self._router.come_up()
 
-    def _signal(self, name: str, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._fleet.pid(name), number)
-
-    def _allow_files(self, name: str, most_bytes: int) -> None:
-        """Let no file of an instance grow beyond that, as on a disk that is full: writes fail with EFBIG in place of ENOSPC."""
+    def _afflict(self, name: str, what: Affliction) -> None:
         try:
-            pid = self._fleet.pid(name)
-            _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-            most = hard if most_bytes == resource.RLIM_INFINITY else most_bytes
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (most, hard))
-        except ProcessLookupError:
-            pass  # it has ended
+            self._fleet.afflict(name, what)
         except PermissionError as error:
-            self._router.note(f"fault disk_full of {name} could not be done: {error.strerror}")
+            self._router.note(f"{what} of {name} could not be done: {error.strerror}")

@@ -22,6 +22,7 @@ from repro.link import Link, Side
 from repro.link.namespaces import other as across
 from repro.processes import Child, Ended, Message
 from repro.serving import messages as say
+from repro.serving.afflictions import Affliction, afflict
 from repro.serving.clocks import Clocks
 
 _START_TIMEOUT_S = 120.0
@@ -71,6 +72,14 @@ class Launcher(Protocol):
         """Where the other side reaches that port of an instance, through the link."""
         ...
 
+    def afflict(self, child: Child, what: Affliction) -> None:
+        """Do a fault to an instance that was started."""
+        ...
+
+    def measured(self, link: Link) -> dict[str, Any]:
+        """Measure what lies between the two sides, for the record: what was asked of the link and what it was found to be."""
+        ...
+
 
 class LocalLauncher:
     """Processes of this machine, each in the network of its side of an open link."""
@@ -101,6 +110,15 @@ class LocalLauncher:
     def dial(self, place: Place, port: int) -> tuple[str, int]:
         """Through the link."""
         return self._link.dial(port, across(place.side))
+
+    def afflict(self, child: Child, what: Affliction) -> None:
+        """Do a fault to its process."""
+        afflict(child.pid, what)
+
+    def measured(self, link: Link) -> dict[str, Any]:
+        """The link itself."""
+        link.check(tolerate=True)
+        return link.record()
 
 
 class Fleet:
@@ -193,8 +211,12 @@ class Fleet:
             self.tell(name, said)
 
     def pid(self, name: str) -> int:
-        """The process of an instance."""
+        """The process of an instance, or the one that stands for it here."""
         return self._children[name].pid
+
+    def afflict(self, name: str, what: Affliction) -> None:
+        """Do a fault to an instance, wherever it stands. Raises PermissionError where that is not allowed."""
+        self._launcher.afflict(self._children[name], what)
 
     def wait(self) -> None:
         """Wait until everyone who was started anew serves.

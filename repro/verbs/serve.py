@@ -59,7 +59,7 @@ _BATCH_MAX = 8
 #: What serving reads, as an experiment would say it.
 _READS = Experiment(
     "serve",
-    {"execute": (*MODEL, *(key for key in SIMULATED if key != "workload.slo"), *SCHEDULER, "policy.cache", *WIRE)},
+    {"execute": (*MODEL, *(key for key in SIMULATED if key != "workload.slo"), *SCHEDULER, "policy.cache", *WIRE, "ray")},
     tiers.run,
 )  # fmt: skip
 
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="of a running Ray cluster, whose nodes with the resources prefill and decode take the instances",
+        help="the same as ray=ADDRESS, a running Ray cluster: nodes with the resources prefill and decode take the instances",
     )
     parser.add_argument(
         "--save-tokenizer",
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
         help="write the model's byte tokenizer there, and serve nothing",
     )
     given = parser.parse_intermixed_args(argv)
-    composition = _composed(given.words)
+    composition = _composed([*given.words, *([f"ray={given.ray}"] if given.ray is not None else [])])
     settings = composition.settings
     if given.save_tokenizer is not None:
         return _save_tokenizer(settings, given.save_tokenizer)
@@ -114,10 +114,6 @@ def main(argv: list[str]) -> int:
     )
     if given.batch_max is not None and given.batch_max < 1:
         raise UserError(f"--batch-max: {given.batch_max}; accepted: 1 or more")
-    if given.ray is not None and settings.link.backend != "none":
-        raise UserError(
-            f"--ray: link.backend={settings.link.backend} stands on one machine; accepted: link.backend=none, the network of the nodes"
-        )
     key = _key(given.api_key_variable, given.host)
     with listening(given.host, given.port) as listener:
         directory = RunDirectory(Path(settings.results) / "serve" / (settings.label or time.strftime("%Y%m%d-%H%M%S")))
@@ -129,7 +125,7 @@ def main(argv: list[str]) -> int:
         directory.begin({**described, "limits": asdict(limits)}, ["repro", "serve", *argv], {"seed": settings.seed})
         try:
             with writing(directory.path):
-                _serve(settings, options, limits, key, listener, directory, given.batch_max, given.ray)
+                _serve(settings, options, limits, key, listener, directory, given.batch_max)
             directory.complete()
         except BaseException as error:
             directory.fail(error)
@@ -206,7 +202,6 @@ def _serve(
     listener: socket.socket,
     directory: RunDirectory,
     batch_max: int | None,
-    ray: str | None,
 ) -> None:
     """Start everything, serve until told to stop, and write what was served."""
     model = one_model(settings)
@@ -223,15 +218,17 @@ def _serve(
     wire = Wire(settings.link, settings.transport, options.pieces, Scale())
     logs = directory.path / "logs"
     logs.mkdir()
-    launcher = RayLauncher(ray, logs) if ray is not None else None
+    launcher = RayLauncher(settings.ray, logs) if settings.ray is not None else None
     with deployed(spec, wire, logs, f"serve-{os.getpid()}", settings.seed, computing, launcher) as live:
         named = partial(computing.named, block_tokens=settings.policy.cache.block_tokens)
         front = Front(Exposition(model.name), limits, live.first_number(), named if caches else lambda prompt: None)
+        directory.add_provenance({"link": live.measured_link()})
         api = Api(front, Served(model.name, model.pretrained or f"{model.name}_{model.size}", tokenizer, words), key)
         host, port = listener.getsockname()[:2]
         with live.serving(front, limits.requests + 1) as router:
             _say(f"serving {model.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1; Ctrl-C ends it")
             serve_until(signalled(), router, front, api, listener)
+        directory.add_provenance({"workers": live.fleet.clocks.record()})
     if front.rows:
         directory.write_requests(pd.DataFrame(front.rows).sort_values("id", ignore_index=True))
     _say(f"{len(front.rows)} requests served")

@@ -399,7 +399,7 @@ def test_a_key_that_is_not_read_ends_in_one_line_before_a_directory_exists(
 NODES = {
     "model": "model=qwen3_235b", "size": "size=single_gpu", "cluster": "cluster.pd.instances=7", "link": "link.rate_bps=5e9",
     "workload": "workload.lengths.mu=9.5", "policy": "policy.threshold_step_tokens=200", "transport": "transport.connections=2",
-    "cost": "cost.usd_per_egress_gb=0.01", "profile": "profile=paper_1t_h20", "seed": "seed=5",
+    "cost": "cost.usd_per_egress_gb=0.01", "profile": "profile=paper_1t_h20", "seed": "seed=5", "ray": "ray=10.0.0.1:6379",
 }  # fmt: skip
 
 
