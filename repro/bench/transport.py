@@ -240,7 +240,10 @@ def run(context: Context) -> Outcome:
     assert isinstance(options, Options)
     local = context.settings.tier == "execute"
     spec = LOOPBACK if local else replace(context.settings.link, **_UNCHANGING)
-    with tempfile.TemporaryDirectory(prefix="certificates-") as scratch, open_link(spec, run="bench-transport") as link:
+    context.folder.mkdir(parents=True, exist_ok=True)
+    # In the run's own folder: of a run that is killed nothing stays elsewhere.
+    scratched = tempfile.TemporaryDirectory(prefix="certificates-", dir=context.folder)
+    with scratched as scratch, open_link(spec, run="bench-transport") as link:
         make_certificates(Path(scratch) / "tls")
         chosen = _chosen(
             contenders(base, options.connections, f"{scratch}/tls", context.progress, local=local), options

@@ -108,7 +108,10 @@ class Pair:
 
     def __enter__(self) -> Pair:
         try:
-            sockets = Path(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="engines-")))
+            self._logs.mkdir(parents=True, exist_ok=True)
+            # Beside the logs, where nothing stays elsewhere after SIGKILL, unless that path is too long for a socket's (107 bytes).
+            beside = self._logs.absolute() if len(os.fsencode(self._logs.absolute())) < 80 else None
+            sockets = Path(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="engines-", dir=beside)))
             cores, allowed = two_cores(), os.sched_getaffinity(0)
             for number, side in enumerate(SIDES):
                 self._start(side, sockets / side, _FIRST_SIDE_PORT + number, cores[side], allowed)

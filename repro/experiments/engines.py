@@ -163,7 +163,9 @@ def run(context: Context) -> Outcome:
     """Each checkpoint through vLLM and through the kit's workers, under every condition of the link."""
     rows, metrics, facts = list[Row](), list[Metric](), dict[str, Any]()
     refusals: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="engines-") as scratch:
+    context.folder.mkdir(parents=True, exist_ok=True)
+    # In the run's own folder: of a run that is killed nothing stays elsewhere.
+    with tempfile.TemporaryDirectory(prefix="engines-", dir=context.folder) as scratch:
         for name, folder in _checkpoints(context.options, Path(scratch)):
             model = ModelSpec(name, "auto", pretrained=str(folder))
             one = _Model(context, model)
