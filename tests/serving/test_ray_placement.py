@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -51,7 +50,8 @@ DEPLOYMENT = replace(SPEC, prfaas=(PrfaasCluster(PROFILE, 2, SharedLinkSpec(1e10
 COMPUTING = Computing(EngineSpec(MODEL, chunk_tokens=64), WORDS, 4)
 #: In the environment of every process that this module starts, and of all that those start.
 MARK = f"RAY_PLACEMENT_TEST={uuid.uuid4().hex}"
-OURS = ("ray_bridge", "torch_instance", "ray::Host", "link.probe", "-m repro")
+OURS = ("ray::Host", "-m repro.serving", "-m repro.link.probe", "-m repro serve", "-m repro experiment")
+INSTANCE = "-m repro.serving.torch_instance"
 
 
 def marked(*words: str) -> set[int]:
@@ -258,20 +258,23 @@ def test_a_node_that_is_killed_ends_as_any_other_fault_and_its_instance_is_start
         assert set(again.requests["prefill_worker"]) == {"prfaas0.0", "prfaas0.1", "pd0.0"}
 
 
-def head(cluster: Cluster, folder: Path, *words: str) -> subprocess.Popen[str]:
-    """The kit's own command on the node of Ray's head."""
+@contextlib.contextmanager
+def head(cluster: Cluster, folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """The kit's own command on the node of Ray's head; what it says goes to `said` and `errors` in the folder."""
     save_profile(PROFILE, folder / "profiles" / "tiny.yaml")
     argv = [
         sys.executable, "-m", "repro", *words, "profile=tiny", f"results={folder}", "label=here", "tracking=disabled", "link.backend=none",
         f"link.rate_bps={RATE_BPS}",
     ]  # fmt: skip
-    return subprocess.Popen(
-        cluster.link.command("prefill", argv),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
+    with (folder / "said").open("w") as said, (folder / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            cluster.link.command("prefill", argv), stdout=said, stderr=errors, text=True, env=environment()
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 TIERS = [
@@ -284,16 +287,15 @@ def test_the_experiment_of_all_tiers_runs_on_the_cluster_and_records_its_network
     cluster: Cluster, tmp_path: Path
 ) -> None:
     with head(cluster, tmp_path, *TIERS, f"ray={cluster.address}") as process:
-        said, errors = process.communicate(timeout=500)
-    assert process.returncode == 0, errors
-    record = Record(Path(said.splitlines()[-1]))
+        assert process.wait(500) == 0, (tmp_path / "errors").read_text()
+    record = Record(Path((tmp_path / "said").read_text().splitlines()[-1]))
     assert value(record.metrics, "tokens_match") == 1
     assert record.configuration["ray"] == cluster.address
     link = record.provenance["link"]["execute"]
     (found,) = link["measured"].values()
     assert found["rate_bps"] == pytest.approx(RATE_BPS * 0.965, rel=0.1)
     assert found["rtt_s"] >= RTT_S
-    assert not gone("ray_bridge", "torch_instance", "ray::Host", "link.probe", within_s=10)
+    assert not gone(*OURS, within_s=10)
 
 
 CLIENT = """
@@ -311,16 +313,16 @@ with httpx.Client(base_url=sys.argv[1], timeout=60.0) as client:
 """
 
 
-def served_at(process: subprocess.Popen[str]) -> str:
+def served_at(process: subprocess.Popen[str], folder: Path) -> str:
     """Its address, once it serves."""
-    assert process.stderr is not None
-    said = ""
-    for line in process.stderr:
-        said += line
-        if match := re.search(r"http://[\d.:]+", line):
-            threading.Thread(target=process.stderr.read, daemon=True).start()
+    until_s = time.monotonic() + 120
+    while True:
+        said = (folder / "errors").read_text()
+        if match := re.search(r"http://[\d.:]+", said):
             return match[0]
-    raise AssertionError(said)
+        assert process.poll() is None, said
+        assert time.monotonic() < until_s, said
+        time.sleep(0.1)
 
 
 def test_a_public_client_is_served_from_the_cluster_and_nothing_is_left_when_the_head_is_killed(
@@ -329,7 +331,7 @@ def test_a_public_client_is_served_from_the_cluster_and_nothing_is_left_when_the
     before = files()
     words = ["serve", "--ray", cluster.address, "--port", "0", "policy.threshold_tokens=64"]
     with head(cluster, tmp_path, *words) as process:
-        url = served_at(process)
+        url = served_at(process, tmp_path)
         argv = [sys.executable, "-c", CLIENT, url, MODEL.name]
         done = subprocess.run(
             cluster.link.command("prefill", argv),
@@ -347,8 +349,8 @@ def test_a_public_client_is_served_from_the_cluster_and_nothing_is_left_when_the
         crossed = re.search(r'prfaas_kv_bytes_total\{route="prfaas"\} (\S+)', found["metrics"])
         assert crossed is not None
         assert float(crossed[1]) > 1e5
-        assert len(marked("torch_instance")) == 3
-        os.kill(process.pid, signal.SIGKILL)
+        assert len(marked(INSTANCE)) == 3
+        process.kill()
     assert not gone(*OURS, within_s=20)
     assert files() <= before
     link = json.loads((tmp_path / "serve" / "here" / "provenance.json").read_text())["link"]
@@ -360,11 +362,11 @@ def test_nothing_is_left_when_the_head_of_an_experiment_is_killed(cluster: Clust
     words = ["experiment=live_stress", "link.schedule=[]", "cluster.prfaas.instances=1", "cluster.pd.instances=2"]
     with head(cluster, tmp_path, *words, f"ray={cluster.address}") as process:
         until_s = time.monotonic() + 120
-        while len(marked("torch_instance")) < 3 and time.monotonic() < until_s:
+        while len(marked(INSTANCE)) < 3 and time.monotonic() < until_s:
             time.sleep(0.2)
         time.sleep(5.0)
-        assert len(marked("torch_instance")) == 3
-        os.kill(process.pid, signal.SIGKILL)
+        assert len(marked(INSTANCE)) == 3
+        process.kill()
     assert not gone(*OURS, within_s=20)
     assert files() <= before
 
@@ -372,10 +374,10 @@ def test_nothing_is_left_when_the_head_of_an_experiment_is_killed(cluster: Clust
 def test_nothing_of_the_kits_is_left_when_rays_own_head_is_killed(tmp_path: Path) -> None:
     with ray_cluster(tmp_path, 6397) as own:
         with head(own, tmp_path, "serve", f"ray={own.address}", "--port", "0", "policy.threshold_tokens=64") as process:
-            served_at(process)
-            assert len(marked("torch_instance")) == 3
+            served_at(process, tmp_path)
+            assert len(marked(INSTANCE)) == 3
             own.kill("head")
             time.sleep(1.0)
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
         # With no head to tell them, actors end because nobody asks them any more.
         assert not gone(*OURS, within_s=30)
