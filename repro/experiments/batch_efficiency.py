@@ -114,6 +114,8 @@ def run(context: Context) -> Outcome:
     }
     queued = []
     for pool, (profile, own) in sides.items():
+        if not len(own):
+            continue  # where the best threshold leaves a pool without requests
         cost = PassCost.of(profile.prefill, law.minimum_tokens, law.maximum_tokens)
         rows.append(context.metric(pool, "prefill_fixed_s", cost.fixed_s, "s", "computed"))
         queued += [
@@ -259,15 +261,17 @@ def finding(record: Record) -> str:
     gains = table[(table["metric"] == "batch_gain") & table["case"].str.contains("batch of")].set_index("case")["value"]
     best = str(gains.idxmax())
     largest = max(options["profile_batches"])
-    case = f"prfaas, batches of {largest}"
+    case, local = (f"{pool}, batches of {largest}" for pool in POOLS)
+    beside = (
+        f" and {value(table, 'prefill_capacity_ratio', local):.2f} times on PD-P" if local in set(table["case"]) else ""
+    )
     ratios = [value(table, "throughput_ratio", f"fixed part shared by {batch}") for batch in (1, largest)]
     return (
         f"Measured, {best} prefills {gains[best]:.2f} times the tokens per second of one request at a time. By the profile, "
         f"{value(table, 'prefill_fixed_s', 'prfaas'):.2f} s of every prefill on PrfaaS do not grow: up to {largest} prompts "
         "in a pass sustain "
-        f"{value(table, 'prefill_capacity_ratio', case):.2f} times as much there and "
-        f"{value(table, 'prefill_capacity_ratio', f'pd_p, batches of {largest}'):.2f} "
-        f"times on PD-P, at {100 * options['compared_load']:.0f} % load with a mean TTFT of "
+        f"{value(table, 'prefill_capacity_ratio', case):.2f} times as much there{beside}, "
+        f"at {100 * options['compared_load']:.0f} % load with a mean TTFT of "
         f"{value(table, 'ttft_mean_s', case):.1f} s in place of "
         f"{value(table, 'ttft_mean_s', f'prfaas, {_ONE}'):.1f} s; with batches everywhere PrfaaS-PD serves {ratios[1]:.2f} "
         "times what homogeneous PD does, "

@@ -28,8 +28,9 @@ from repro.scheduling.spec import PolicySpec
 from repro.scheduling.throughput import Deployment
 from repro.settings import Settings
 
-#: Watts per GPU by NVIDIA's data sheets (H200 SXM 700 W, H20 400 W): an upper bound of what a busy GPU draws, host and cooling aside.
-TDP_W = {"H200": 700.0, "H20": 400.0}
+#: Watts per GPU by NVIDIA's data sheets (B200 1000 W, H200 SXM 700 W, H20 400 W): an upper bound of what a busy one
+#: draws, host and cooling aside.
+TDP_W = {"B200": 1000.0, "H200": 700.0, "H20": 400.0}
 
 
 @dataclass(frozen=True)

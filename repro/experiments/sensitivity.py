@@ -34,10 +34,10 @@ from repro.settings import Settings
 Range = tuple[float, float]
 
 BASELINES = {
-    "homogeneous_pd": "homogeneous PD (H20 alone)", "naive_heterogeneous_pd": "PrfaaS without local prefill",
+    "homogeneous_pd": "homogeneous PD", "naive_heterogeneous_pd": "PrfaaS without local prefill",
     "load_balanced": "load balancing, no length rule", "bandwidth_unaware": "length rule blind to the link",
     "colocated": "colocated, phases take turns", "colocated_overlapped": "colocated, phases overlap fully",
-    "homogeneous_prfaas": "homogeneous, all H200",
+    "homogeneous_prfaas": "homogeneous, PrfaaS's GPU",
 }  # fmt: skip
 
 

@@ -68,16 +68,37 @@ def pictures(records: Sequence[Record]) -> list[Picture]:
     ]
 
 
+#: Of a deployment, what is somebody else's first.
+_KEYS = (("link", "rate_bps"), ("workload", "lengths"), ("workload", "output_tokens"), ("cost", "usd_per_gpu_hour"))
+
+
 def _findings(records: Sequence[Record]) -> list[Line]:
     lines = []
     for record in records:
         known = record.provenance
         if known.get("finding"):
             lines.append(Line(known["finding"], "finding"))
-            command = f"python -m repro experiment={record.configuration['name']} …"
             hinges = f"It hinges on this: {known['hinges_on']} " if known["hinges_on"] else ""
-            lines.append(Line(f"{hinges}With your own numbers:", code=command))
+            lines.append(Line(f"{hinges}With your own numbers ({own_numbers(record)}):", code=again(record)))
     return lines
+
+
+#: Words of a command that say where a run is written and shown; the next one may go elsewhere.
+_ELSEWHERE = ("label", "results", "processes", "tracking", "sweep")
+
+
+def again(record: Record) -> str:
+    """The command that repeats a study, for values of one's own to be added to it."""
+    words = record.provenance.get("command", ["", f"experiment={record.configuration['name']}"])
+    return " ".join(["python -m", *(word for word in _command(words) if word.partition("=")[0] not in _ELSEWHERE)])
+
+
+def own_numbers(record: Record) -> str:
+    """Keys that a study reads: profile, checkpoint, link, workload and prices, where it has them, and its own options."""
+    known = record.configuration
+    keys: list[str] = [key for key in ("profile", "pretrained") if key in known]
+    keys += [f"{node}.{key}" for node, key in _KEYS if key in known.get(node, {})]
+    return ", ".join([*keys, *(f"options.{key}" for key in known.get("options", {}))])
 
 
 def _statistics(records: Sequence[Record]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +12,7 @@ from repro.presets import choices
 from repro.record.directory import Record
 from repro.report import page, style, sweep_figures
 from repro.report.comparison import readable
+from repro.report.document import again, own_numbers
 from repro.report.page import Card, Cell, Column, Picture, Section, Table
 from repro.report.sweep_spec import SweepSpec
 from repro.report.words import label, value_label
@@ -22,11 +23,14 @@ _MOST_ROWS = 400
 _THUMBNAIL_PX = 560
 
 
-def write(record: Record, spec: SweepSpec) -> Path:
-    """Draw the figures and write report.html and report.md into the sweep's folder; returns the HTML."""
+def write(record: Record, spec: SweepSpec, studies: Mapping[str, Sequence[Path]]) -> Path:
+    """Draw the figures and write report.html and report.md into the sweep's folder; returns the HTML.
+
+    `studies` are the points that found something, by their path, with their figures, the first of which stands for the point.
+    """
     table, points = pd.read_parquet(record.path / "metrics.parquet"), pd.read_csv(record.path / "points.csv")
     axes = axes_of(record, points)
-    drawn, findings = [], _findings(record, points)
+    drawn, findings = [], _findings(record, studies)
     with style.applied():
         folder = record.path / "figures"
         folder.mkdir(exist_ok=True)
@@ -51,19 +55,17 @@ def write(record: Record, spec: SweepSpec) -> Path:
     return page.write(record.path, name or record.path.name.rpartition("-")[0], question, sections, provenance)
 
 
-def _findings(record: Record, points: pd.DataFrame) -> list[Section]:
+def _findings(record: Record, studies: Mapping[str, Sequence[Path]]) -> list[Section]:
     """What each point found, where it is a study: all of them on one page, a sentence and a thumbnail each, then each with its figures."""
     sections, cards = list[Section](), list[Card]()
-    for path in points.loc[points["state"] == "done", "path"]:
-        run = Record(record.path / str(path))
-        if finding := run.provenance.get("finding"):
-            name = run.configuration["name"]
-            own = ", ".join(f"options.{key}=…" for key in run.configuration.get("options", {}))
-            hinges = f"It hinges on this: {run.provenance['hinges_on']}"
-            command = f"With your own numbers: python -m repro experiment={name}, and any of {own}"
-            pictures = [Picture(label(file.stem), file) for file in sorted((run.path / "figures").glob("*.png"))]
-            sections.append(Section(label(name), (str(finding), hinges, command), pictures))
-            cards.append(Card(label(name), str(finding), _thumbnail(record.path, name, pictures)))
+    for path, figures in studies.items():
+        run = Record(record.path / path)
+        name, finding = run.configuration["name"], str(run.provenance["finding"])
+        hinges = f"It hinges on this: {run.provenance['hinges_on']}"
+        command = f"With your own numbers: {again(run)}, and any of {own_numbers(run)}"
+        pictures = [Picture(label(file.stem), file) for file in figures]
+        sections.append(Section(label(name), (finding, hinges, command), pictures))
+        cards.append(Card(label(name), finding, _thumbnail(record.path, name, pictures)))
     return [Section("Findings", cards=cards), *sections] if cards else []
 
 

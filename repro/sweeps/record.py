@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +16,7 @@ import yaml
 
 from repro import runner
 from repro.errors import UserError, writing
+from repro.experiments import base
 from repro.record import tracking
 from repro.record.directory import BusyError, Record, RunDirectory
 from repro.record.metrics import COLUMNS, read_all
@@ -67,7 +68,7 @@ def write(sweep: Sweep, settings: Settings, ended: Sequence[Ended], command: lis
                 record = Record(sweep.folder)
                 with tracking.Mirror(settings.tracking, sweep.folder) as mirror:
                     mirror.load()
-                    sweep_document.write(record, settings.sweep)
+                    sweep_document.write(record, settings.sweep, _study_figures(table["path"], ended))
                     mirror.log(record, sweep.record(), sorted((sweep.folder / "figures").glob("*.png")))
         if failed:
             directory.fail(
@@ -80,6 +81,15 @@ def write(sweep: Sweep, settings: Settings, ended: Sequence[Ended], command: lis
         directory.fail(error)
         raise
     return sweep.folder
+
+
+def _study_figures(paths: Iterable[str], ended: Sequence[Ended]) -> dict[str, list[Path]]:
+    """By path, the figures of each point that says what it found, drawn here: points run without."""
+    found = {}
+    for path, end in zip(paths, ended, strict=True):
+        if end.state != "failed" and (record := Record(Path(end.path))).provenance.get("finding"):
+            found[path] = runner.draw(base.load(record.configuration["name"]), record)
+    return found
 
 
 def points_table(sweep: Sweep, ended: Sequence[Ended]) -> pd.DataFrame:

@@ -122,11 +122,11 @@ def test_the_models_kinds_of_state_are_mapped_to_measured_ones_and_add_up() -> N
 
 def test_the_reverse_split_is_bound_by_the_trusted_sides_prefill() -> None:
     base = deployment(compose(["experiment=table6"]).settings)
-    found = reverse_split(base, True, 0.002)
+    found = reverse_split(base, True)
     prefill = base.n_pd / float(base.pd.prefill_s(base.lengths.mean_tokens))
     assert found["lambda_max"] <= prefill + 1e-9
-    assert reverse_split(replace(base, n_prfaas=8), True, 0.002)["lambda_max"] >= found["lambda_max"]
-    choked = reverse_split(replace(base, egress_bps=1e8), True, 0.002)
+    assert reverse_split(replace(base, n_prfaas=8), True)["lambda_max"] >= found["lambda_max"]
+    choked = reverse_split(replace(base, egress_bps=1e8), True)
     assert choked["lambda_max"] < found["lambda_max"]
     assert 0 <= choked["link_utilisation"] <= 1 + 1e-9
     assert found["link_utilisation"] > 0, "what is decoded remotely crosses the link"

@@ -143,6 +143,28 @@ def test_the_sweep_of_studies_holds_all_of_them_and_opens_with_what_they_found(t
     ]
     assert len(found) == 2
     assert all(0 < page.index(finding) < page.index("## Points") for finding in found)
+    thumbnails = sorted(path.name for path in (sweep.folder / "figures").glob("*_small.png"))
+    assert thumbnails == ["cost_map_small.png", "long_contexts_small.png"]
+    assert (
+        "With your own numbers: python -m repro experiment=cost_map policy.threshold_step_tokens=4000, and any of profile"
+        in page
+    )
+
+
+def test_the_public_case_has_every_study_that_has_a_deployment() -> None:
+    (axis,) = definition.read(["sweep=studies_public"]).axes
+    deployed = [
+        name for name in STUDIES if any(base.load(name).reads_key("cluster.pd", tier) for tier in base.load(name).tiers)
+    ]
+    assert sorted(axis.values) == deployed
+
+
+def test_a_study_says_how_to_repeat_it_with_other_numbers(tmp_path: Path) -> None:
+    words = ["experiment=many_clusters", "cluster=public", "options.tenants=[2]", "label=mine"]
+    page = (study(tmp_path, *words).path / "report.md").read_text()
+    assert "`python -m repro experiment=many_clusters cluster=public options.tenants=[2]`" in page
+    for key in ("profile", "link.rate_bps", "workload.output_tokens", "cost.usd_per_gpu_hour", "options.spreads_h"):
+        assert key in page.partition("With your own numbers (")[2].partition(")")[0].split(", ")
 
 
 def test_reach_is_where_the_window_still_carries_what_prfaas_sends(tmp_path: Path) -> None:

@@ -9,9 +9,20 @@ import pandas as pd
 import pytest
 
 from repro.composition import compose
-from repro.experiments import agentic, study_findings
+from repro.experiments import agentic, base, study_findings
 from repro.experiments.simulated import Setting
+from repro.record.directory import REFERENCE, Record
+from repro.report.figures import records
 from repro.workload.stream import Independent
+
+KEPT = [record for record in records(REFERENCE) if record.provenance.get("finding")]
+
+
+@pytest.mark.parametrize("record", KEPT, ids=lambda record: f"{record.path.parent.name}/{record.path.name}")
+def test_a_kept_finding_follows_from_its_record(record: Record) -> None:
+    finding = base.load(record.configuration["name"]).finding
+    assert finding is not None
+    assert finding(record) == record.provenance["finding"]
 
 
 def found(**differences: tuple[float, float, float]) -> str:
