@@ -336,7 +336,8 @@ def draw_day(record: Record) -> Figure:
     figure, (left, right) = style.panels(2, height_in=3.4, width_in=8.4)
     left.step(day["hour"], day["n_prfaas"], where="mid", color=style.BLUE, label="PrfaaS instances rented")
     left.plot(day["hour"], day["demand_per_s"], color=style.GREY, linestyle="--", label="demand (req/s)")
-    left.set(xlabel="hour at the PD cluster", ylim=(0, None), title="A day with a peak", xticks=range(0, 25, 6))
+    left.set(xlabel="hour at the PD cluster", ylabel="instances, req/s", ylim=(0, None), title="A day with a peak")
+    left.set_xticks(range(0, 25, 6))
     left.legend(fontsize=8)
     rows = table[(table["metric"] == "cost_per_mtok_usd") & ~table["case"].str.contains("USD/GB")].iloc[::-1]
     colours = [style.GREY if case.startswith("homogeneous") else style.BLUE for case in rows["case"]]

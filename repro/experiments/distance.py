@@ -185,7 +185,7 @@ def finding(record: Record) -> str:
     window = record.configuration["options"]["window_bytes"] / 2**20
     return (
         f"{enough} keep {100 * _KEPT:.0f} % of Λ_max when distance costs nothing; on the configured link, with windows of {window:g} MiB, "
-        f"the round trip that keeps it goes {', and under loss '.join(ends)}."
+        f"the longest round trip that keeps it goes {', and with loss '.join(ends)}."
     )
 
 
@@ -217,10 +217,12 @@ def draw(record: Record) -> Figure:
             )
     alone = table[table["case"] == "homogeneous_pd"]["value"].iloc[0]
     axes[0].axhline(alone, color="black", lw=0.9, linestyle="--")
-    axes[0].text(0, alone, "homogeneous PD", fontsize=7.5, va="bottom")
+    axes[0].text(
+        1.0, alone, "homogeneous PD", transform=axes[0].get_yaxis_transform(), fontsize=8.5, ha="right", va="bottom"
+    )
     axes[0].set(xlabel="RTT (ms)", ylabel="Λ_max (req/s)", title=f"Throughput (dotted: loss {shown[-1]:g})")
-    axes[1].set(xlabel="RTT (ms)", ylabel="mean TTFT without queues (s)", title="Latency", yscale="log")
-    axes[0].legend(fontsize=7)
+    axes[1].set(xlabel="RTT (ms)", ylabel="mean TTFT without queues (s)", title="Latency", ylim=(0, None))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     if measured is not None:
         for index, (control, rows) in enumerate(measured.groupby("congestion_control", sort=False)):
             colour, marker, _ = style.SERIES[index]

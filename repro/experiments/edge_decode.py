@@ -32,6 +32,7 @@ from repro.presets import preset
 from repro.record.directory import Record
 from repro.record.metrics import Metric, value
 from repro.report import style
+from repro.report.words import label
 from repro.settings import Settings
 
 #: Bytes of one token's id on its way up.
@@ -313,7 +314,7 @@ def draw(record: Record) -> Figure:
             first["cloud_ttft_s"],
             color=style.GREY,
             linestyle=":",
-            label=f"in the cloud alone ({options['links'][0]})",
+            label=f"in the cloud alone ({label(options['links'][0])})",
         )
         for (link, rows), (colour, marker, dash) in zip(own.groupby("link", sort=False), style.SERIES, strict=False):
             axis.plot(
@@ -323,9 +324,9 @@ def draw(record: Record) -> Figure:
                 marker=marker,
                 linestyle=dash,
                 markersize=4,
-                label=f"split, {link}",
+                label=f"split, {label(str(link))}",
             )
-        axis.set(yscale="log", title=f"{model}\n{device}, {own['device_tokens_per_s'].max():.0f} tokens/s")
+        axis.set(yscale="log", title=f"{label(model)}\n{device}, {own['device_tokens_per_s'].max():.0f} tokens/s")
         axis.title.set_fontsize(9)
         style.tokens_axis(axis)
         axis.set_ylabel("TTFT (s)")

@@ -220,7 +220,7 @@ def _place(figure: Figure, axis: Axes, record: Record, inputs: list[float], outp
 
 
 def _tokens(tokens: float) -> str:
-    return f"{tokens / 1000:.0f}K" if tokens >= 2000 else f"{tokens:g}"
+    return f"{tokens / 1024:.0f}K" if tokens >= 1024 else f"{tokens:g}"
 
 
 EXPERIMENT = Experiment(

@@ -276,7 +276,7 @@ def draw_tornado(record: Record) -> Figure:
         axis.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(names)), names)
     ends = [Patch(color=style.SKY, label="at the low end"), Patch(color=style.BLUE, label="at the high end")]
-    axes[1].legend(handles=ends, loc="lower right")
+    figure.legend(handles=ends, loc="outside lower center", ncols=2)
     return figure
 
 

@@ -225,7 +225,8 @@ def finding(record: Record) -> str:
     return (
         f"While one of {options['tenants']} tenants sends {options['factor']:g} times its usual, "
         f"{good('own', 'bursting'):.0f} % of its requests keep the "
-        f"service level on its own part and {good('shared_loops', 'bursting'):.0f} % on a shared cluster; the others' mean TTFT goes from "
+        f"service level on its own part, {good('shared', 'bursting'):.0f} % on a shared cluster with the same static threshold and "
+        f"{good('shared_loops', 'bursting'):.0f} % there with both loops; the others' mean TTFT goes from "
         f"{ttft('own', 'others'):.2f} to {ttft('shared', 'others'):.2f} s with a static threshold and "
         f"{ttft('shared_loops', 'others'):.2f} s with both "
         f"loops ({good('shared_loops', 'others'):.0f} % within it). {100 * saved:.0f} % fewer PrfaaS instances, shared: "
@@ -242,7 +243,7 @@ def draw(record: Record) -> Figure:
         for (case, name), (colour, _, dash) in zip(NAMES.items(), style.SERIES, strict=False):
             own = series[(series["case"] == case) & (series["who"] == who)].groupby("at_s")["ttft_s"].mean()
             axis.plot(own.index, own, color=colour, linestyle=dash, label=name)
-        axis.set(xlabel="time (s)", ylabel="mean TTFT (s)", title=title.capitalize(), ylim=(0, None))
+        axis.set(xlabel="time (s), burst shaded", ylabel="mean TTFT (s)", title=title.capitalize(), ylim=(0, None))
     for at, case in enumerate(NAMES):
         for offset, who, colour in ((0.19, "bursting", style.RED), (-0.19, "others", style.BLUE)):
             share = 100 * value(table, "good_fraction", f"{case}, {who}")
