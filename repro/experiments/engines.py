@@ -408,8 +408,8 @@ def finding(record: Record) -> str:
         parts.append(f"{model}: {words}")
     at = longest.iloc[0]
     return (
-        f"At {at['rate_bps'] / 1e6:g} Mbps and {1e3 * at['rtt_s']:g} ms a split of {at['input_tokens']} tokens adds to the median TTFT of the "
-        f"same engine unsplit: {'; '.join(parts)}."
+        f"At {at['rate_bps'] / 1e6:g} Mbps and {1e3 * at['rtt_s']:g} ms a split of {at['input_tokens']} tokens adds to the median TTFT of "
+        f"the same engine unsplit: {'; '.join(parts)}."
     )
 
 

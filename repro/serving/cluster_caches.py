@@ -116,7 +116,7 @@ class InstanceCaches(Caches):
     def indices(self) -> CacheIndices:
         """Each cluster as the best of its instances."""
         prfaas = [self._clusters[PRFAAS]] if PRFAAS in self._clusters else []
-        return CacheIndices(self._block_tokens, [self._clusters[PD]], prfaas, self.holder)
+        return CacheIndices(self._block_tokens, [self._clusters[PD]], prfaas, holder=self.holder)
 
     def holder(self, cluster: str, chain: Sequence[int]) -> int | None:
         """Of equals, the first instance."""

@@ -31,7 +31,7 @@ from repro.composition import Composition, compose
 from repro.configuration import plain
 from repro.errors import UserError, writing
 from repro.experiments import tiers
-from repro.experiments.base import MODEL, SCHEDULER, SIMULATED, WIRE, Context, Experiment, restricted
+from repro.experiments.base import CACHES, MODEL, SCHEDULER, SIMULATED, WIRE, Context, Experiment, restricted
 from repro.experiments.computed import Computing, check_pools, pools
 from repro.experiments.live import Wire, deployed
 from repro.experiments.simulated import scheduled
@@ -59,7 +59,7 @@ _BATCH_MAX = 8
 #: What serving reads, as an experiment would say it.
 _READS = Experiment(
     "serve",
-    {"execute": (*MODEL, *(key for key in SIMULATED if key != "workload.slo"), *SCHEDULER, "policy.cache", *WIRE, "ray")},
+    {"execute": (*MODEL, *(key for key in SIMULATED if key != "workload.slo"), *SCHEDULER, "policy.cache.enabled", *CACHES, *WIRE, "ray")},
     tiers.run,
 )  # fmt: skip
 
