@@ -5,8 +5,10 @@ Adapting is not monotonic decision by decision, so "never worse" leaves a point 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -17,14 +19,17 @@ from tiny import play
 
 from repro.bench._simulate_ours import deployment
 from repro.configuration import build
+from repro.kvcache.sizing import CacheOptions
 from repro.presets import preset
 from repro.record.request_metrics import good
+from repro.scheduling import link_estimate, loops
 from repro.scheduling.policies import Prfaas
 from repro.scheduling.spec import PolicySpec
 from repro.simulate.deployments import requests, simulated, with_scheduler
 from repro.simulate.link_spec import SharedLinkSpec
 from repro.simulate.spec import SimulationSpec
 from repro.workload.arrivals import Poisson
+from repro.workload.sessions import SessionSpec, draw_sessions
 from repro.workload.spec import ServiceLevel
 from repro.workload.stream import RequestBatch
 
@@ -69,6 +74,7 @@ class Scaled:
     of: Any
     size: float = 1.0
     prefill: float = 1.0
+    decode: float = 1.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.of, name)
@@ -78,6 +84,9 @@ class Scaled:
 
     def prefill_s(self, tokens: Any) -> Any:
         return self.prefill * np.asarray(self.of.prefill_s(tokens))
+
+    def decode_step_s(self, batch: int, context_tokens: float = 0.0) -> float:
+        return float(self.decode * self.of.decode_step_s(batch, context_tokens))
 
 
 def with_profiles(spec: SimulationSpec, **change: float) -> SimulationSpec:
@@ -103,6 +112,38 @@ def test_bytes_and_rates_scaled_alike_leave_every_time_as_it_is() -> None:
     assert table["ttft_s"].to_numpy() == pytest.approx(usual()["ttft_s"].to_numpy(), rel=1e-5, abs=1e-5)
     assert table["kv_bytes"].to_numpy() == pytest.approx(k * usual()["kv_bytes"].to_numpy())
     assert list(table["route"]) == list(usual()["route"])
+
+
+def slower(value: Any, k: float) -> Any:
+    """A specification whose times are k times as long."""
+    times = [item.name for item in fields(value) if item.name.endswith("_s")]
+    return replace(value, **{name: k * getattr(value, name) for name in times})
+
+
+def test_times_scaled_alike_leave_the_share_within_the_scaled_service_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not each request's time: how far a queue strays within a horizon is a usual number of seconds to the fast loop's search."""
+    link, scheduler = deployed().prfaas[0].link, deployed().scheduler
+    k = 2.0
+    monkeypatch.setattr(loops, "_RATE_MEMORY_S", k * loops._RATE_MEMORY_S)
+    monkeypatch.setattr(link_estimate, "_PROBE_S", k * link_estimate._PROBE_S)
+    slow = with_link(
+        with_profiles(deployed(), prefill=k, decode=k),
+        rate_bps=link.rate_bps / k, nic_bps=link.nic_bps / k, connection_bps=link.connection_bps / k, rtt_s=k * link.rtt_s,
+    )  # fmt: skip
+    assert scheduler.fallback_s is not None
+    slow = with_scheduler(
+        slow,
+        short_term=slower(scheduler.short_term, k),
+        adaptive=slower(scheduler.adaptive, k),
+        fallback_s=k * scheduler.fallback_s,
+    )
+    asked = stream()
+    table = play(slow, [RequestBatch(k * asked.arrival_s, asked.input_tokens, asked.output_tokens)])[0]
+    level = ServiceLevel()
+    slo = ServiceLevel(level.tokens_per_s / k, level.ttft_s * k)
+    share = float(good(table["ttft_s"].to_numpy(), table["tpot_s"].to_numpy(), slo).mean())
+    assert share == pytest.approx(met(usual()), abs=SLACK)
+    assert table["tpot_s"].mean() == pytest.approx(k * usual()["tpot_s"].mean(), rel=0.01)
 
 
 def test_the_same_again_is_the_same() -> None:
@@ -145,6 +186,21 @@ def test_more_is_never_worse(what: str) -> None:
     spec = deployed(100e9 if what in NEEDS_ROOM else 12e9)
     before = play(spec, [stream()])[0]
     assert met(play(MORE[what](spec), [stream()])[0]) >= met(before) - SLACK
+
+
+def test_more_cache_is_never_worse() -> None:
+    base, _ = deployment()
+    pool = CacheOptions(enabled=True).spec(base.prfaas)
+    agents = draw_sessions(SessionSpec(0.55), SECONDS, 3)
+    shares, hits = [], []
+    for capacity in (None, 1e11, 1e12, math.inf):
+        cache = None if capacity is None else replace(pool, capacity_bytes=capacity)
+        table = play(replace(deployed(), cache=cache), agents)[0]
+        shares.append(met(table))
+        hits.append(int(table["cached_tokens"].sum()))
+    assert hits == sorted(hits)
+    assert hits[-1] > 0
+    assert all(more >= less - SLACK for less, more in itertools.pairwise(shares))
 
 
 def test_fewer_requests_are_served_no_worse() -> None:
