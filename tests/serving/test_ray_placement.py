@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -74,11 +73,20 @@ def gone(*words: str, within_s: float) -> set[int]:
     return left
 
 
-def files() -> set[str]:
-    """What lies where shared memory and temporary files do, without what is Ray's own."""
-    folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
-    names = {str(path) for folder in folders for path in folder.iterdir()}
-    return {name for name in names if "ray" not in name and "plasma" not in name and "pytest" not in name}
+def shared_memory() -> set[Path]:
+    """Named shared memory that the kit's processes have mapped, without Ray's own."""
+    found = set()
+    for pid in marked(*OURS):
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            found |= {Path(line.split()[-1]) for line in lines if "/dev/shm/" in line and "plasma" not in line}
+    return found
+
+
+def left(folder: Path, memory: set[Path], within_s: float) -> list[object]:
+    """What is left of the kit's a moment after its end: processes, shared memory, temporary files."""
+    processes = gone(*OURS, within_s=within_s)
+    return [*processes, *(path for path in memory if path.exists()), *(folder / "temporary").iterdir()]
 
 
 @dataclass
@@ -266,9 +274,11 @@ def head(cluster: Cluster, folder: Path, *words: str) -> Iterator[subprocess.Pop
         sys.executable, "-m", "repro", *words, "profile=tiny", f"results={folder}", "label=here", "tracking=disabled", "link.backend=none",
         f"link.rate_bps={RATE_BPS}",
     ]  # fmt: skip
+    (folder / "temporary").mkdir()
+    own = {**environment(), "TMPDIR": str(folder / "temporary"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
     with (folder / "said").open("w") as said, (folder / "errors").open("w") as errors:
         process = subprocess.Popen(
-            cluster.link.command("prefill", argv), stdout=said, stderr=errors, text=True, env=environment()
+            cluster.link.command("prefill", argv), stdout=said, stderr=errors, text=True, env=own
         )
     try:
         yield process
@@ -328,7 +338,6 @@ def served_at(process: subprocess.Popen[str], folder: Path) -> str:
 def test_a_public_client_is_served_from_the_cluster_and_nothing_is_left_when_the_head_is_killed(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    before = files()
     words = ["serve", "--ray", cluster.address, "--port", "0", "policy.threshold_tokens=64"]
     with head(cluster, tmp_path, *words) as process:
         url = served_at(process, tmp_path)
@@ -350,15 +359,14 @@ def test_a_public_client_is_served_from_the_cluster_and_nothing_is_left_when_the
         assert crossed is not None
         assert float(crossed[1]) > 1e5
         assert len(marked(INSTANCE)) == 3
+        memory = shared_memory()
         process.kill()
-    assert not gone(*OURS, within_s=20)
-    assert files() <= before
+    assert not left(tmp_path, memory, within_s=20)
     link = json.loads((tmp_path / "serve" / "here" / "provenance.json").read_text())["link"]
     assert next(iter(link["measured"].values()))["rtt_s"] >= RTT_S
 
 
 def test_nothing_is_left_when_the_head_of_an_experiment_is_killed(cluster: Cluster, tmp_path: Path) -> None:
-    before = files()
     words = ["experiment=live_stress", "link.schedule=[]", "cluster.prfaas.instances=1", "cluster.pd.instances=2"]
     with head(cluster, tmp_path, *words, f"ray={cluster.address}") as process:
         until_s = time.monotonic() + 120
@@ -366,9 +374,9 @@ def test_nothing_is_left_when_the_head_of_an_experiment_is_killed(cluster: Clust
             time.sleep(0.2)
         time.sleep(5.0)
         assert len(marked(INSTANCE)) == 3
+        memory = shared_memory()
         process.kill()
-    assert not gone(*OURS, within_s=20)
-    assert files() <= before
+    assert not left(tmp_path, memory, within_s=20)
 
 
 def test_nothing_of_the_kits_is_left_when_rays_own_head_is_killed(tmp_path: Path) -> None:
@@ -380,4 +388,4 @@ def test_nothing_of_the_kits_is_left_when_rays_own_head_is_killed(tmp_path: Path
             time.sleep(1.0)
             process.kill()
         # With no head to tell them, actors end because nobody asks them any more.
-        assert not gone(*OURS, within_s=30)
+        assert not left(tmp_path, set(), within_s=30)
