@@ -236,7 +236,7 @@ def draw(record: Record) -> Figure:
         title="Who keeps the service level",
         ylim=(-3, 103),
     )
-    left.legend(fontsize=7, loc="center right")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     right.set_yticks([-index for index in range(len(NAMES))], list(NAMES.values()), fontsize=8)
     right.set(xlabel="GPU-hours a day, in PD GPUs' price", title="What it costs")
     right.margins(x=0.35)
