@@ -90,3 +90,23 @@ def test_each_part_of_the_scheduler_is_worth_what_the_records_say() -> None:
     assert f"it adds {outputs['fixed_2048.two_timescale']:.2f} req/s" in TEXT
     assert max(parts, key=lambda case: parts[case]) == "with_admission"
     assert f"admission is worth the most under bursts: {parts['with_admission']:.2f} req/s" in TEXT
+
+
+def test_what_the_studies_found_is_what_their_records_say() -> None:
+    inputs, shapes, day = (
+        record(name, tier).metrics
+        for name, tier in (("sensitivity", "model"), ("long_contexts", "model"), ("peak_hours", "simulate"))
+    )
+    readings = [value(inputs, "throughput_ratio", f"load_balanced{reading}") for reading in ("", ".true_mean")]
+    low, high = (100 * (worth - 1) for worth in sorted(readings))
+    assert f"{low:.1f} to {high:.1f} % over load balancing" in TEXT
+    ahead = value(inputs, "probability_ahead_at_equal_cost", "homogeneous_pd")
+    assert f"at equal cost in {100 * ahead:.0f} % of the draws" in TEXT
+    assert f"at {value(shapes, 'break_even_output_tokens', 'configured'):,.0f} tokens with the paper's inputs" in TEXT
+    assert f"long documents raise it to {value(shapes, 'throughput_ratio', 'long documents'):.2f}×" in TEXT
+    spent, missed = (
+        [value(day, metric, case) for case in ("prfaas_pd_elastic", "homogeneous_peak")]
+        for metric in ("pd_gpu_hours_equivalent", "beyond_slo_fraction")
+    )
+    assert f"costs {100 * (1 - spent[0] / spent[1]):.0f} % less than a homogeneous cluster bought for the peak" in TEXT
+    assert f"({100 * missed[0]:.1f} against {100 * missed[1]:.1f} %)" in TEXT
