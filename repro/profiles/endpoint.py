@@ -38,6 +38,8 @@ _RETRIES: Final = 2
 _MOST_ADDED_TOKENS: Final = 8
 _MOST_OUTPUT_TOKENS: Final = 512
 _NOISY: Final = 0.25
+#: Tokens that a server sends late are seen where they are worth this share of the time to the first.
+_BURST_BEYOND = 0.25
 #: Of the time that is left, at most so much goes to the next length: decode has to be measured as well.
 _SHARE_OF_PREFILL: Final = 0.4
 
@@ -339,10 +341,29 @@ def _together(run: _Measuring, context: int, batch: int) -> list[float]:
             run.flag(f"answers of {counts} tokens where {output_tokens} were asked: the server ends them by itself")
         gaps = steps_together(answers)
         if len(gaps) >= run.spec.decode_steps or (gaps and run.left_s() < 0):
-            return gaps
+            return _unless_in_bursts(run, context, answers, output_tokens, gaps)
         output_tokens *= 2
     run.flag(f"decode at batch {batch}, context {context}: its sequences did not decode together long enough; left out")
     return []
+
+
+def _unless_in_bursts(
+    run: _Measuring, context: int, answers: Sequence[Answer], output_tokens: int, gaps: list[float]
+) -> list[float]:
+    """The gaps, or, where tokens come in bursts and gaps say nothing, what a step adds to whole answers: against those of one token."""
+    batch = len(answers)
+    prompts = [run.server.prompt(context, run.rng) for _ in range(batch)]
+    short = run.asked(f"{batch} prompts of {context} tokens", partial(run.server.together, prompts, 1))
+    short_s, long_s = (statistics.mean(one.token_times_s[-1] for one in those) for those in (short, answers))
+    step_s, gap_s = (long_s - short_s) / (output_tokens - 1), statistics.mean(gaps)
+    is_beyond_noise = (step_s - gap_s) * (output_tokens - 1) > _BURST_BEYOND * short_s or gap_s < step_s / 10
+    if gap_s >= step_s / 2 or not is_beyond_noise:
+        return gaps
+    run.flag(
+        f"decode at batch {batch}, context {context}: tokens come in bursts, {1e3 * gap_s:.2f} ms apart where each adds "
+        f"{1e3 * step_s:.2f} ms to an answer; the latter is taken"
+    )
+    return [step_s]
 
 
 def steps_together(answers: Sequence[Answer]) -> list[float]:

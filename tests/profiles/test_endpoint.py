@@ -56,6 +56,8 @@ class FakeServer:
     again: float = 1.0
     own_counters: bool = False
     hits: int = 0
+    #: Whether an answer is sent when it is whole.
+    holds_back: bool = False
     now_s: float = 0.0
     #: How often a prompt was asked before it is kept.
     keeps_after: int = 1
@@ -109,6 +111,7 @@ class FakeServer:
             tokens = 1 if self.ends_early else output_tokens
             for at_s in ready:
                 times = tuple(began_s - start_s + ROUND_TRIP_S + at_s + step * index for index in range(tokens))
+                times = times[-1:] * tokens if self.holds_back else times
                 answers.append(Answer(start_s, times, (1,) * tokens, self.counts(context), tokens, self.says_cached))
             self.now_s = max(answer.start_s + answer.token_times_s[-1] for answer in answers)
         return answers
@@ -198,6 +201,16 @@ def test_a_batch_that_never_decoded_together_is_left_out_and_flagged() -> None:
     found = measured(FakeServer(at_once=2))
     assert {timing.batch for timing in found.decode} == {1, 2}
     assert any("batch 4" in flag and "left out" in flag for flag in found.flags)
+
+
+def test_tokens_that_come_in_a_burst_are_flagged_and_the_step_is_what_they_add_to_an_answer() -> None:
+    found = measured(FakeServer(holds_back=True))
+    for timing in found.decode:
+        assert timing.seconds == pytest.approx(step_s(timing.batch, timing.tokens), rel=1e-6)
+        assert any(
+            f"batch {timing.batch}, context {timing.tokens}: tokens come in bursts" in flag for flag in found.flags
+        )
+    assert not any("bursts" in flag for flag in measured(FakeServer()).flags)
 
 
 def test_a_server_that_ends_answers_at_once_has_no_decode_step() -> None:
