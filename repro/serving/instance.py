@@ -145,12 +145,12 @@ class Instance:
             due, ended = self._prefill.take()
             task = self._tasks[due.key]
             task.start_s = started_s
-            if task.asked.to is not None:
-                self._emit(due.key, task, due.piece, ended)
-            if ended:
+            if ended:  # told before the last piece is sent, or a busy machine lets the answer's end be heard first
                 del self._tasks[due.key]
                 asked = task.asked
                 self._tell(say.Prefilled(asked.request, asked.attempt, task.start_s, due.at_s))
+            if task.asked.to is not None:
+                self._emit(due.key, task, due.piece, ended)
         self._arm_prefill()
 
     def _emit(self, key: int, task: _Task, piece: int, last: bool) -> None:

@@ -213,12 +213,13 @@ class TorchInstance:
             prefilled = self._engine.prefill(request, outbox.emit, self._log)
             release = prefilled.release
             self._linger(start_s)
+            # Told before the transfer is complete, or a busy machine lets the answer's end be heard first.
+            self._tell(say.Prefilled(asked.request, asked.attempt, start_s, prefilled.end_s, prefilled.cached_tokens))
             sender.finish(Manifest.of(key, outbox.headers, prefilled.handover.as_meta()))
         except TransferFailed as error:
             release()
             self._tell(say.Undelivered(asked.request, asked.attempt, str(error)))
             return
-        self._tell(say.Prefilled(asked.request, asked.attempt, start_s, prefilled.end_s, prefilled.cached_tokens))
         prefilled.keep()
         self._tell_cached()
         background(self._confirm, asked, sender, release, name=f"confirm {key}")
