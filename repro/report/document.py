@@ -90,7 +90,8 @@ _ELSEWHERE = ("label", "results", "processes", "tracking", "sweep")
 def again(record: Record) -> str:
     """The command that repeats a study, for values of one's own to be added to it."""
     words = record.provenance.get("command", ["", f"experiment={record.configuration['name']}"])
-    return " ".join(["python -m", *(word for word in _command(words) if word.partition("=")[0] not in _ELSEWHERE)])
+    own = [word for word in _command(words)[1:] if word.partition("=")[0] not in _ELSEWHERE]
+    return " ".join(["python -m repro", *sorted(own, key=lambda word: not word.startswith("experiment="))])
 
 
 def own_numbers(record: Record) -> str:

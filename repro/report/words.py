@@ -25,7 +25,8 @@ _NAMES: Mapping[str, str] = MappingProxyType({
     "instances_per_link": "prefill instances per link",
     # models
     "kimi_linear": "Kimi Linear", "mimo_v2_flash": "MiMo-V2-Flash", "minimax_m2_5": "MiniMax-M2.5", "qwen3_235b": "Qwen3-235B",
-    "qwen3_5_397b": "Qwen3.5-397B", "ring_2_5_1t": "Ring-2.5-1T", "paper_1t": "the paper's 1T model",
+    "qwen3_5_397b": "Qwen3.5-397B", "qwen3_6_27b": "Qwen3.6-27B", "qwen3_6_35b": "Qwen3.6-35B",
+    "ring_2_5_1t": "Ring-2.5-1T", "paper_1t": "the paper's 1T model",
     # cases
     "32K, this link": "32K tokens", "128K, this link": "128K tokens",
     "prfaas_pd": "PrfaaS-PD", "homogeneous_pd": "homogeneous PD", "naive_heterogeneous_pd": "naive heterogeneous PD",
