@@ -85,6 +85,26 @@ def _name(case: str) -> str:
     return f"colocated, chunks of {case.rpartition('_')[2]}" if case.startswith("colocated") else style.CASE_NAMES[case]
 
 
+def finding(record: Record) -> str:
+    """What the best chunk keeps within the service level, and the tokens' time at the lowest and the highest load."""
+    table, options = record.metrics, record.configuration["options"]
+    words = []
+    for load in sorted({min(options["loads"]), max(options["loads"])}):
+        where = f"load_{load:g}"
+        chunk = max(options["chunks_tokens"], key=lambda one: value(table, "good_fraction", f"{where}.colocated_{one}"))
+        cases = {"colocated": f"colocated_{chunk}", "disaggregated": "homogeneous_pd", "PrfaaS-PD": "prfaas_pd"}
+        met, tpot = (
+            [scale * value(table, metric, f"{where}.{case}") for case in cases.values()]
+            for metric, scale in (("good_fraction", 100), ("tpot_mean_s", 1000))
+        )
+        words.append(
+            f"at {100 * load:.0f} % of homogeneous PD's Λ_max, in chunks of {chunk:,} tokens, it keeps {met[0]:.0f} % of the requests "
+            f"within the service level, disaggregated instances {met[1]:.0f} % and PrfaaS-PD {met[2]:.0f} %, with a mean TPOT of "
+            f"{tpot[0]:.0f}, {tpot[1]:.0f} and {tpot[2]:.0f} ms"
+        )
+    return f"Chunked prefill on the same instances: {'; '.join(words)}."
+
+
 def draw(record: Record) -> Figure:
     """Requests within the service level, mean TTFT and mean TPOT over the load, one line per deployment."""
     options, table = record.configuration["options"], record.metrics
@@ -114,6 +134,7 @@ EXPERIMENT = Experiment(
     Options,
     simulated.check,
     profile_files,
+    finding=finding,
     hinges_on=(
         "the paper's T_decode is as long as its service level allows, so that any chunk breaks it; TPOT itself says more. "
         "A step with a chunk takes both times together; kernels that overlap them in part lie between this and no cost at all."
