@@ -160,9 +160,9 @@ def test_the_public_case_has_every_study_that_has_a_deployment() -> None:
 
 
 def test_a_study_says_how_to_repeat_it_with_other_numbers(tmp_path: Path) -> None:
-    words = ["experiment=many_clusters", "cluster=public", "options.tenants=[2]", "label=mine"]
+    words = ["experiment=many_clusters", "cluster=public", "cost=public", "options.tenants=[2]", "label=mine"]
     page = (study(tmp_path, *words).path / "report.md").read_text()
-    assert "`python -m repro experiment=many_clusters cluster=public options.tenants=[2]`" in page
+    assert "`python -m repro experiment=many_clusters cluster=public cost=public options.tenants=[2]`" in page
     for key in ("profile", "link.rate_bps", "workload.output_tokens", "cost.usd_per_gpu_hour", "options.spreads_h"):
         assert key in page.partition("With your own numbers (")[2].partition(")")[0].split(", ")
 

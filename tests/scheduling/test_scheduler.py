@@ -110,7 +110,7 @@ def test_a_prefix_in_the_pd_cluster_crosses_to_prfaas_for_a_long_rest() -> None:
 
 
 def test_a_cached_request_goes_to_the_instance_that_holds_its_prefix_where_instances_have_their_own() -> None:
-    indices = CacheIndices(BLOCK, [held(10)], [held(0)], lambda cluster, keys: {"pd0": 1}.get(cluster))
+    indices = CacheIndices(BLOCK, [held(10)], [held(0)], holder=lambda cluster, keys: {"pd0": 1}.get(cluster))
     scheduler = Scheduler(replace(LOOPS, router=Threshold()), [Pd()], [Remote()], indices)
     decisions = [scheduler.arrive(0.0, number, 12_000, 0, chain(scheduler, 12_000)) for number in range(3)]
     assert [(one.offload, one.instance, one.cached_tokens) for one in decisions] == [(False, 1, 10_000)] * 3
