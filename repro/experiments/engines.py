@@ -456,7 +456,7 @@ def draw(record: Record) -> Figure:
         if len(rates):
             below.set_xticks([rate / 1e6 for rate in rates], [f"{rate / 1e6:g}" for rate in rates])
             below.minorticks_off()
-        top.legend(fontsize="x-small")
+    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
