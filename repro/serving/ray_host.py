@@ -25,7 +25,7 @@ from repro.serving.afflictions import Affliction, afflict
 #: So long a call of `said` waits for something that was said.
 TURN_S = 1.0
 #: An actor that nobody has asked for so long ends, and with it its program.
-_UNASKED_S = 15.0
+UNASKED_S = 15.0
 #: The longest that a program may take over a question; whoever asked has a time-out of its own.
 _ANSWER_S = 600.0
 
@@ -33,10 +33,14 @@ _ANSWER_S = 600.0
 class Host:
     """Runs one program. Each method has a concurrency group of one thread, so that `tell` and `said` keep their order."""
 
-    def __init__(self, module: str, name: str, environment: dict[str, str]) -> None:
+    def __init__(
+        self, module: str, name: str, environment: dict[str, str], unasked_s: float | None = UNASKED_S
+    ) -> None:
+        """Start the program. A process that is more than an actor must not end unasked, and says None."""
         self._said: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._asked_s = time.monotonic()
-        threading.Thread(target=self._end_unasked, name="unasked", daemon=True).start()
+        if unasked_s is not None:
+            threading.Thread(target=self._end_unasked, args=(unasked_s,), name="unasked", daemon=True).start()
         self._child = Child(
             f"instance {name}",
             [sys.executable, "-m", module],
@@ -48,8 +52,8 @@ class Host:
     def _ended(self, how: Ended) -> None:
         self._said.put({"kind": "ended", **asdict(how)})
 
-    def _end_unasked(self) -> None:
-        while time.monotonic() - self._asked_s < _UNASKED_S:
+    def _end_unasked(self, unasked_s: float) -> None:
+        while time.monotonic() - self._asked_s < unasked_s:
             time.sleep(TURN_S)
         os._exit(1)
 

@@ -28,7 +28,7 @@ def heard(host: Host, kind: str) -> dict[str, object]:
 
 
 def test_a_question_is_answered_by_the_program_or_refused_and_its_end_is_told() -> None:
-    host = Host(PROBE, "probe", {})
+    host = Host(PROBE, "probe", {}, unasked_s=None)
     answer = json.loads(host.ask(json.dumps({"kind": "answer", "number": 7, "host": "127.0.0.1"})))
     assert answer.keys() == {"port"}
     began_s = time.monotonic()
@@ -43,7 +43,7 @@ def test_a_question_is_answered_by_the_program_or_refused_and_its_end_is_told() 
 
 @pytest.mark.slow
 def test_a_program_that_is_stopped_on_its_node_is_told_to_have_fallen_silent() -> None:
-    host = Host(PROBE, "probe", {})
+    host = Host(PROBE, "probe", {}, unasked_s=None)
     host.ask(json.dumps({"kind": "answer", "number": 0, "host": "127.0.0.1"}))
     host.afflict("stop")
     assert str(heard(host, "ended")["how"]).startswith("is stopped")
@@ -54,9 +54,8 @@ def test_a_program_that_is_stopped_on_its_node_is_told_to_have_fallen_silent() -
 
 _UNASKED = """
 import sys, time
-from repro.serving import ray_host
-ray_host._UNASKED_S = float(sys.argv[1])
-host = ray_host.Host("repro.link.probe", "probe", {})
+from repro.serving.ray_host import Host
+host = Host("repro.link.probe", "probe", {}, float(sys.argv[1]))
 print(host._child.pid, flush=True)
 for _ in range(3):
     host.said()
