@@ -9,6 +9,7 @@ from typing import Any
 
 from repro.record.requests import ANSWERED, COLUMNS
 from repro.scheduling.decisions import Decision
+from repro.serving.messages import Finished
 from repro.serving.scale import Scale
 
 #: Of a live run's table.
@@ -40,13 +41,15 @@ class LiveRequest:
     first_s: float = math.nan
     payload_bytes: int = 0
     found_tokens: int | None = None
+    #: What its decode instance said at its end, while its prefill instance has yet to say that it prefilled it.
+    ended: Finished | None = None
 
     def next_attempt(self) -> None:
         """Nothing of the attempt that failed counts."""
         self.start_s = self.end_s = self.delivered_s = self.joined_s = self.first_s = math.nan
         self.prefill = self.decode = ""
         self.payload_bytes = 0
-        self.found_tokens = None
+        self.found_tokens = self.ended = None
         self.attempt += 1
 
     @property

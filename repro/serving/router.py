@@ -356,6 +356,8 @@ class Router:
                         self._tell(
                             to, say.Decode(request.number, request.attempt, request.tokens, request.output_tokens)
                         )
+                if request.ended is not None:
+                    self._finish(request, request.ended)
             case say.Delivered():
                 request.delivered_s, request.payload_bytes = said.at_s, said.payload_bytes
                 if request.offloaded:
@@ -371,17 +373,24 @@ class Router:
             case say.Decoding():
                 request.joined_s, request.first_s = said.joined_s, said.first_s
             case say.Finished():
-                if said.tokens is not None and self._listener is None:
-                    self.tokens[request.number] = said.tokens
-                self._finished += 1
-                self._finished_tokens += request.output_tokens
-                self._caches.finished(request)
-                self._leave(request, "fell_back" if request.fell_back else "ok", said.at_s)
+                # Nothing orders what two instances say: without the word of the other, its times and its prefix would be lost.
+                if math.isnan(request.end_s):
+                    request.ended = said
+                else:
+                    self._finish(request, said)
             case say.Undelivered():
                 self._note(f"request {request.number} from {name}: {said.why}")
                 if said.full:
                     self._rest(int(name.partition(".")[2]))
                 self._again(request)
+
+    def _finish(self, request: LiveRequest, said: say.Finished) -> None:
+        if said.tokens is not None and self._listener is None:
+            self.tokens[request.number] = said.tokens
+        self._finished += 1
+        self._finished_tokens += request.output_tokens
+        self._caches.finished(request)
+        self._leave(request, "fell_back" if request.fell_back else "ok", said.at_s)
 
     def _stepped(self, said: say.Stepped) -> None:
         """Hand on the tokens of a step, but for those of attempts that were given up."""
@@ -510,7 +519,11 @@ class Router:
         self._caches.ended(name)
         copied = {number for number, pair in self._copying.items() if name in pair}
         for number in sorted(self._holds.pop(name, set()) | copied):
-            if (request := self._live.get(number)) is not None:
+            if (request := self._live.get(number)) is None:
+                continue
+            if request.ended is not None:
+                self._finish(request, request.ended)
+            else:
                 self._again(request)
 
     def _take_out(self, name: str) -> None:

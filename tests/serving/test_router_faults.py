@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -40,6 +41,8 @@ class Instances:
         self.told: list[tuple[float, str, say.ToInstance]] = []
         self.full = set[str]()
         self.copies = True
+        #: So much later than it ended a prefill that was handed over is told; None: never.
+        self.telling_s: float | None = 0.0
         self.refused = 0
         self._router = router
         self._prefill_s, self._decode_s = prefill_s, decode_s
@@ -50,12 +53,10 @@ class Instances:
         at = self._router.clock.at
         match said:
             case say.Prefill(request, attempt, _, _, _, _, to):
-                at(
-                    now_s + self._prefill_s,
-                    self._say,
-                    name,
-                    say.Prefilled(request, attempt, now_s, now_s + self._prefill_s),
-                )
+                end_s = now_s + self._prefill_s
+                later_s = self.telling_s if to is not None else 0.0
+                if later_s is not None:
+                    at(end_s + later_s, self._say, name, say.Prefilled(request, attempt, now_s, end_s))
                 if to is not None:
                     at(now_s + self._prefill_s, self._decode, to, request, attempt)
             case say.Copy(request, attempt, _, _, to):
@@ -128,6 +129,31 @@ def test_a_router_that_is_started_anew_has_every_request_answered_once() -> None
     assert words[1].endswith("20 for the first time")
     forgotten = {said.request for _, _, said in instances.told if isinstance(said, say.Forget)}
     assert forgotten == set(found.loc[found["attempts"] == 2, "id"])
+
+
+def test_an_answer_that_ends_before_its_prefill_is_told_keeps_the_times_of_both() -> None:
+    with running() as (router, instances):
+        instances.telling_s = 0.1  # decode takes 20 ms
+        found = served(router, 10)
+    assert set(found["outcome"]) == {"ok"}
+    assert found["attempts"].max() == 1
+    assert not found[["queue_s", "prefill_s", "ttft_s"]].isna().any().any()
+    remote = found[found["route"] == "prfaas"]
+    assert remote["prefill_s"].between(0.09, 0.11).all()
+
+
+def test_an_answer_that_ended_is_not_asked_for_again_where_its_prefill_instance_dies_untold() -> None:
+    how = Ended("instance prfaas0.0", 1, "was killed by SIGKILL", 0)
+    with running() as (router, instances):
+        instances.telling_s = None
+        router.submit(0, router.scale.virtual_s(time.monotonic()), LONG, 8)
+        assert not router.drain(1, 0.3)
+        (name,) = {name for _, name, said in instances.told if isinstance(said, say.Prefill)}
+        router.ended(name, replace(how, role=f"instance {name}"))
+        assert router.drain(1, 5.0)
+        (row,) = router.requests().to_dict("records")
+    assert (row["outcome"], row["attempts"]) == ("ok", 1)
+    assert row["ttft_s"] > 0
 
 
 def test_an_instance_that_dies_while_the_router_is_down_gets_nothing_from_the_new_one() -> None:
