@@ -233,12 +233,12 @@ def run_prepared(prepared: Prepared, command: list[str], progress: Progress, *, 
             )
             outcome = _run_parts(prepared, context, progress) if prepared.parts else experiment.run(context)
             directory.write_metrics(outcome.metrics)
-            if outcome.failure:
-                raise UserError(outcome.failure)
             for name, table in outcome.tables.items():
                 directory.write_table(name, table)
             if outcome.requests is not None:
                 directory.write_requests(outcome.requests)
+            if outcome.failure:
+                raise UserError(outcome.failure)
             known = {"other_configuration": list(prepared.other_configuration)}
             directory.add_provenance({**outcome.provenance, **known, "elapsed_s": round(time.monotonic() - started, 3)})
             record = Record(directory.path)

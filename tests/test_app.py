@@ -10,11 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from repro import app
+from repro.experiments import base
 from repro.presets import choices
 from repro.record import provenance
 
@@ -286,6 +289,24 @@ def test_a_stopped_run_says_so_is_marked_as_failed_and_runs_again(tmp_path: Path
     (folder,) = tmp_path.glob("table6/model-*")
     assert json.loads((folder / "FAILED.json").read_text())["type"] == "KeyboardInterrupt"
     assert not (folder / "DONE").exists()
+
+
+def test_a_run_that_fails_by_what_it_measured_keeps_what_it_measured(
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table5 = base.load("table5")
+
+    def failing(context: base.Context) -> base.Outcome:
+        seen = pd.DataFrame({"request": [7], "outcome": ["timed_out"]})
+        return replace(table5.run(context), tables={"seen": seen}, failure="one was lost")
+
+    monkeypatch.setattr(base, "load", lambda name: replace(table5, run=failing))
+    code, _, err = call(*QUICK)
+    assert (code, err.splitlines()[-1]) == (2, "error: one was lost")
+    (failed,) = tmp_path.rglob("FAILED.json")
+    names = {path.name for path in failed.parent.rglob("*")}
+    assert {"metrics.csv", "seen.parquet"} <= names
+    assert "DONE" not in names
 
 
 def test_a_killed_run_leaves_no_verdict_and_its_lock_does_not_outlive_it(

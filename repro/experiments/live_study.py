@@ -102,6 +102,12 @@ class Pair:
         return self.sent - int(self.played.requests.loc[answered, "id"].nunique())
 
     @property
+    def why(self) -> str:
+        """The outcomes of those that were lost, in brackets."""
+        lost = self.played.requests["outcome"][~self.played.requests["outcome"].isin(ANSWERED)].value_counts()
+        return f" ({', '.join(f'{number} {outcome}' for outcome, number in lost.items())})" if len(lost) else ""
+
+    @property
     def ends(self) -> list[tuple[float, str]]:
         """When an instance was noticed to be dead or silent, and how."""
         return [(at_s, words) for at_s, words in self.played.events if words.startswith("instance ")]
@@ -162,7 +168,7 @@ def outcome(
     ]
     bad = [pair for pair in pairs if pair.lost or pair.twice]
     failure = "; ".join(
-        f"{pair.case}, seed {pair.seed}: {pair.lost} of {pair.sent} requests lost, {pair.twice} answered twice"
+        f"{pair.case}, seed {pair.seed}: {pair.lost} of {pair.sent} requests lost{pair.why}, {pair.twice} answered twice"
         for pair in bad
     )
     return Outcome(
