@@ -305,7 +305,7 @@ def test_a_run_that_fails_by_what_it_measured_keeps_what_it_measured(
     assert (code, err.splitlines()[-1]) == (2, "error: one was lost")
     (failed,) = tmp_path.rglob("FAILED.json")
     names = {path.name for path in failed.parent.rglob("*")}
-    assert {"metrics.csv", "seen.parquet"} <= names
+    assert {"metrics.csv", "seen.csv"} <= names
     assert "DONE" not in names
 
 
