@@ -55,6 +55,8 @@ SIMULATED = (
 DECODE = "cluster.decode"
 #: Instances of a simulated deployment that stop and come back.
 FAILURES = "cluster.failures"
+#: PrfaaS clusters beside the first one, each behind a link of its own.
+SITES = "cluster.also_prfaas"
 #: The scheduler beside threshold and split.
 SCHEDULER = (
     "policy.router", "policy.offload_share", "policy.placement", "policy.admission", "policy.short_term", "policy.long_term",

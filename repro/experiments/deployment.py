@@ -13,16 +13,19 @@ from repro.profiles.presets import load_profile, profile_path
 from repro.scheduling.latency import PrefillLatency, prefill_latency
 from repro.scheduling.search import search
 from repro.scheduling.spec import PolicySpec
-from repro.scheduling.throughput import Deployment, OperatingPoint, evaluate
+from repro.scheduling.throughput import Deployment, OperatingPoint, PrfaasSite, evaluate
 from repro.settings import Settings
-from repro.simulate.deployments import tcp_counts
+from repro.simulate.deployments import shared_link, tcp_counts
+from repro.simulate.link_spec import SharedLinkSpec
 from repro.simulate.spec import SimulationSpec
 from repro.transport.spec import TransportSpec
 
 
 def profile_files(settings: Settings) -> list[Path]:
     """Files behind a run: the profiles that it uses (presets have none) and its workload's trace."""
-    names = [settings.profile] if settings.profile else [settings.cluster.prfaas.profile, settings.cluster.pd.profile]
+    cluster = settings.cluster
+    sites = [site.profile for site in cluster.also_prfaas if site.profile]
+    names = [settings.profile] if settings.profile else [cluster.prfaas.profile, cluster.pd.profile, *sites]
     folder = Path(settings.results) / "profiles"
     found = [path for name in names if (path := profile_path(name, folder)) is not None]
     trace = settings.workload.trace
@@ -32,7 +35,7 @@ def profile_files(settings: Settings) -> list[Path]:
 def accelerators(settings: Settings) -> set[str]:
     """What the clusters consist of."""
     base = deployment(settings)
-    return {base.prfaas.accelerator, base.pd.accelerator}
+    return {base.pd.accelerator, base.prfaas.accelerator, *(site.profile.accelerator for site in base.sites)}
 
 
 def check_deployment(settings: Settings, _: object = None) -> None:
@@ -85,10 +88,14 @@ def deployment(settings: Settings) -> Deployment:
     """The PrfaaS-PD deployment that the settings describe.
 
     Raises:
-        UserError: for a profile that does not exist or a link without a rate.
+        UserError: for a profile that does not exist, one of another model at a further PrfaaS cluster, or a link without a rate.
     """
     cluster = settings.cluster
     prfaas, pd = profiles(settings)
+    sites = tuple(
+        PrfaasSite(_site_profile(settings, i, prfaas), site.instances, site.rate_bps)
+        for i, site in enumerate(cluster.also_prfaas)
+    )
     return Deployment(
         prfaas=prfaas,
         n_prfaas=cluster.prfaas.instances,
@@ -97,7 +104,32 @@ def deployment(settings: Settings) -> Deployment:
         egress_bps=settings.link.rate_bps or float("inf"),
         lengths=settings.workload.length_law(),
         output_tokens=settings.workload.mean_output_tokens(),
+        sites=sites,
     )
+
+
+def _site_profile(settings: Settings, index: int, prfaas: PhaseProfile) -> PhaseProfile:
+    """Of a further PrfaaS cluster. Raises UserError naming the key for one that does not exist or computes another model's KVCache."""
+    own, key = settings.cluster.also_prfaas[index].profile, f"cluster.also_prfaas[{index}].profile"
+    if own is None:
+        return prfaas
+    if settings.profile is not None:
+        raise UserError(f"{key}: has no effect beside profile={settings.profile}; accepted: one of the two")
+    found = load_profile(own, Path(settings.results) / "profiles", key)
+    if (found.model, found.kv) != (prfaas.model, prfaas.kv):
+        raise UserError(
+            f"{key}: {own} emits another KVCache than {prfaas.name}; accepted: profiles of the same model ({prfaas.model})"
+        )
+    return found
+
+
+def site_links(settings: Settings) -> list[SharedLinkSpec]:
+    """The simulated links of the further PrfaaS clusters: like the configured one, each at its own rate and distance."""
+    link = replace(settings.link, schedule=())
+    return [
+        shared_link(replace(link, rate_bps=site.rate_bps, rtt_s=site.rtt_s), settings.transport)
+        for site in settings.cluster.also_prfaas
+    ]
 
 
 def profiles(settings: Settings) -> tuple[PhaseProfile, PhaseProfile]:

@@ -211,7 +211,7 @@ class Comparison:
 class Measured:
     """What a study keeps of one run: its metrics, its course over time, what the controllers did, and, if asked, its requests.
 
-    `settled_s` is when TTFT has settled by MSER-5, infinity where it does not.
+    `settled_s` is when TTFT has settled by MSER-5, infinity where it does not. `clusters_bps` is `link_egress_bps` of each PrfaaS cluster.
     """
 
     values: Mapping[str, float]
@@ -221,6 +221,7 @@ class Measured:
     requests: pd.DataFrame | None
     settled_s: float
     overloaded: bool = False
+    clusters_bps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,8 @@ class Measuring:
         if from_s is None:
             from_s = settled_s if math.isfinite(settled_s) else min(USUAL_WARMUP_S, until_s / 2)
         values = summarise(requests, (from_s, until_s), self.slo).values()
-        values["link_egress_bps"] = 8 * summary.egress_bytes / max(summary.last_finish_s, 1e-9)
+        duration_s = max(summary.last_finish_s, 1e-9)
+        values["link_egress_bps"] = 8 * summary.egress_bytes / duration_s
         values["copied_bytes"] = summary.copied_bytes
         first = point.seed == self.seed
         return Measured(
@@ -258,6 +260,7 @@ class Measuring:
             requests if first and point.case == self.keep else None,
             settled_s,
             overloaded(requests),
+            tuple(8 * own / duration_s for own in summary.cluster_egress_bytes),
         )
 
 
@@ -309,11 +312,13 @@ def compare(
         found: dict[str, list[Mapping[str, float]]] = {case: [] for case in one.cases}
         flagged: dict[str, int] = {}
         growing: dict[str, int] = {}
+        clusters: dict[str, list[tuple[float, ...]]] = {}
         for seed in seeds_of(context, seeds):
             for case in one.cases:
                 run = next(results)
                 found[case].append(run.values)
                 settled.append(run.settled_s)
+                clusters.setdefault(case, []).append(run.clusters_bps)
                 series.append(run.series.assign(case=one.prefix + case, seed=seed))
                 if seed == first:
                     controls.append(run.controls.assign(case=one.prefix + case))
@@ -332,6 +337,8 @@ def compare(
         against = dict.fromkeys(found, one.baseline) | dict(one.against)
         rows += _rows(context, found, against, one.prefix, growing)
         needed += _seeds_needed(found, against)
+        for case, by_seed in clusters.items():
+            rows += _of_clusters(context, one.prefix + case, by_seed)
         for case, runs in growing.items():
             rows.append(context.metric(one.prefix + case, "runs_overloaded", runs, "runs", "simulated", n=seeds))
             context.progress(f"{one.prefix}{case}: queues grow in {runs} of {seeds} runs; its TTFT is not compared")
@@ -375,6 +382,16 @@ def _power_said(needed: Sequence[int]) -> list[str]:
     few, many = min(needed), max(needed)
     seeds = f"{few}" if few == many else f"{few} to {many}"
     return [f"A paired difference of {SOUGHT:.0%} in goodput is seen four times out of five with {seeds} seeds."]
+
+
+def _of_clusters(context: Context, case: str, by_seed: Sequence[tuple[float, ...]]) -> Iterable[Metric]:
+    """What left each PrfaaS cluster, where there are several: whom the scheduler chose."""
+    for index, rates_bps in enumerate(zip(*by_seed, strict=True) if len(by_seed[0]) > 1 else ()):
+        found = Estimate.of(list(rates_bps))
+        yield context.metric(
+            f"{case}.prfaas{index}", "link_egress_bps", found.value, "bit/s", "simulated",
+            interval=(found.low, found.high), n=found.n,
+        )  # fmt: skip
 
 
 def _rows(

@@ -13,8 +13,15 @@ from functools import partial
 
 from repro.errors import UserError
 from repro.experiments import simulated, study_figures
-from repro.experiments.base import DECODE, FAILURES, SCHEDULER, SIMULATED, Context, Experiment, Outcome
-from repro.experiments.deployment import check_decoding, decoding, deployment, profile_files, within_memory
+from repro.experiments.base import DECODE, FAILURES, SCHEDULER, SIMULATED, SITES, Context, Experiment, Outcome
+from repro.experiments.deployment import (
+    check_decoding,
+    decoding,
+    deployment,
+    profile_files,
+    site_links,
+    within_memory,
+)
 from repro.experiments.study import seeds_of
 from repro.record.metrics import Metric
 from repro.record.statistics import Estimate
@@ -55,6 +62,9 @@ def check(settings: Settings, options: Options) -> None:
             )
     simulated.cache_of(settings.policy, deployment(settings).pd)
     workload = settings.workload
+    if settings.cluster.also_prfaas and settings.policy.cache.enabled:
+        # A prefix is fetched from the cluster that holds it, while the scheduler asks for it where the request would be done first.
+        raise UserError("cluster.also_prfaas: has no prefix caches; accepted: with policy.cache.enabled=false")
     if options.load is not None and (workload.sessions is not None or workload.trace is not None):
         raise UserError(f"options.load: workload={workload.name} brings its own arrivals; accepted: null")
     simulated.check_blocks(settings, {f"workload={workload.name}": workload.block_tokens()})
@@ -74,7 +84,9 @@ def run(context: Context) -> Outcome:
     """The deployment, seed by seed."""
     options, settings = context.options, context.settings
     setting = simulated.Setting.of(context, decoding(deployment(settings), settings))
-    placed = within_memory(deployed(setting.base, setting.point, setting.link), settings)
+    placed = within_memory(
+        deployed(setting.base, setting.point, setting.link, site_links=site_links(settings)), settings
+    )
     spec = simulated.scheduled(placed, settings.policy, setting.point)
     rate = setting.rate(_USUAL_LOAD if options.load is None else options.load)
     duration_s = options.duration_s if settings.workload.trace is None else settings.workload.recorded.end_s
@@ -92,9 +104,21 @@ def run(context: Context) -> Outcome:
     warmup_s = None if options.warmup_s is None else min(options.warmup_s, duration_s / 2)
     window_s = (warmup_s, duration_s)
     outcome = simulated.compare(context, [comparison], window_s, setting.slo, options.seeds)
-    if not failures.enabled:
-        return outcome
-    return replace(outcome, metrics=[*outcome.metrics, *_availability(context, failing, instances, duration_s)])
+    rows = list(outcome.metrics)
+    if failures.enabled:
+        rows += _availability(context, failing, instances, duration_s)
+    if settings.cluster.also_prfaas:
+        rows += _capacity(context, setting)
+    return replace(outcome, metrics=rows)
+
+
+def _capacity(context: Context, setting: simulated.Setting) -> Iterable[Metric]:
+    """Of several PrfaaS clusters together, what the model gives them at the operating point."""
+    point = setting.point
+    yield context.metric("deployment", "lambda_max", point.lambda_max, "req/s", "computed")
+    yield context.metric("deployment", "threshold_tokens", point.threshold_tokens, "tokens", "computed")
+    yield context.metric("deployment", "n_prfaas", point.n_prfaas, "instances", "computed")
+    yield context.metric("deployment", "theta_prfaas", point.stages.prfaas, "req/s", "computed")
 
 
 def _availability(
@@ -109,7 +133,19 @@ def _availability(
 
 EXPERIMENT = Experiment(
     "simulation",
-    {"simulate": (*SIMULATED, *SCHEDULER, DECODE, FAILURES, "policy.cache", "policy.rebalance", "workload", "options")},
+    {
+        "simulate": (
+            *SIMULATED,
+            *SCHEDULER,
+            SITES,
+            DECODE,
+            FAILURES,
+            "policy.cache",
+            "policy.rebalance",
+            "workload",
+            "options",
+        )
+    },
     run,
     {"over_time": study_figures.draw_over_time},
     Options,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from repro.errors import UserError
 from repro.profiles.failures import FailureSpec
@@ -16,6 +16,29 @@ class PoolSpec:
 
     profile: str
     instances: int
+
+
+@dataclass(frozen=True)
+class PrfaasSiteSpec:
+    """Another PrfaaS cluster, in another place: its instances, and the link of its own that leads from there to the PD cluster.
+
+    `profile` null is that of `cluster.prfaas`; another one must be of the same model. Its link has `rate_bps` and `rtt_s` and is in all
+    else like the configured one, but for `link.schedule`, which is of that one alone.
+    """
+
+    NODE: ClassVar = "cluster.also_prfaas"
+    instances: int
+    rate_bps: float
+    rtt_s: float
+    profile: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.instances < 1:
+            raise UserError(f"{self.NODE}.instances: {self.instances}; accepted: 1 or more")
+        if not 0 < self.rate_bps < math.inf:
+            raise UserError(f"{self.NODE}.rate_bps: {self.rate_bps}; accepted: bits per second above 0")
+        if not 0 <= self.rtt_s < math.inf:
+            raise UserError(f"{self.NODE}.rtt_s: {self.rtt_s}; accepted: seconds, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -41,7 +64,7 @@ class DecodeSpec:
 class ClusterSpec:
     """A PrfaaS cluster, a local PD cluster with its decode batches, and the homogeneous PD cluster that they are compared with (§4.1).
 
-    Their instances fail as `failures` says.
+    Their instances fail as `failures` says. `also_prfaas` are further PrfaaS clusters, in other places; the scheduler chooses.
     """
 
     name: str
@@ -50,6 +73,7 @@ class ClusterSpec:
     homogeneous_instances: int
     decode: DecodeSpec = field(default_factory=DecodeSpec)
     failures: FailureSpec = field(default_factory=FailureSpec)
+    also_prfaas: tuple[PrfaasSiteSpec, ...] = ()
 
     def __post_init__(self) -> None:
         # PrfaaS may have no instance; a homogeneous cluster needs one to prefill and one to decode.
@@ -60,6 +84,14 @@ class ClusterSpec:
         ):
             if instances < least:
                 raise UserError(f"cluster.{key}: {instances}; accepted: {least} or more")
+        if self.also_prfaas and not self.prfaas.instances:
+            raise UserError(
+                "cluster.also_prfaas: further clusters beside none; accepted: with cluster.prfaas.instances of 1 or more"
+            )
+        if self.also_prfaas and self.failures.enabled:
+            raise UserError(
+                "cluster.failures: of several PrfaaS clusters none fails; accepted: with cluster.also_prfaas empty"
+            )
 
 
 @dataclass(frozen=True)

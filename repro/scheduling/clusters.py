@@ -10,6 +10,7 @@ from repro.scheduling.adaptive import Decaying, History
 from repro.scheduling.decisions import Conversion
 from repro.scheduling.link_estimate import LinkEstimate
 from repro.scheduling.load import Costs, Recent
+from repro.scheduling.observations import LinkReport
 from repro.scheduling.placement import placement
 from repro.scheduling.short_term import ShortTermState
 from repro.scheduling.spec import SchedulerSpec
@@ -18,6 +19,20 @@ from repro.scheduling.views import ClusterView, LinkView, SchedulerState
 
 #: Context per request at which decode is taken to run when its speed is compared with prefill's.
 _CONTEXT_TOKENS = 32_768.0
+
+
+class EgressPlan(Protocol):
+    """A PrfaaS cluster's link as it was provisioned."""
+
+    @property
+    def rate_bps(self) -> float:
+        """What it was sold as."""
+        ...
+
+    @property
+    def rtt_s(self) -> float:
+        """Round trip to the PD clusters."""
+        ...
 
 
 class PrfaasPlan(Protocol):
@@ -31,6 +46,11 @@ class PrfaasPlan(Protocol):
     @property
     def instances(self) -> int:
         """All of them prefill."""
+        ...
+
+    @property
+    def link(self) -> EgressPlan:
+        """What its KVCache leaves over."""
         ...
 
 
@@ -86,13 +106,37 @@ class PrefillState:
 
 
 class PrfaasClusterState(PrefillState):
-    """A PrfaaS cluster. `link_up`: whether anything crosses its link; `down_since_s`: when a loop first saw that nothing does."""
+    """A PrfaaS cluster. `link_up`: whether anything crosses its link; `down_since_s`: when a loop first saw that nothing does.
+
+    Among several clusters also: `believed_bps`, the link's rate as it was provisioned and then as the loops were told, and `crossed_s`,
+    when what the cluster has been given will have crossed.
+    """
 
     def __init__(self, index: int, plan: PrfaasPlan, scheduler: SchedulerSpec) -> None:
         super().__init__(f"prfaas{index}", index, plan.profile, plan.instances, scheduler)
         self.link_up = True
         self.link_estimate = LinkEstimate()
         self.down_since_s = math.inf
+        self.believed_bps = plan.link.rate_bps
+        self.half_rtt_s = plan.link.rtt_s / 2
+        self.crossed_s = 0.0
+
+    def delivers_s(self, now_s: float, tokens: int) -> float:
+        """Seconds until a request given now would have its KVCache in the PD cluster: layers cross while later ones are computed."""
+        begins_s = self.predicted_wait_s(now_s)
+        crossing_s = 8 * self.tables.kv_bytes[tokens] / self.believed_bps
+        crosses_s = max(begins_s, self.crossed_s - now_s) + crossing_s
+        return max(begins_s + self.tables.prefill_s[tokens], crosses_s) + self.half_rtt_s
+
+    def given(self, now_s: float, kv_bytes: float) -> None:
+        """So much more is to cross."""
+        self.crossed_s = max(self.crossed_s, now_s) + 8 * kv_bytes / self.believed_bps
+
+    def told(self, now_s: float, report: LinkReport) -> None:
+        """Replace the own account of the link by what it says of itself; one that carries nothing says nothing of its rate."""
+        if report.capacity_bps > 0:
+            self.believed_bps = report.capacity_bps
+            self.crossed_s = now_s + 8 * report.backlog_bytes / report.capacity_bps
 
 
 class PdClusterState(PrefillState):

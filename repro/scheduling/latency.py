@@ -27,6 +27,7 @@ class PrefillLatency:
 
 def prefill_latency(deployment: Deployment, threshold_tokens: float) -> PrefillLatency:
     """T_prefill of a request that is prefilled by PrfaaS when longer than the threshold, else by a PD-P instance."""
+    assert not deployment.sites, "which of several clusters prefills a request depends on their queues"
     return _latency(deployment.lengths, deployment.prfaas.prefill, deployment.pd.prefill, float(threshold_tokens))
 
 

@@ -156,13 +156,13 @@ class Scheduler:
         offload, cached, fetch = route
         remote: PrfaasClusterState | None = None
         if offload or fetch:
-            remote = self._least_busy(now_s)
+            remote = self._soonest(now_s, tokens)
             if remote is None:
                 # Nobody prefills there, nor is there a link for what it holds: what the PD cluster holds itself has to do.
                 cached = 0 if offload or chain is None else self._own_tokens(home, chain)
                 offload = fetch = False
         if not offload and not home.placement.free_at_s:
-            remote = self._least_busy(now_s)
+            remote = self._soonest(now_s, tokens)
             if remote is not None:
                 offload, cached, fetch = True, 0, False
         state: PrefillState = home if not offload or remote is None else remote
@@ -191,6 +191,8 @@ class Scheduler:
         except LookupError:
             nobody = Decision("fail", offload, index, -1, cached, work_s, kv_bytes, 0.0, fell_back)
             return nobody if last else self._elsewhere(now_s, home, tokens, chain, nobody)
+        if offload and len(self.prfaas) > 1:
+            self.prfaas[index].given(now_s, kv_bytes)
         # What a NamedTuple's own constructor does, at half its price: this is the one made for every request.
         return tuple.__new__(Decision, ("prefill", offload, index, instance, cached, work_s, kv_bytes, 0.0, fell_back))
 
@@ -208,19 +210,22 @@ class Scheduler:
         self, now_s: float, home: PdClusterState, tokens: int, chain: Sequence[int] | None, decision: Decision
     ) -> Decision:
         """The other side, if anybody prefills there, when nobody does any more where a request was to go."""
-        there = home.serving if decision.offload else self.prfaas[0].serving if self.prfaas else 0
+        there = home.serving if decision.offload else sum([cluster.serving for cluster in self.prfaas])
         if not there:
             return decision._replace(action="fail", instance=-1)
         return self._dispatch(now_s, home, tokens, chain, Route(not decision.offload), True, last=True)
 
-    def _least_busy(self, now_s: float) -> PrfaasClusterState | None:
-        """The PrfaaS cluster that could begin first; among several, one with a link that carries."""
+    def _soonest(self, now_s: float, tokens: int) -> PrfaasClusterState | None:
+        """The PrfaaS cluster from which the KVCache would be here first, by its instances, its link and its distance; of equals the first.
+
+        Among several, one with a link that carries.
+        """
         clusters = self.prfaas
         if len(clusters) == 1:
             only = clusters[0]
             return only if only.placement.free_at_s else None
         able = [cluster for cluster in clusters if cluster.serving and cluster.link_up]
-        return min(able, key=lambda cluster: (cluster.predicted_wait_s(now_s), cluster.index)) if able else None
+        return min(able, key=lambda cluster: (cluster.delivers_s(now_s, tokens), cluster.index)) if able else None
 
     def load_s(self, cluster: str, chain: Sequence[int], tokens: int) -> float:
         """What it takes an instance of `cluster` to load that much of a cached prefix from the tiers that hold it."""
@@ -280,8 +285,11 @@ class Scheduler:
 
     def short_term(self, now_s: float, pd: int, links: Sequence[LinkReport]) -> SchedulerState:
         """The fast loop of a PD cluster: measure, move the threshold, and let routing see both."""
-        home = self.pd[pd]
-        seen = loops.observe(now_s, self.spec, home, self.prfaas, self._estimated(now_s, links))
+        home, reports = self.pd[pd], self._estimated(now_s, links)
+        if len(self.prfaas) > 1:
+            for cluster in self.prfaas:
+                cluster.told(now_s, reports[cluster.index])
+        seen = loops.observe(now_s, self.spec, home, self.prfaas, reports)
         loops.move_threshold(self.spec, home, seen)
         return home.state
 

@@ -44,11 +44,28 @@ class Stages:
 
 
 @dataclass(frozen=True)
+class PrfaasSite:
+    """A PrfaaS cluster behind a link of its own, beside the first one."""
+
+    profile: PhaseProfile
+    instances: int
+    egress_bps: float
+
+    def __post_init__(self) -> None:
+        if self.instances < 1 or not self.egress_bps > 0:
+            raise UserError(
+                f"cluster.also_prfaas: {self.instances} instances behind {self.egress_bps} bit/s; accepted: 1 or more, above 0"
+            )
+
+
+@dataclass(frozen=True)
 class Deployment:
     """Clusters, link and workload of one experiment, as the throughput model sees them.
 
     `prfaas` prefills requests longer than the threshold on `n_prfaas` instances and sends their KVCache over `egress_bps`; the PD
-    cluster's `n_pd` instances of `pd` prefill the rest and decode everything.
+    cluster's `n_pd` instances of `pd` prefill the rest and decode everything. `sites` are further PrfaaS clusters of the same model.
+    Each works at the slower of its prefill and its own link, whatever the others do: equation 3 becomes a sum of such minima, which
+    holds where the scheduler sends a request to whichever is ahead (`repro.scheduling.scheduler`), all with the same mix of lengths.
     """
 
     prfaas: PhaseProfile
@@ -58,8 +75,13 @@ class Deployment:
     egress_bps: float
     lengths: LengthDistribution
     output_tokens: float
+    sites: tuple[PrfaasSite, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.sites and not self.n_prfaas:
+            raise UserError(
+                "cluster.also_prfaas: beside no PrfaaS cluster; accepted: with cluster.prfaas.instances of 1 or more"
+            )
         if self.n_prfaas < 0 or self.n_pd < 1:
             raise UserError(
                 f"cluster.prfaas.instances, cluster.pd.instances: got {self.n_prfaas} and {self.n_pd}; PrfaaS may have none, "
@@ -72,7 +94,11 @@ class Deployment:
 
     def without_prfaas(self, n_pd: int) -> Deployment:
         """A homogeneous PD cluster of `n_pd` instances (Table 6's baseline)."""
-        return replace(self, n_prfaas=0, n_pd=n_pd)
+        return replace(self, n_prfaas=0, n_pd=n_pd, sites=())
+
+    def every_site(self) -> tuple[PrfaasSite, ...]:
+        """All PrfaaS clusters, the first one too; none without instances."""
+        return (PrfaasSite(self.prfaas, self.n_prfaas, self.egress_bps), *self.sites) if self.n_prfaas else ()
 
 
 @dataclass(frozen=True)
@@ -93,18 +119,27 @@ class Thresholds:
 
 
 def at_thresholds(deployment: Deployment, threshold_tokens: ArrayLike, lengths: Lengths) -> Thresholds:
-    """Equations 3 and 4 for every threshold at once, the latter per PD-P instance."""
+    """Equations 3 and 4 for every threshold at once, the latter per PD-P instance; equation 3 summed over PrfaaS clusters."""
     tokens = np.atleast_1d(np.asarray(threshold_tokens, dtype=np.float64))
     law, prfaas, pd = deployment.lengths, deployment.prfaas, deployment.pd
     sides = _sides(law, prfaas.prefill, prfaas.kv, pd.prefill, tokens.tobytes(), lengths)
     prefill_rate = deployment.n_prfaas / sides.long_s
     egress_rate = deployment.egress_bps / (8 * sides.long_bytes)
+    per_s = np.minimum(prefill_rate, egress_rate)
+    for site in deployment.sites:
+        there = _sides(law, site.profile.prefill, site.profile.kv, pd.prefill, tokens.tobytes(), lengths)
+        prefill, egress = site.instances / there.long_s, site.egress_bps / (8 * there.long_bytes)
+        per_s, prefill_rate, egress_rate = (
+            per_s + np.minimum(prefill, egress),
+            prefill_rate + prefill,
+            egress_rate + egress,
+        )
     return Thresholds(
         tokens=tokens,
         offload_fraction=sides.offload_fraction,
         l_long_tokens=sides.long_tokens,
         l_short_tokens=sides.short_tokens,
-        prfaas_per_s=np.minimum(prefill_rate, egress_rate),
+        prfaas_per_s=per_s,
         prfaas_prefill_per_s=prefill_rate,
         prfaas_egress_per_s=egress_rate,
         pd_prefill_per_instance_per_s=1 / sides.short_s,
@@ -215,7 +250,7 @@ def operating_point(deployment: Deployment, rows: Thresholds, row: int, n_p: int
         egress = sustained * p * 8 * _bytes_above(deployment.lengths, deployment.prfaas.kv, threshold_tokens)
     return OperatingPoint(
         threshold_tokens=threshold_tokens,
-        n_prfaas=deployment.n_prfaas,
+        n_prfaas=deployment.n_prfaas + sum(site.instances for site in deployment.sites),
         n_p=n_p,
         n_d=n_d,
         offload_fraction=p,
@@ -224,5 +259,5 @@ def operating_point(deployment: Deployment, rows: Thresholds, row: int, n_p: int
         stages=stages,
         lambda_max=sustained,
         egress_bps=egress,
-        link_utilisation=egress / deployment.egress_bps,
+        link_utilisation=egress / (deployment.egress_bps + sum(site.egress_bps for site in deployment.sites)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from repro.link.spec import KERNEL_RTO_MIN_S, TCP_HEADERS_BYTES, LinkSpec
@@ -71,19 +72,36 @@ def shared_link(link: LinkSpec, transport: TransportSpec) -> SharedLinkSpec:
 
 
 def simulated(
-    base: Deployment, point: OperatingPoint, link: SharedLinkSpec, router: Router | None = None
+    base: Deployment,
+    point: OperatingPoint,
+    link: SharedLinkSpec,
+    router: Router | None = None,
+    site_links: Sequence[SharedLinkSpec] = (),
 ) -> SimulationSpec:
-    """A deployment at an operating point; without a `router`, the one that the model assumes: t, all, or nothing offloaded."""
+    """A deployment at an operating point; without a `router`, the one that the model assumes: t, all, or nothing offloaded.
+
+    `site_links` are those of the deployment's further PrfaaS clusters, in their order.
+    """
     if router is None:
         router = Homogeneous() if point.n_prfaas == 0 else Naive() if point.n_p == 0 else Threshold()
-    if link.window is not None:
-        link = replace(link, window=replace(link.window, receivers=point.n_d))
-    remote = (PrfaasCluster(base.prfaas, point.n_prfaas, link),) if point.n_prfaas else ()
+    remote: tuple[PrfaasCluster, ...] = ()
+    if point.n_prfaas:
+        first = PrfaasCluster(
+            base.prfaas, point.n_prfaas - sum(site.instances for site in base.sites), _to(link, point.n_d)
+        )
+        sites = zip(base.sites, site_links, strict=True)
+        others = [PrfaasCluster(site.profile, site.instances, _to(own, point.n_d)) for site, own in sites]
+        remote = (first, *others)
     return SimulationSpec(
         pd=(PdCluster(base.pd, point.n_p, point.n_d),),
         prfaas=remote,
         scheduler=SchedulerSpec(router=router, threshold_tokens=point.threshold_tokens),
     )
+
+
+def _to(link: SharedLinkSpec, receivers: int) -> SharedLinkSpec:
+    """The link to so many decode instances, over connections to each of which a sender's transfers go in turn."""
+    return link if link.window is None else replace(link, window=replace(link.window, receivers=receivers))
 
 
 def requests(

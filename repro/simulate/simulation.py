@@ -34,8 +34,9 @@ from repro.workload.stream import RequestBatch
 class Summary:
     """How a run ended. `overloaded`: it was cut because more requests than the limit were in the system.
 
-    `egress_bytes` is all that left PrfaaS clusters; `copied_bytes` what rebalancing sent, either way, in `copies`;
-    `conversions` is how many nodes left their role; `preemptions` how often a request had to leave a decode batch for want of memory.
+    `egress_bytes` is all that left PrfaaS clusters, `cluster_egress_bytes` what left each of them; `copied_bytes` what rebalancing sent,
+    either way, in `copies`; `conversions` is how many nodes left their role; `preemptions` how often a request had to leave a decode
+    batch for want of memory.
     """
 
     arrived: int
@@ -52,6 +53,7 @@ class Summary:
     copied_bytes: float = 0.0
     conversions: int = 0
     preemptions: int = 0
+    cluster_egress_bytes: tuple[float, ...] = ()
 
 
 class Simulation:
@@ -136,6 +138,7 @@ class Simulation:
             now, _, handler, argument = pop(heap)
             handler(now, argument)
         unfinished = ledger.close()
+        egress_bytes = tuple([prfaas.link.settle(now) for prfaas in self.prfaas_clusters])
         return Summary(
             arrived=ledger.arrived,
             completed=ledger.completed,
@@ -145,12 +148,13 @@ class Simulation:
             last_arrival_s=last_arrival_s,
             last_finish_s=ledger.last_finish_s,
             peak_in_system=ledger.peak,
-            egress_bytes=sum((prfaas.link.settle(now) for prfaas in self.prfaas_clusters), 0.0),
+            egress_bytes=sum(egress_bytes, 0.0),
             samples=tuple(self._control.samples),
             copies=self.rebalancing.copies if self.rebalancing else 0,
             copied_bytes=self.rebalancing.copied_bytes if self.rebalancing else 0.0,
             conversions=self._control.conversions,
             preemptions=sum(pd.decode.preemptions for pd in self.pd_clusters),
+            cluster_egress_bytes=egress_bytes,
         )
 
 

@@ -280,6 +280,15 @@ ACTING = {
         "cluster.failures.schedule=[{pool: pd, instance: 7, at_s: 40, for_s: 30}]",
     ),
     (
+        "experiment=simulation", "options.duration_s=60", "options.warmup_s=10",
+        "cluster.also_prfaas=[{instances: 1, rate_bps: 1e10, rtt_s: 0.01}]",
+    ): (
+        "cluster.also_prfaas=[]", "cluster.also_prfaas=[{instances: 2, rate_bps: 1e10, rtt_s: 0.01}]",
+        "cluster.also_prfaas=[{instances: 1, rate_bps: 2e9, rtt_s: 0.01}]",
+        "cluster.also_prfaas=[{instances: 1, rate_bps: 1e10, rtt_s: 2}]",
+        "cluster.also_prfaas=[{instances: 1, rate_bps: 1e10, rtt_s: 0.01, profile: paper_1t_h20}]",
+    ),
+    (
         "experiment=simulation", "workload=agentic", "policy.cache.enabled=true", "policy.cache.capacity_gb=5", "options.duration_s=200",
         "options.warmup_s=10", "policy.cache.lower=[{name: dram, capacity_gb: 60, load_bps: 1e10}]",
     ): (

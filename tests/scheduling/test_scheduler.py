@@ -21,10 +21,12 @@ from repro.scheduling.rebalance import RebalanceSpec
 from repro.scheduling.scheduler import CacheIndices, Scheduler
 from repro.scheduling.short_term import ShortTermSpec
 from repro.scheduling.spec import SchedulerSpec
+from repro.simulate.link_spec import SharedLinkSpec
 
 CALM = LinkReport(capacity_bps=100e9, utilisation=0.1, backlog_bytes=0.0)
 FULL = LinkReport(capacity_bps=100e9, utilisation=0.95, backlog_bytes=1e9)
 BLOCK = 1000
+LINK = SharedLinkSpec()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Pd:
 class Remote:
     instances: int = 2
     profile: Profile = Profile(s_per_token=5e-5)
+    link: SharedLinkSpec = LINK
 
 
 def held(blocks: int) -> Replica:
