@@ -297,7 +297,7 @@ def draw(record: Record) -> Figure:
             )
         for row in each(chunks[chunks["chunk_tokens"] < whole]):
             axes[0].annotate(
-                str(row.chunk_tokens), (row.seconds, row.tokens_per_s), (4, 3), textcoords="offset points", fontsize=6.5
+                str(row.chunk_tokens), (row.seconds, row.tokens_per_s), (4, 3), textcoords="offset points", fontsize=7
             )
     axes[0].set(
         xlabel="until the whole state is there (s)",

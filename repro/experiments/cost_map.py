@@ -271,7 +271,7 @@ def finding(record: Record) -> str:
 
 def draw_map(record: Record) -> Figure:
     """Relative cost over price ratio and egress with its break-even line; cost over utilisation by tariff."""
-    figure, (left, right) = style.panels(2, height_in=3.7, width_in=8.4)
+    figure, (left, right) = style.panels(2, height_in=3.7, width_in=7.0)
     grid = record.table("map").pivot(index="usd_per_gb", columns="price_ratio", values="relative_cost")
     x, y, z = grid.columns.to_numpy(float), grid.index.to_numpy(float), grid.to_numpy(float)
     filled = left.contourf(
@@ -298,14 +298,15 @@ def draw_map(record: Record) -> Figure:
         relative = tariffs[name] / tariffs["homogeneous PD"]
         right.plot(100 * tariffs.index, relative, color=colour, marker=marker, linestyle=dash, markersize=4, label=name)
     right.set(xlabel="utilisation (%)", ylabel="cost ÷ homogeneous PD's", title="A gigabyte weighs less on idle GPUs")
-    right.legend(fontsize=7)
+    right.set_ylim(top=1.45 * right.get_ylim()[1])  # room for the legend above the lines
+    right.legend(fontsize=7, loc="upper left")
     return figure
 
 
 def draw_mix(record: Record) -> Figure:
     """The best share of the money for PrfaaS over the price ratio, by budget, and the gain over PD's accelerator alone."""
     mix = record.table("mix")
-    figure, (left, right) = style.panels(2, height_in=3.3, width_in=8.0)
+    figure, (left, right) = style.panels(2, height_in=3.3, width_in=7.0)
     for index, (_, rows) in enumerate(mix.groupby("budget")):
         colour, marker, dash = style.SERIES[index % len(style.SERIES)]
         spent = rows["n_prfaas"] * rows["ratio"] / (rows["n_prfaas"] * rows["ratio"] + rows["n_pd"])
@@ -323,7 +324,7 @@ def draw_mix(record: Record) -> Figure:
     )
     right.set(
         xlabel="price of a PrfaaS GPU in PD GPUs",
-        ylabel="Λ_max ÷ PD GPUs alone, same money",
+        ylabel="Λ_max ÷ that of PD GPUs alone",
         title="What the mix gains",
     )
     left.legend(title="budget")
@@ -333,12 +334,13 @@ def draw_mix(record: Record) -> Figure:
 def draw_day(record: Record) -> Figure:
     """Demand and rented instances by hour; the day's cost per million tokens by way of renting."""
     day, table = record.table("day"), record.metrics
-    figure, (left, right) = style.panels(2, height_in=3.4, width_in=8.4)
+    figure, (left, right) = style.panels(2, height_in=3.4, width_in=7.0)
     left.step(day["hour"], day["n_prfaas"], where="mid", color=style.BLUE, label="PrfaaS instances rented")
     left.plot(day["hour"], day["demand_per_s"], color=style.GREY, linestyle="--", label="demand (req/s)")
     left.set(xlabel="hour at the PD cluster", ylabel="instances, req/s", ylim=(0, None), title="A day with a peak")
     left.set_xticks(range(0, 25, 6))
-    left.legend(fontsize=8)
+    left.set_ylim(top=1.35 * left.get_ylim()[1])
+    left.legend(fontsize=8, loc="upper left")
     rows = table[(table["metric"] == "cost_per_mtok_usd") & ~table["case"].str.contains("USD/GB")].iloc[::-1]
     colours = [style.GREY if case.startswith("homogeneous") else style.BLUE for case in rows["case"]]
     right.barh(range(len(rows)), rows["value"], color=colours)

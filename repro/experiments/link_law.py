@@ -265,7 +265,7 @@ def finding(record: Record) -> str:
 def draw(record: Record) -> Figure:
     """Law against measurement, and slow start in time."""
     points, openings = record.table("points"), record.table("openings")
-    figure, (goodput, opening) = style.panels(2, height_in=3.8, width_in=8.6)
+    figure, (goodput, opening) = style.panels(2, height_in=3.8, width_in=7.0)
     groups = points.groupby(["kind", "congestion_control"], sort=False)
     for ((kind, control), rows), (colour, marker, _) in zip(groups, style.SERIES, strict=False):
         ratio = rows["law_bps"] / rows["measured_bps"]

@@ -181,9 +181,9 @@ def draw(record: Record) -> Figure:
     grid = record.table("grid")
     outputs = grid["output_tokens"].drop_duplicates().to_list()
     inputs = grid["mean_input_tokens"].drop_duplicates().to_list()
-    figure, axes = style.panels(3, height_in=4.3, width_in=10.5, sharey=True)
+    figure, axes = style.panels(3, height_in=4.3, width_in=7.0, sharey=True)
     for axis, column, title, scale, form in (
-        (axes[0], "gain", "Λ_max ÷ homogeneous PD's", 1.0, "{:.2f}"), (axes[1], "n_p", "PD instances that prefill", 1.0, "{:.0f}"),
+        (axes[0], "gain", "Λ_max ÷ homogeneous", 1.0, "{:.2f}"), (axes[1], "n_p", "PD-P instances", 1.0, "{:.0f}"),
         (axes[2], "egress_bps", "Egress (Gbps)", 1e9, "{:.1f}"),
     ):  # fmt: skip
         values = grid.pivot(index="output_tokens", columns="mean_input_tokens", values=column).to_numpy(float) / scale
@@ -196,7 +196,7 @@ def draw(record: Record) -> Figure:
             axis.text(
                 at, row, form.format(number), ha="center", va="center", fontsize=7, color="white" if dark else "black"
             )
-        axis.set_xticks(range(len(inputs)), [_tokens(tokens) for tokens in inputs], fontsize=8)
+        axis.set_xticks(range(len(inputs)), [_tokens(tokens) for tokens in inputs], fontsize=7, rotation=45)
         axis.grid(visible=False)
         axis.set(title=title, xlabel="mean input (tokens)")
     axes[0].set_yticks(range(len(outputs)), [_tokens(tokens) for tokens in outputs])
@@ -216,7 +216,9 @@ def _place(figure: Figure, axis: Axes, record: Record, inputs: list[float], outp
         axis.text(x + 0.33, y + 0.3, str(index), fontsize=7, ha="center", va="center",
                   bbox={"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": "black", "linewidth": 0.8})  # fmt: skip
         words.append(f"{index} {name}: {value(record.metrics, 'throughput_ratio', name):.2f}")
-    figure.supxlabel("   ".join(words), fontsize=8)
+    half = (len(words) + 1) // 2
+    below = "   ".join(words[:half]) + "\n" + "   ".join(words[half:])
+    figure.supxlabel(f"In the circles, with Λ_max ÷ homogeneous:\n{below}", fontsize=8)
 
 
 def _tokens(tokens: float) -> str:

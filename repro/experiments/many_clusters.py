@@ -93,7 +93,7 @@ def finding(record: Record) -> str:
 
 def draw(record: Record) -> Figure:
     """Shared instances and shared link over the spread of the peaks, by number of tenants."""
-    figure, axes = style.panels(2, height_in=3.3, width_in=8.0, sharey=True)
+    figure, axes = style.panels(2, height_in=3.3, width_in=7.0, sharey=True)
     grid = record.table("grid")
     for axis, column, title in (
         (axes[0], "shared_over_own", "PrfaaS instances"), (axes[1], "link_over_own", "Egress of the busiest hour"),

@@ -99,15 +99,23 @@ def draw(record: Record) -> Figure:
         for title, part in (("Models of the paper", full[~since]), ("Models of today", full[since]))
         if len(part)
     ]
-    figure, axes = style.panels(len(groups), height_in=4.6, width_in=4.0 * len(groups) + 1.2, sharey=True)
+    figure, axes = style.panels(len(groups), height_in=5.0, width_in=7.0, sharey=True)
     for axis, (title, part) in zip(axes, groups, strict=True):
         for (_, row), (colour, marker, dash) in zip(part.iterrows(), _LOOKS, strict=False):
             points = [row[f"kv_bytes_{label}"] / 2**20 for label in LENGTHS]
             look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 4.5}
-            axis.plot(list(LENGTHS.values()), points, label=row["title"], **look)
+            axis.plot(list(LENGTHS.values()), points, label=row["title"].replace(" (", "\n("), **look)
         axis.set(yscale="log", title=title)
         style.tokens_axis(axis)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+        axis.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.42, -0.17),
+            ncols=2,
+            fontsize=7,
+            handlelength=1.4,
+            handletextpad=0.4,
+            columnspacing=0.6,
+        )
     axes[0].set_ylabel("KVCache size (MiB)")
     return figure
 

@@ -221,7 +221,7 @@ def finding(record: Record) -> str:
 def draw(record: Record) -> Figure:
     """Requests within the service level by the hour; what was bought and missed."""
     hours, table = record.table("hours"), record.metrics
-    figure, (left, right) = style.panels(2, height_in=3.9, width_in=9.0)
+    figure, (left, right) = style.panels(2, height_in=3.9, width_in=7.0)
     for index, (case, name) in enumerate(NAMES.items()):
         own = hours[hours["case"] == case].groupby("hour")[["arrived", "met"]].sum()
         colour, _, dash = style.SERIES[index]
@@ -239,7 +239,7 @@ def draw(record: Record) -> Figure:
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     right.set_yticks([-index for index in range(len(NAMES))], list(NAMES.values()), fontsize=8)
     right.set(xlabel="GPU-hours a day, in PD GPUs' price", title="What it costs")
-    right.margins(x=0.35)
+    right.margins(x=0.75)
     right.grid(axis="y", visible=False)
     return figure
 

@@ -260,7 +260,7 @@ def draw_tornado(record: Record) -> Figure:
     bars = record.table("tornado")
     width = (bars["gain_at_high"] - bars["gain_at_low"]).abs() + (bars["money_at_high"] - bars["money_at_low"]).abs()
     bars = bars.loc[width.sort_values().index]
-    figure, axes = style.panels(2, height_in=4.6, width_in=8.0, sharey=True)
+    figure, axes = style.panels(2, height_in=4.6, width_in=7.0, sharey=True)
     names = [LABELS[row.input] + (f"  × {row.low:g}–{row.high:g}" if row.low == row.low else "") for row in each(bars)]
     for axis, kind, metric, title in (
         (axes[0], "gain", "throughput_ratio", "On as many GPUs"), (axes[1], "money", "equal_cost_ratio", "At equal cost"),
@@ -283,7 +283,7 @@ def draw_tornado(record: Record) -> Figure:
 def draw_baselines(record: Record) -> Figure:
     """How often PrfaaS-PD is ahead of each baseline, and by how much."""
     table = record.metrics
-    figure, (left, right) = style.panels(2, height_in=3.6, width_in=8.0, sharey=True)
+    figure, (left, right) = style.panels(2, height_in=3.9, width_in=7.0, sharey=True)
     for shift, colour, label, probability, gain, drawn in (
         (0.18, style.BLUE, "on as many GPUs", "probability_ahead", "throughput_ratio", "drawn_ratio"),
         (
@@ -310,9 +310,9 @@ def draw_baselines(record: Record) -> Figure:
             )
     right.axvline(1, color="black", lw=0.9)
     left.set_yticks(range(len(BASELINES)), list(reversed(BASELINES.values())))
-    left.set(xlabel="draws with PrfaaS-PD ahead (%)", title="Against whom it wins")
-    right.set(xlabel="PrfaaS-PD ÷ baseline (5–95 % of draws)", title="By how much")
-    right.legend(loc="upper right", bbox_to_anchor=(1.0, 0.72))
+    left.set(xlabel="draws that it wins (%)", title="Whom PrfaaS-PD beats")
+    right.set(xlabel="PrfaaS-PD ÷ baseline (5–95 %)", title="By how much")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     for axis in (left, right):
         axis.grid(axis="y", visible=False)
     return figure

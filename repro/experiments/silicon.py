@@ -162,7 +162,7 @@ def draw(record: Record) -> Figure:
     table = record.table("bands")
     models = list(dict.fromkeys(table["model"])) if len(table) else []
     panels = len(models) + 1
-    figure, axes = style.panels(3, -(-panels // 3), width_in=9.2, height_in=2.9 * -(-panels // 3))
+    figure, axes = style.panels(3, -(-panels // 3), width_in=7.0, height_in=2.9 * -(-panels // 3))
     for axis, model in zip(axes, models, strict=False):
         band = table[table["model"] == model].sort_values("tokens")
         _band(axis, band, style.BLUE)

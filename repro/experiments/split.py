@@ -233,16 +233,14 @@ def _modes(requests: pd.DataFrame, throughput: pd.DataFrame) -> pd.DataFrame:
 def draw(record: Record) -> Figure:
     """Left: Φ_kv of both models against the link. Right: what TTFT is made of in each mode at the greatest length."""
     throughput, modes = record.table("throughput"), record.table("modes")
-    figure, (left, right) = style.panels(2, width_in=9.0, height_in=3.4)
+    figure, (left, right) = style.panels(2, width_in=7.0, height_in=3.6)
     for (name, rows), (colour, marker, line) in zip(
         throughput.groupby("model", sort=False), style.SERIES, strict=False
     ):
         megabits = rows["phi_kv_bps"] / 1e6
         left.plot(rows["input_tokens"], megabits, color=colour, marker=marker, linestyle=line, label=str(name))
     link_bps = float(throughput["link_goodput_bps"].mean())
-    left.axhline(
-        link_bps / 1e6, color=style.GREY, linestyle=":", label=f"goodput of the link, {link_bps / 1e6:.3g} Mbps"
-    )
+    left.axhline(link_bps / 1e6, color=style.GREY, linestyle=":", label=f"link, {link_bps / 1e6:.3g} Mbps")
     left.set(xscale="log", yscale="log", xlabel="input length (tokens)", ylabel="Φ_kv (Mbps)")
     lengths = sorted(throughput["input_tokens"].unique())
     left.set_xticks(lengths, [str(length) for length in lengths])
@@ -251,7 +249,7 @@ def draw(record: Record) -> Figure:
     left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     left.yaxis.set_major_formatter(ScalarFormatter())
     left.minorticks_off()
-    left.set_title("What prefill emits, and what the link takes")
+    left.set_title("What prefill emits")
     left.legend(loc="upper left")
 
     longest = modes[modes["input_tokens"] == modes["input_tokens"].max()]
@@ -260,11 +258,13 @@ def draw(record: Record) -> Figure:
              ("restore and first step", style.GREY, "rest_s"))  # fmt: skip
     style.stack(right, at, [(name, colour, longest[column].to_numpy()) for name, colour, column in parts])
     right.plot(longest["prefill_alone_s"], at, "k|", markersize=12, label="prefill alone")
-    right.set_yticks(at, [f"{model}, {mode}" for model, mode in zip(longest["model"], longest["mode"], strict=True)])
+    right.set_yticks(at, [f"{model},\n{mode}" for model, mode in zip(longest["model"], longest["mode"], strict=True)])
     right.set_xlabel("TTFT (s)")
-    right.set_title(f"What TTFT is made of at {int(longest['input_tokens'].iloc[0])} tokens")
+    right.set_title(f"TTFT at {int(longest['input_tokens'].iloc[0])} tokens")
     right.grid(axis="y", visible=False)
-    right.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=4, handlelength=1.0, columnspacing=1.0)
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="outside lower center", ncols=4, handlelength=1.0, columnspacing=1.0
+    )
     return figure
 
 

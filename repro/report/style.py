@@ -7,6 +7,8 @@ units, our values are filled marks or lines, the paper's are black diamonds.
 from __future__ import annotations
 
 import contextlib
+import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#7F7F7F",
@@ -69,7 +72,10 @@ _SETTINGS: dict[str, Any] = {
 #: How wide a figure is set: over one column of a paper, where panels stand below each other, or over two.
 Column = Literal["single", "double"]
 COLUMNS: tuple[Column, ...] = get_args(Column)
-SINGLE_IN = 3.45
+SINGLE_IN = 3.35
+#: Over two columns; a wider figure would be scaled down in print, and its text with it.
+DOUBLE_IN = 7.0
+_NARROWEST_IN = 2.2
 _SINGLE: dict[str, Any] = {
     "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
     "lines.linewidth": 1.3, "savefig.bbox": None,
@@ -93,12 +99,18 @@ def applied(column: Column = "double") -> Iterator[None]:
 def panels(
     columns: int = 1, rows: int = 1, *, width_in: float = WIDTH_IN, height_in: float = HEIGHT_IN, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with its axes in reading order; made without pyplot, so that drawing keeps no global state."""
+    """A figure with its axes in reading order; made without pyplot, so that drawing keeps no global state.
+
+    It is no wider than two columns of a paper, unless its panels would get narrower than can be read.
+    """
+    width_in = min(width_in, max(DOUBLE_IN, _NARROWEST_IN * columns))
     if _column.get() == "single":
         each_in = width_in / columns  # what a panel had
         height_in = min(height_in / rows * SINGLE_IN / each_in, 2.6) * rows * columns
         width_in, columns, rows = SINGLE_IN, 1, rows * columns
         options.pop("sharey", None)
+        if ratios := options.pop("height_ratios", None):
+            options["height_ratios"] = np.repeat(ratios, rows // len(ratios)).tolist()
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
@@ -118,6 +130,7 @@ def save(figure: Figure, stem: Path, about: About, *, for_print: bool) -> Path:
 
     Without dates, so that the same record gives the same bytes.
     """
+    _wrap(figure)
     if for_print:
         figure.savefig(
             stem.with_suffix(".pdf"), metadata={"CreationDate": None, "Title": about.title, "Subject": about.source}
@@ -129,6 +142,24 @@ def save(figure: Figure, stem: Path, about: About, *, for_print: bool) -> Path:
     png = stem.with_suffix(".png")
     figure.savefig(png, metadata={"Software": None, "Title": about.title, "Description": about.source})
     return png
+
+
+def _wrap(figure: Figure) -> None:
+    """Break titles and labels that are longer than their axis over several lines; those with breaks of their own stay."""
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        box = axis.get_window_extent()
+        title = [
+            text
+            for text in axis.get_children()
+            if isinstance(text, Text) and text.get_text() == axis.get_title(loc="left")
+        ]
+        for text, upright in (*((one, False) for one in title), (axis.xaxis.label, False), (axis.yaxis.label, True)):
+            extent, words = text.get_window_extent(), text.get_text()
+            long, room = (extent.height, box.height) if upright else (extent.width, box.width)
+            if long > 1.1 * room > 0 and "\n" not in words:
+                lines = math.ceil(long / (1.1 * room))
+                text.set_text("\n".join(textwrap.wrap(words, math.ceil(len(words) / lines) + 4)))
 
 
 _SCALES: dict[str, tuple[tuple[float, str], ...]] = {

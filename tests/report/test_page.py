@@ -112,6 +112,25 @@ def test_a_figure_for_one_column_is_as_wide_as_one(tmp_path: Path) -> None:
     assert abs(width / 150 - style.SINGLE_IN) < 0.1
 
 
+def test_panels_of_unequal_heights_stand_below_each_other_in_one_column() -> None:
+    with style.applied("single"):
+        figure, axes = style.panels(2, 2, height_ratios=(2, 1))
+        figure.draw_without_rendering()
+    heights = [axis.get_position().height for axis in axes]
+    assert heights[0] == pytest.approx(heights[1])
+    assert heights[0] > heights[2]
+
+
+def test_a_figure_is_no_wider_than_the_page_and_breaks_what_is_longer_than_its_axis() -> None:
+    with style.applied():
+        figure, axes = style.panels(3, width_in=11.0)
+        axes[0].set(title="A title with far more words than a third of a page has room for", xlabel="short")
+        style._wrap(figure)
+    assert figure.get_figwidth() == style.DOUBLE_IN
+    assert "\n" in axes[0].get_title(loc="left")
+    assert axes[0].get_xlabel() == "short"
+
+
 #: Shows a report in frames of a phone's and a desktop's width, light and dark, and writes down what can be seen in each.
 FRAMES = """<!doctype html><title>frames</title><link rel="icon" href="data:,">
 <iframe width="390" height="800" data-theme="light"></iframe><iframe width="390" height="800" data-theme="dark"></iframe>
