@@ -37,7 +37,8 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
     ("edge_decode", "model"): ["options.tokens=[2048]", "options.compared_tokens=2048", "options.links=[home_fibre]"],
     ("edge_decode", "execute"): [
         "model=bytes", "options.measured.bits=[4]", "options.measured.prompts=1", "options.measured.prompt_tokens=32",
-        "options.measured.following_tokens=4", *(word.replace("options.", "options.measured.") for word in _UNTRAINED),
+        "options.measured.following_tokens=4", "options.measured.throttle=[3]",
+        *(word.replace("options.", "options.measured.") for word in _UNTRAINED),
     ],
     ("tenants", "simulate"): [
         "options.tenants=2", "options.duration_s=60", "options.at_s=20", "options.for_s=20", "options.seeds=2",
