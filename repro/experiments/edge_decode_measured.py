@@ -161,7 +161,7 @@ def draw(record: Record) -> Figure:
         axis.set_xticks(bits, [str(int(each)) for each in bits])
         axis.set(xlabel="bits of the decode weights", ylabel=name)
     axes[0].set(yscale="log", title="Is the answer still right?")
-    axes[0].legend()
+    axes[0].legend(fontsize=7, handlelength=1.4)
     if slowed:
         edge_decode_throttled.draw(axes[2], record)
     return figure
