@@ -229,15 +229,6 @@ class OpenAIServer:
         with ThreadPoolExecutor(len(prompts)) as threads:
             return list(threads.map(lambda prompt: self.answer(prompt, output_tokens), prompts))
 
-    def round_trip_s(self) -> float:
-        """The time of an exchange that computes nothing: the list of models."""
-        start_s = time.perf_counter()
-        try:
-            self._client.get(f"{self.url}/models").read()
-        except httpx.HTTPError as error:
-            raise BrokenAnswerError(_words(error)) from error
-        return time.perf_counter() - start_s
-
     def counters(self) -> Mapping[str, float]:
         """What /metrics shows, in the text form of Prometheus, summed over labels; empty where there is none."""
         return parse_counters(self._metrics())

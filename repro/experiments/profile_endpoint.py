@@ -8,6 +8,7 @@ that the server gives. Where the engine counts its own prefill times (`/metrics`
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import asdict
@@ -92,6 +93,7 @@ def profile_endpoint(context: Context, model: ModelSpec, options: ProfileSpec, e
     return Outcome(_metrics(context, name, measurement, table, flags), {"timings": table}, provenance={
         "profile": str(path), "served_model": served, "served_from": root, "prompts": how, "nonce": nonce,
         "prefix_cache": measurement.prefix_cache, "fixed": asdict(measurement.fixed), "stopped": measurement.stopped, "flags": flags,
+        "engine's own": _own_words(measurement),
     })  # fmt: skip
 
 
@@ -112,7 +114,9 @@ def _profile(
     return fitted(
         name, model, options.accelerator or "unknown", options, measurement.prefill, measurement.decode, states,
         notes=(
-            f"Of a running engine, one request at a time, the exchange itself taken off. Fixed part {fixed.fixed_s:.4g} s. "
+            "Of a running engine, one request at a time. T_prefill is the time to the first token less what is no prefill, "
+            f"{measurement.outside.value:.4g} s by the smallest request; its fixed part is {fixed.fixed_s:.4g} s. "
+            f"{_own_words(measurement)} "
             f"Prefix caching {measurement.prefix_cache}. Lengths ended by {measurement.stopped}."
             + "".join(f" Flagged: {flag}." for flag in flags)
         ),
@@ -120,16 +124,28 @@ def _profile(
     )  # fmt: skip
 
 
+def _own_words(measurement: EndpointMeasurement) -> str:
+    """How T_prefill stands to the engine's own times, in a sentence."""
+    if not measurement.engine:
+        return "The engine shows no prefill times of its own to hold it against."
+    ratios = [timing.ratio.value for timing in measurement.engine]
+    return f"It is {min(ratios):.3g} to {max(ratios):.3g} of the engine's own metric, from which nothing was taken."
+
+
 def _timings(measurement: EndpointMeasurement, states: StateLayout) -> pd.DataFrame:
     rows = []
-    own = {timing.tokens: timing.engine_s for timing in measurement.engine}
+    own = {timing.tokens: timing for timing in measurement.engine}
+    ttft_s = {timing.tokens: at_s for timing, at_s in zip(measurement.prefill, measurement.ttft_s, strict=True)}
     for phase, measured in (("prefill", measurement.prefill), ("decode", measurement.decode)):
         for timing in measured:
             row: dict[str, Any] = {"phase": phase, **asdict(timing), "tokens_per_s": timing.batch / timing.seconds}
             if phase == "prefill":
                 row["tokens_per_s"] = timing.tokens / timing.seconds
                 row["phi_kv_bps"] = 8 * states.kv_bytes(timing.tokens) / timing.seconds
-                row["engine_prefill_s"] = own.get(timing.tokens)
+                engine = own.get(timing.tokens)
+                row["ttft_s"] = ttft_s[timing.tokens]
+                row["engine_prefill_s"] = None if engine is None else engine.prefill_s
+                row["engine_ttft_s"] = None if engine is None else engine.ttft_s
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -137,10 +153,13 @@ def _timings(measurement: EndpointMeasurement, states: StateLayout) -> pd.DataFr
 def _metrics(
     context: Context, name: str, measurement: EndpointMeasurement, table: pd.DataFrame, flags: list[str]
 ) -> list[Metric]:
+    outside = measurement.outside
     known = {"on": 1.0, "off": 0.0}.get(measurement.prefix_cache, float("nan"))
     metrics = [
         context.metric(name, "prefill_fixed_s", measurement.fixed.fixed_s, "s", "measured"),
-        context.metric(name, "round_trip_s", measurement.round_trip_s, "s", "measured"),
+        context.metric(
+            name, "outside_s", outside.value, "s", "measured", interval=(outside.low, outside.high), n=outside.n
+        ),
         context.metric(name, "prefix_cache", known, "", "measured"),
         context.metric(name, "repeated_prompt_ratio", measurement.repeated_ratio, "", "measured"),
         context.metric(name, "flags", len(flags), "", "measured"),
@@ -153,10 +172,23 @@ def _metrics(
         metrics.append(context.metric(case, named, row["seconds"], "s", "measured", interval=span, n=n))
         metrics.append(context.metric(case, "tokens_per_s", row["tokens_per_s"], "tokens/s", "measured", n=n))
         if prefill:
+            metrics.append(context.metric(case, "ttft_s", row["ttft_s"], "s", "measured", n=n))
             metrics.append(context.metric(case, "phi_kv_bps", row["phi_kv_bps"], "bit/s", "measured", n=n))
     for timing in measurement.engine:
         case = f"{name}.prefill.{timing.tokens}"
-        metrics.append(context.metric(case, "engine_prefill_s", timing.engine_s, "s", "measured"))
-        ratio = timing.client_s / timing.engine_s
-        metrics.append(context.metric(case, "prefill_to_engine_ratio", ratio, "", "measured"))
+        ratio = timing.ratio
+        metrics.append(context.metric(case, "engine_prefill_s", timing.prefill_s, "s", "measured", n=ratio.n))
+        if math.isfinite(timing.ttft_s):
+            metrics.append(context.metric(case, "engine_ttft_s", timing.ttft_s, "s", "measured", n=ratio.n))
+        metrics.append(
+            context.metric(
+                case,
+                "prefill_to_engine_ratio",
+                ratio.value,
+                "",
+                "measured",
+                interval=(ratio.low, ratio.high),
+                n=ratio.n,
+            )
+        )
     return metrics

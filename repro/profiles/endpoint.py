@@ -1,9 +1,15 @@
 """Measure the phase profile of an engine that already runs, from outside: what an OpenAI-compatible server shows to a client.
 
-T_prefill(l) is the time to the first token of a prompt of exactly l tokens with nothing else under way, less the time of an
-exchange that computes nothing. Its fixed part (what does not grow with l) is fitted and stands beside it. A decode step is the gap
-between two tokens of one stream while all streams of a batch decode. What a server may do to make such times wrong is looked
-for and either refused or flagged: prompts answered from a prefix cache, tokens counted otherwise, a batch that never ran together.
+T_prefill(l) is the time to the first token of a prompt of exactly l tokens with nothing else under way, less what a client waits for
+outside of prefill: HTTP, the way into the engine's own process and back. That is as long for every prompt, so the smallest one shows it:
+a prompt of one token waits for all of it and for one step of the engine, which the steps of a longer answer tell. An exchange that
+computes nothing does not reach the engine and shows a part of it only. The fixed part of T_prefill (what does not grow with l) is fitted
+and stands beside it. A decode step is the gap between two tokens of one stream while all streams of a batch decode. What a server may
+do to make such times wrong is looked for and either refused or flagged: prompts answered from a prefix cache, tokens counted otherwise,
+a batch that never ran together.
+
+Where the engine counts its own prefill, its counters are read around every single request: its times stand beside the client's of the
+same requests, and none of them goes into the profile.
 
 Prompts are random and new in every run: one that the server has seen before could be answered from its cache.
 """
@@ -11,6 +17,7 @@ Prompts are random and new in every run: one that the server has seen before cou
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +36,8 @@ T = TypeVar("T")
 
 #: What vLLM, and the kit where it serves, count of every request that they finish: the seconds between its scheduling and its first token.
 ENGINE_PREFILL: Final = ("vllm:request_prefill_time_seconds", "prfaas_request_prefill_time_seconds")
+#: The same from a request's arrival at its API server: HTTP's part lies outside of it.
+ENGINE_TTFT: Final = ("vllm:time_to_first_token_seconds", "prfaas_ttft_seconds")
 ENGINE_HITS: Final = ("vllm:prefix_cache_hits_total", "prfaas_prefix_cache_hits_total")
 #: A repeated prompt that takes less than this of a new one came from a cache, and one that takes more than the second did not.
 _CACHED_BELOW, _COMPUTED_ABOVE = 0.7, 0.85
@@ -38,6 +47,10 @@ _RETRIES: Final = 2
 _MOST_ADDED_TOKENS: Final = 8
 _MOST_OUTPUT_TOKENS: Final = 512
 _NOISY: Final = 0.25
+#: Tokens of the answer to the smallest prompt that show what a step takes.
+_STEP_TOKENS: Final = 9
+#: An engine may count a request after its answer; so often it is looked for, so far apart.
+_COUNTED_LOOKS, _COUNTED_EVERY_S = 20, 0.05
 #: Tokens that a server sends late are seen where they are worth this share of the time to the first.
 _BURST_BEYOND = 0.25
 #: Of the time that is left, at most so much goes to the next length: decode has to be measured as well.
@@ -90,9 +103,6 @@ class Server(Protocol):
     def together(self, prompts: Sequence[Any], output_tokens: int) -> list[Answer]:
         """The answers to prompts that are sent at once."""
 
-    def round_trip_s(self) -> float:
-        """The time of an exchange that computes nothing."""
-
     def counters(self) -> Mapping[str, float]:
         """The engine's own counters, empty where it shows none."""
 
@@ -108,22 +118,30 @@ class Fixed:
 
 @dataclass(frozen=True)
 class EngineTiming:
-    """T_prefill of one length by the engine's own counters, of the same requests as the client's."""
+    """One length by the engine's own counters: medians, and that of T_prefill ÷ the engine's own, request by request.
+
+    `ttft_s` is counted from the request's arrival at the engine's API server, nan where it does not count that.
+    """
 
     tokens: int
-    client_s: float
-    engine_s: float
+    prefill_s: float
+    ttft_s: float
+    ratio: Estimate
 
 
 @dataclass(frozen=True)
 class EndpointMeasurement:
-    """What was measured of a running engine. `prefix_cache` is on, off or unclear, `flags` are reasons to distrust the rest."""
+    """What was measured of a running engine. `prefix_cache` is on, off or unclear, `flags` are reasons to distrust the rest.
+
+    `prefill` is T_prefill, `ttft_s` what a client waited at the same lengths, `outside` the part of that which is no prefill.
+    """
 
     prefill: tuple[Timing, ...]
+    ttft_s: tuple[float, ...]
+    outside: Estimate
     decode: tuple[Timing, ...]
     engine: tuple[EngineTiming, ...]
     fixed: Fixed
-    round_trip_s: float
     prefix_cache: str
     repeated_ratio: float
     stopped: str
@@ -138,6 +156,7 @@ class _Measuring:
         self.rng = np.random.default_rng(nonce)
         self.flags: dict[str, None] = {}
         self.added: set[int] = set()
+        self.outside_s: list[float] = []
         self.began_s = clock()
 
     def left_s(self) -> float:
@@ -169,6 +188,23 @@ class _Measuring:
         self.judge(tokens, answer)
         return answer
 
+    def smallest(self) -> tuple[float, float]:
+        """TTFT of a prompt of one token, and the step of the engine that is in it."""
+
+        def ask(output_tokens: int) -> Answer:
+            return self.asked(
+                "a prompt of one token",
+                lambda: self.server.answer(self.server.prompt(1, self.rng), output_tokens),
+            )
+
+        long, short = ask(_STEP_TOKENS), ask(1)
+        steps = sum(long.token_counts) - 1
+        if steps < 1:
+            self.flag("an answer to one token ends at once: T_prefill lacks one step of the engine")
+            return short.ttft_s, 0.0
+        # Whole answers: a server that sends its tokens in bursts, or all at the end, shows its steps by them only.
+        return short.ttft_s, (long.token_times_s[-1] - short.token_times_s[-1]) / steps
+
     def judge(self, tokens: int, answer: Answer) -> None:
         """Refuse what the server counted otherwise than it was asked; flag what it did not count, or took from a cache."""
         if answer.cached_tokens > max(64, tokens // 20):
@@ -199,58 +235,117 @@ def measure_endpoint(
         UserError: where the server's answers cannot be made into a profile, saying what it did.
     """
     run = _Measuring(server, spec, progress, clock, nonce)
-    round_trip_s = statistics.median(
-        run.asked("a request that computes nothing", server.round_trip_s) for _ in range(9)
-    )
-    prefill, engine, stopped = _prefill(run, round_trip_s)
-    prefix_cache, ratio = _prefix_cache(run, prefill, round_trip_s)
+    prefill, ttft_s, engine, stopped = _prefill(run)
+    outside = Estimate.of_quantile(run.outside_s, 0.5)
+    prefix_cache, ratio = _prefix_cache(run, prefill, outside.value)
     decode = tuple(_decode(run))
     if not decode:
         raise UserError(
             "options.endpoint: no decode step could be measured: " + ("; ".join(run.flags) or "budget_s is used up")
         )
-    fixed = fit_fixed(prefill)
     return EndpointMeasurement(
-        prefill, decode, engine, fixed, round_trip_s, prefix_cache, ratio, stopped, tuple(run.flags)
+        prefill, ttft_s, outside, decode, engine, fit_fixed(prefill), prefix_cache, ratio, stopped, tuple(run.flags)
     )
 
 
-def _prefill(run: _Measuring, round_trip_s: float) -> tuple[tuple[Timing, ...], tuple[EngineTiming, ...], str]:
-    spec, timings, engine = run.spec, list[Timing](), list[EngineTiming]()
-    length = spec.first_tokens
+@dataclass(frozen=True)
+class _First:
+    """One request for a first token: T_prefill by the client and, nan where it does not count it, by the engine."""
+
+    prefill_s: float
+    ttft_s: float
+    engine_prefill_s: float
+    engine_ttft_s: float
+
+
+def _prefill(
+    run: _Measuring,
+) -> tuple[tuple[Timing, ...], tuple[float, ...], tuple[EngineTiming, ...], str]:
+    spec, timings, ttfts_s, engine = run.spec, list[Timing](), list[float](), list[EngineTiming]()
+    length, stopped, last_took_s = spec.first_tokens, f"last_tokens: {spec.last_tokens}", 0.0
     while length <= spec.last_tokens:
-        if reason := _too_much(run, timings, length):
-            return tuple(timings), tuple(engine), reason
+        if reason := _too_much(run, timings, length, last_took_s):
+            stopped = reason
+            break
+        began_s = run.clock()
         try:
             run.first(length)  # warm-up: allocations, compiled kernels, captured graphs
-            before = run.server.counters()
-            answers = [run.first(length) for _ in range(spec.repeats)]
+            firsts = [_first(run, length) for _ in range(spec.repeats)]
         except RefusedError as error:
             if len(timings) < 2:
                 raise UserError(f"options.endpoint: a prompt of {length} tokens is refused: {error}") from error
-            return tuple(timings), tuple(engine), f"the server, which refused {length} tokens: {error}"
-        seconds = [answer.ttft_s - round_trip_s for answer in answers]
-        if min(seconds) <= 0:
+            stopped = f"the server, which refused {length} tokens: {error}"
+            break
+        last_took_s = run.clock() - began_s
+        found, counted = (
+            Estimate.of_quantile([one.prefill_s for one in firsts], 0.5),
+            length + max(run.added, default=0),
+        )
+        ttft_s = statistics.median(one.ttft_s for one in firsts)
+        if found.value <= 0:
             raise UserError(
-                f"options.endpoint: a first token after {min(answer.ttft_s for answer in answers):.4f} s is sooner than an exchange that "
-                f"computes nothing takes, {round_trip_s:.4f} s: this server is too near or too fast to be measured from here"
+                f"options.first_tokens: a prompt of {length} tokens has its first token after {ttft_s:.4g} s, no later than one of a "
+                "single token; accepted: longer prompts, more options.repeats, or a quieter server"
             )
-        found, counted = Estimate.of(seconds), length + max(run.added, default=0)
-        timings.append(Timing(counted, 1, found.value, found.low, found.high, len(seconds), 0))
-        run.progress(f"prefill of {counted} tokens: {found.value:.4f} s ({counted / found.value:.0f} tokens/s)")
+        timings.append(Timing(counted, 1, found.value, max(found.low, 0.0), found.high, found.n, 0))
+        ttfts_s.append(ttft_s)
+        run.progress(
+            f"prefill of {counted} tokens: {found.value:.4f} s ({counted / found.value:.0f} tokens/s) of {ttft_s:.4f} s to the first token"
+        )
         if found.high - found.low > 2 * _NOISY * found.value:
             run.flag(
                 f"repeats of {counted} tokens scatter: {found.low:.4g} to {found.high:.4g} s around {found.value:.4g} s"
             )
         if len(timings) > 1 and timings[-1].seconds < 0.9 * timings[-2].seconds:
             run.flag(f"{counted} tokens take less time than {timings[-2].tokens}")
-        if (own_s := _engine_prefill_s(before, run.server.counters(), len(seconds))) is not None:
-            engine.append(EngineTiming(counted, found.value, own_s))
+        if (own := _engine_timing(counted, firsts)) is not None:
+            engine.append(own)
+            run.progress(f"the engine's own: {own.prefill_s:.4f} s, from outside {own.ratio.value:.2f} of it")
         length *= 2
-    return tuple(timings), tuple(engine), f"last_tokens: {spec.last_tokens}"
+    return tuple(timings), tuple(ttfts_s), tuple(engine), stopped
 
 
-def _too_much(run: _Measuring, timings: list[Timing], length: int) -> str:
+def _first(run: _Measuring, length: int) -> _First:
+    """One first token of that length, and right before it the smallest request: what disturbs one disturbs the other as often."""
+    smallest_s, step_s = run.smallest()
+    before = run.server.counters()
+    answer = run.first(length)
+    own = [_own_s(run, before, names) for names in (ENGINE_PREFILL, ENGINE_TTFT)]
+    run.outside_s.append(smallest_s - step_s)
+    return _First(answer.ttft_s - (smallest_s - step_s), answer.ttft_s, *own)
+
+
+def _own_s(run: _Measuring, before: Mapping[str, float], names: Sequence[str]) -> float:
+    """What the engine counted of the one request since `before`; nan where it counts none, or those of others as well."""
+    if _counted(before, names, "_count") is None:
+        return math.nan
+    for look in range(_COUNTED_LOOKS):
+        if look:
+            time.sleep(_COUNTED_EVERY_S)
+        after = run.server.counters()
+        requests, total_s = (
+            (_counted(after, names, part) or 0.0) - (_counted(before, names, part) or 0.0)
+            for part in ("_count", "_sum")
+        )
+        if requests:
+            return total_s if requests == 1 else math.nan
+    return math.nan
+
+
+def _engine_timing(tokens: int, firsts: Sequence[_First]) -> EngineTiming | None:
+    """Medians of the requests that the engine counted; None where it counted fewer than three of them by themselves."""
+    counted = [one for one in firsts if one.engine_prefill_s > 0]
+    if len(counted) < 3:
+        return None
+    prefill_s, ttft_s = (
+        statistics.median(values)
+        for values in ([one.engine_prefill_s for one in counted], [one.engine_ttft_s for one in counted])
+    )
+    ratio = Estimate.of_quantile([one.prefill_s / one.engine_prefill_s for one in counted], 0.5)
+    return EngineTiming(tokens, prefill_s, ttft_s, ratio)
+
+
+def _too_much(run: _Measuring, timings: list[Timing], length: int, last_took_s: float) -> str:
     """Why a prompt of `length` is not tried; empty where it is."""
     limit = run.server.limit_tokens
     if limit is not None and length + 1 > limit:
@@ -262,19 +357,10 @@ def _too_much(run: _Measuring, timings: list[Timing], length: int) -> str:
             raise UserError(f"options.budget_s: {run.spec.budget_s:g} s were used up before two lengths were measured")
         return ""
     growth = max(timings[-1].seconds / timings[-2].seconds, 2.0)
-    expected_s = (run.spec.repeats + 1) * timings[-1].seconds * growth
+    expected_s = last_took_s * growth
     if expected_s > _SHARE_OF_PREFILL * run.left_s():
         return f"time: {length} tokens would take about {expected_s:.0f} s of the {max(run.left_s(), 0):.0f} s left"
     return ""
-
-
-def _engine_prefill_s(before: Mapping[str, float], after: Mapping[str, float], requests: int) -> float | None:
-    """The engine's own mean of these requests; None where it has none, or counted those of others as well."""
-    counts = [_counted(counters, ENGINE_PREFILL, "_count") for counters in (before, after)]
-    sums = [_counted(counters, ENGINE_PREFILL, "_sum") for counters in (before, after)]
-    if counts[1] is None or sums[1] is None or counts[1] - (counts[0] or 0.0) != requests:
-        return None
-    return (sums[1] - (sums[0] or 0.0)) / requests
 
 
 def _counted(counters: Mapping[str, float], names: Sequence[str], part: str = "") -> float | None:
@@ -282,7 +368,7 @@ def _counted(counters: Mapping[str, float], names: Sequence[str], part: str = ""
     return next((counters[name + part] for name in names if name + part in counters), None)
 
 
-def _prefix_cache(run: _Measuring, prefill: Sequence[Timing], round_trip_s: float) -> tuple[str, float]:
+def _prefix_cache(run: _Measuring, prefill: Sequence[Timing], outside_s: float) -> tuple[str, float]:
     """Whether a prompt that the server has just seen is computed again: by its own count, by its counters, else by time."""
     # The longest prompt that the wait for it allows: the longer, the clearer.
     added = max(run.added, default=0)
@@ -294,7 +380,7 @@ def _prefix_cache(run: _Measuring, prefill: Sequence[Timing], round_trip_s: floa
         # Twice again: of a hybrid, vLLM was seen to compute a prompt of 1,000 tokens twice in full, and to hit its cache the third time.
         new, second, again = (run.asked(what, ask) for what in ("a new prompt", *2 * ("a repeated prompt",)))
         cached = max(cached, second.cached_tokens, again.cached_tokens)
-        ratios.append((again.ttft_s - round_trip_s) / max(new.ttft_s - round_trip_s, 1e-9))
+        ratios.append(max(again.ttft_s - outside_s, 0.0) / max(new.ttft_s - outside_s, 1e-9))
     ratio, hits = statistics.median(ratios), _counted(run.server.counters(), ENGINE_HITS)
     if cached or hits is not None:
         # The engine's word: times of a machine that does other things as well say less.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,17 @@ SPEC = ProfileSpec(
     contexts=(128, 1024),
     decode_steps=4,
 )
-ROUND_TRIP_S = 0.002
-
-
-def prefill_s(tokens: int) -> float:
-    return 0.02 + 1e-4 * tokens + 1e-8 * tokens**2
+#: HTTP and the way into the engine and back, more than a whole prefill of the shortest prompt.
+OUTSIDE_S = 0.03
 
 
 def step_s(batch: int, context: int) -> float:
     return 0.01 + 0.002 * batch + 1e-6 * batch * context
+
+
+def prefill_s(tokens: int) -> float:
+    """That of one token is one step."""
+    return step_s(1, 1) + 1e-4 * (tokens - 1) + 1e-8 * (tokens**2 - 1)
 
 
 @dataclass
@@ -55,6 +58,10 @@ class FakeServer:
     scatter: float = 0.0
     again: float = 1.0
     own_counters: bool = False
+    #: A prompt of one token takes so much longer.
+    single_added_s: float = 0.0
+    #: Whether the engine counts as many requests of others.
+    others_ask: bool = False
     hits: int = 0
     #: Whether an answer is sent when it is whole.
     holds_back: bool = False
@@ -68,18 +75,11 @@ class FakeServer:
     def prompt(self, tokens: int, rng: np.random.Generator) -> tuple[int, ...]:
         return tuple(rng.integers(0, 10**6, tokens).tolist())
 
-    def round_trip_s(self) -> float:
-        return ROUND_TRIP_S
-
     def counters(self) -> Mapping[str, float]:
         if not self.own_counters:
             return {}
-        name = "vllm:request_prefill_time_seconds"
-        return {
-            "vllm:prefix_cache_hits_total": self.hits,
-            f"{name}_count": len(self.prefills),
-            f"{name}_sum": sum(self.prefills),
-        }
+        name, count = "vllm:request_prefill_time_seconds", len(self.prefills) * (2 if self.others_ask else 1)
+        return {"vllm:prefix_cache_hits_total": self.hits, f"{name}_count": count, f"{name}_sum": sum(self.prefills)}
 
     def answer(self, prompt: tuple[int, ...], output_tokens: int) -> Answer:
         return self.together([prompt], output_tokens)[0]
@@ -100,6 +100,7 @@ class FakeServer:
                 hit = self.caches and self.seen.get(prompt, 0) >= self.keeps_after
                 own_s = prefill_s(len(prompt)) * (0.1 if hit else 1.0)
                 self.hits += hit
+                own_s += self.single_added_s if len(prompt) == 1 else 0.0
                 own_s *= self.again if prompt in self.seen else 1.0
                 own_s *= 1 + self.scatter * float(self.rng.standard_normal())
                 self.prefills.append(own_s)
@@ -110,7 +111,7 @@ class FakeServer:
             step = step_s(len(group), context)
             tokens = 1 if self.ends_early else output_tokens
             for at_s in ready:
-                times = tuple(began_s - start_s + ROUND_TRIP_S + at_s + step * index for index in range(tokens))
+                times = tuple(began_s - start_s + OUTSIDE_S + at_s + step * index for index in range(tokens))
                 times = times[-1:] * tokens if self.holds_back else times
                 answers.append(Answer(start_s, times, (1,) * tokens, self.counts(context), tokens, self.says_cached))
             self.now_s = max(answer.start_s + answer.token_times_s[-1] for answer in answers)
@@ -125,7 +126,7 @@ def test_the_profile_recovers_the_times_that_made_it() -> None:
     found = measured(FakeServer())
     assert [timing.tokens for timing in found.prefill] == [128, 256, 512, 1024]
     assert [timing.seconds for timing in found.prefill] == pytest.approx([prefill_s(n) for n in (128, 256, 512, 1024)])
-    assert found.fixed.fixed_s == pytest.approx(0.02, rel=1e-3)
+    assert found.fixed.fixed_s == pytest.approx(0.0119, rel=1e-3)
     assert found.fixed.per_token_s == pytest.approx(1e-4, rel=1e-3)
     step = fit_decode(found.decode, slo_tokens_per_s=60)
     assert (step.base_s, step.per_sequence_s) == pytest.approx((0.01, 0.002))
@@ -133,6 +134,21 @@ def test_the_profile_recovers_the_times_that_made_it() -> None:
     assert step.batch_max == 2
     assert found.prefix_cache == "off"
     assert found.flags == ()
+
+
+def test_what_is_no_prefill_is_taken_off_whatever_it_is_and_however_tokens_are_sent() -> None:
+    for server in (FakeServer(), FakeServer(holds_back=True)):
+        found = measured(server)
+        assert found.outside.value == pytest.approx(OUTSIDE_S, rel=1e-3)
+        assert found.ttft_s[0] == pytest.approx(prefill_s(128) + OUTSIDE_S)
+        assert found.prefill[0].seconds == pytest.approx(prefill_s(128), rel=1e-3)
+
+
+def test_a_prompt_that_takes_no_longer_than_one_token_yields_no_profile() -> None:
+    with pytest.raises(
+        UserError, match=r"^options\.first_tokens: a prompt of 128 tokens .* no later than one of a single"
+    ):
+        measured(FakeServer(single_added_s=1.0))
 
 
 def test_a_prefix_cache_is_told_apart_and_disturbs_no_timing() -> None:
@@ -166,8 +182,20 @@ def test_prompts_of_two_runs_are_different() -> None:
 
 def test_the_engines_own_counter_stands_beside_the_clients_time() -> None:
     found = measured(FakeServer(own_counters=True))
-    assert [timing.engine_s for timing in found.engine] == pytest.approx([timing.client_s for timing in found.engine])
-    assert len(found.engine) == 4
+    assert [timing.prefill_s for timing in found.engine] == pytest.approx([prefill_s(n) for n in (128, 256, 512, 1024)])
+    assert [timing.ratio.value for timing in found.engine] == pytest.approx([1.0] * 4, rel=1e-4)
+    assert all(math.isnan(timing.ttft_s) for timing in found.engine)  # a counter that this engine does not have
+
+
+def test_counters_that_other_requests_are_in_as_well_are_not_taken_for_the_engines_own_time() -> None:
+    assert measured(FakeServer(own_counters=True, others_ask=True)).engine == ()
+
+
+def test_the_ratio_to_the_engine_is_of_the_same_requests_whatever_their_noise() -> None:
+    found = measured(FakeServer(own_counters=True, scatter=0.2), replace(SPEC, repeats=9))
+    longest = found.engine[-1]
+    assert longest.ratio.value == pytest.approx(1.0, abs=0.1)
+    assert longest.ratio.low < 1.0 < longest.ratio.high
 
 
 def test_special_tokens_that_a_server_adds_are_counted_and_flagged() -> None:
