@@ -306,6 +306,9 @@ class _Model:
             context.metric(
                 case, "logits_max_error", max(one.logits_error for one in found), "", "measured", n=len(found)
             ),
+            context.metric(
+                case, "logits_first_error", max(instances.first_errors.values()), "", "measured", n=len(found)
+            ),
             row(context, case, "logits_tolerance", [found[0].tolerance], "", "computed"),
         ]
 

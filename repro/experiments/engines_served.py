@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from repro.engine.base import Request
-from repro.engine.reference import TOLERANCE, Agreement, Reference, compare
+from repro.engine.reference import TOLERANCE, Agreement, Reference, compare, logits_error
 from repro.engine.vllm import CACHE_INFO, handed_over_bytes, offered, serve_split, state_tokens_of
 from repro.models.layout import StateLayout
 from repro.profiles.endpoint import Answer
@@ -68,6 +68,8 @@ class Instances:
         #: Log-probabilities of the unsplit answer's steps [steps, vocabulary], and how the split one compares, by request.
         self._logprobs: dict[int, torch.Tensor] = {}
         self.agreements: dict[int, Agreement] = {}
+        #: The same of first tokens, which come straight from the state that was handed over.
+        self.first_errors: dict[int, float] = {}
 
     def warm_up(self, request: Request) -> None:
         """Both ways once, the handshake of the connector included; nothing is kept."""
@@ -109,6 +111,7 @@ class Instances:
         self.agreements[request.request_id] = compare(
             Reference(tokens, alone), split_tokens, list(split), TOLERANCE_BF16
         )
+        self.first_errors[request.request_id] = logits_error(alone[0], split[0])
 
     def _of(self, number: int) -> tuple[Any, Any]:
         return self._prefill[number % len(self._prefill)], self._decode[number % len(self._decode)]

@@ -80,6 +80,7 @@ def test_bytes_tokens_and_times_of_both_checkpoints_and_nothing_left_behind(tmp_
             assert value(record, case, "tokens_match") == 1
             assert 0 < value(record, case, "prefill_s") < value(record, case, "ttft_mean_s")
         assert value(record, f"{model}/vllm_nixl", "logits_max_error") == 0
+        assert value(record, f"{model}/vllm_nixl", "logits_first_error") == 0
     assert record.provenance["versions"] == {"vllm_cpu": "0.1"}
     assert not started_below(engines)
     left = [
