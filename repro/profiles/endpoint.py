@@ -47,6 +47,9 @@ _RETRIES: Final = 2
 _MOST_ADDED_TOKENS: Final = 8
 _MOST_OUTPUT_TOKENS: Final = 512
 _NOISY: Final = 0.25
+#: Repeats are added, up to so many times as many, until the interval is within this share of T_prefill or the length took that share of
+#: the time: a machine that does other things as well disturbs short prompts most, which cost least.
+_WITHIN, _MOST_ROUNDS, _SHARE_OF_LENGTH = 0.1, 4, 0.05
 #: Tokens of the answer to the smallest prompt that show what a step takes.
 _STEP_TOKENS: Final = 9
 #: An engine may count a request after its answer; so often it is looked for, so far apart.
@@ -270,15 +273,15 @@ def _prefill(
         began_s = run.clock()
         try:
             run.first(length)  # warm-up: allocations, compiled kernels, captured graphs
-            firsts = [_first(run, length) for _ in range(spec.repeats)]
+            firsts = _firsts(run, length)
         except RefusedError as error:
             if len(timings) < 2:
                 raise UserError(f"options.endpoint: a prompt of {length} tokens is refused: {error}") from error
             stopped = f"the server, which refused {length} tokens: {error}"
             break
-        last_took_s = run.clock() - began_s
+        last_took_s = (run.clock() - began_s) * (spec.repeats + 1) / (len(firsts) + 1)
         found, counted = (
-            Estimate.of_quantile([one.prefill_s for one in firsts], 0.5),
+            _median(firsts),
             length + max(run.added, default=0),
         )
         ttft_s = statistics.median(one.ttft_s for one in firsts)
@@ -303,6 +306,24 @@ def _prefill(
             run.progress(f"the engine's own: {own.prefill_s:.4f} s, from outside {own.ratio.value:.2f} of it")
         length *= 2
     return tuple(timings), tuple(ttfts_s), tuple(engine), stopped
+
+
+def _firsts(run: _Measuring, length: int) -> list[_First]:
+    """As many first tokens as are asked for; more of them, while there is time, where they leave T_prefill uncertain."""
+    firsts, began_s = list[_First](), run.clock()
+    while len(firsts) < _MOST_ROUNDS * run.spec.repeats:
+        firsts += [_first(run, length) for _ in range(run.spec.repeats)]
+        found = _median(firsts)
+        # An interval of equal values has no bounds.
+        if not found.high - found.low > 2 * _WITHIN * found.value:
+            break
+        if run.clock() - began_s > _SHARE_OF_LENGTH * run.spec.budget_s:
+            break
+    return firsts
+
+
+def _median(firsts: Sequence[_First]) -> Estimate:
+    return Estimate.of_quantile([one.prefill_s for one in firsts], 0.5)
 
 
 def _first(run: _Measuring, length: int) -> _First:

@@ -256,6 +256,14 @@ def test_lengths_end_where_the_server_or_the_time_ends_them() -> None:
         measured(FakeServer(limit_tokens=100))
 
 
+def test_a_length_that_stays_uncertain_is_repeated_up_to_four_times_as_often() -> None:
+    assert {timing.repeats for timing in measured(FakeServer()).prefill} == {3}
+    often = [timing.repeats for timing in measured(FakeServer(scatter=0.4)).prefill]
+    assert max(often) > 3
+    assert set(often) <= {3, 6, 9, 12}
+    assert {timing.repeats for timing in measured(FakeServer(scatter=0.4), replace(SPEC, budget_s=10.0)).prefill} == {3}
+
+
 def test_scattered_repeats_are_flagged() -> None:
     assert any("scatter" in flag for flag in measured(FakeServer(scatter=0.4)).flags)
 
