@@ -93,7 +93,7 @@ def profile_endpoint(context: Context, model: ModelSpec, options: ProfileSpec, e
     return Outcome(_metrics(context, name, measurement, table, flags), {"timings": table}, provenance={
         "profile": str(path), "served_model": served, "served_from": root, "prompts": how, "nonce": nonce,
         "prefix_cache": measurement.prefix_cache, "fixed": asdict(measurement.fixed), "stopped": measurement.stopped, "flags": flags,
-        "engine's own": _own_words(measurement),
+        "outside_by": measurement.outside_by, "engine's own": _own_words(measurement),
     })  # fmt: skip
 
 
@@ -115,8 +115,8 @@ def _profile(
         name, model, options.accelerator or "unknown", options, measurement.prefill, measurement.decode, states,
         notes=(
             "Of a running engine, one request at a time. T_prefill is the time to the first token less what is no prefill, "
-            f"{measurement.outside.value:.4g} s by the smallest request; its fixed part is {fixed.fixed_s:.4g} s. "
-            f"{_own_words(measurement)} "
+            f"{measurement.outside.value:.4g} s by the smallest request less {measurement.outside_by}. "
+            f"Its fixed part is {fixed.fixed_s:.4g} s. {_own_words(measurement)} "
             f"Prefix caching {measurement.prefix_cache}. Lengths ended by {measurement.stopped}."
             + "".join(f" Flagged: {flag}." for flag in flags)
         ),
@@ -129,7 +129,7 @@ def _own_words(measurement: EndpointMeasurement) -> str:
     if not measurement.engine:
         return "The engine shows no prefill times of its own to hold it against."
     ratios = [timing.ratio.value for timing in measurement.engine]
-    return f"It is {min(ratios):.3g} to {max(ratios):.3g} of the engine's own metric, from which nothing was taken."
+    return f"It is {min(ratios):.3g} to {max(ratios):.3g} of the engine's own metric of the same requests."
 
 
 def _timings(measurement: EndpointMeasurement, states: StateLayout) -> pd.DataFrame:

@@ -1,15 +1,15 @@
 """Measure the phase profile of an engine that already runs, from outside: what an OpenAI-compatible server shows to a client.
 
 T_prefill(l) is the time to the first token of a prompt of exactly l tokens with nothing else under way, less what a client waits for
-outside of prefill: HTTP, the way into the engine's own process and back. That is as long for every prompt, so the smallest one shows it:
-a prompt of one token waits for all of it and for one step of the engine, which the steps of a longer answer tell. An exchange that
-computes nothing does not reach the engine and shows a part of it only. The fixed part of T_prefill (what does not grow with l) is fitted
-and stands beside it. A decode step is the gap between two tokens of one stream while all streams of a batch decode. What a server may
-do to make such times wrong is looked for and either refused or flagged: prompts answered from a prefix cache, tokens counted otherwise,
-a batch that never ran together.
+outside of prefill: HTTP, the way into the engine's own process and back. That is as long for every prompt, so the smallest one shows
+it: a prompt of one token waits for all of it and for one step of the engine. How long that is the engine's counters of that one request
+say, or, where it has none, the steps of a longer answer. An exchange that computes nothing does not reach the engine and shows a part.
+The fixed part of T_prefill (what does not grow with l) is fitted and stands beside it. A decode step is the gap between two tokens of
+one stream while all streams of a batch decode. What a server may do to make such times wrong is looked for and either refused or
+flagged: prompts answered from a prefix cache, tokens counted otherwise, a batch that never ran together.
 
 Where the engine counts its own prefill, its counters are read around every single request: its times stand beside the client's of the
-same requests, and none of them goes into the profile.
+same requests, and none but that of the smallest one goes into the profile.
 
 Prompts are random and new in every run: one that the server has seen before could be answered from its cache.
 """
@@ -136,12 +136,14 @@ class EngineTiming:
 class EndpointMeasurement:
     """What was measured of a running engine. `prefix_cache` is on, off or unclear, `flags` are reasons to distrust the rest.
 
-    `prefill` is T_prefill, `ttft_s` what a client waited at the same lengths, `outside` the part of that which is no prefill.
+    `prefill` is T_prefill, `ttft_s` what a client waited at the same lengths, `outside` the part of that which is no prefill: the
+    wait for the smallest request less `outside_by`.
     """
 
     prefill: tuple[Timing, ...]
     ttft_s: tuple[float, ...]
     outside: Estimate
+    outside_by: str
     decode: tuple[Timing, ...]
     engine: tuple[EngineTiming, ...]
     fixed: Fixed
@@ -160,6 +162,8 @@ class _Measuring:
         self.flags: dict[str, None] = {}
         self.added: set[int] = set()
         self.outside_s: list[float] = []
+        self.outside_by: set[str] = set()
+        self.smallest_tokens = 1
         self.began_s = clock()
 
     def left_s(self) -> float:
@@ -191,22 +195,37 @@ class _Measuring:
         self.judge(tokens, answer)
         return answer
 
-    def smallest(self) -> tuple[float, float]:
-        """TTFT of a prompt of one token, and the step of the engine that is in it."""
+    def smallest_outside_s(self) -> float:
+        """What a client waits for outside of prefill: TTFT of a prompt of one token, or two where one is refused, less its prefill."""
 
         def ask(output_tokens: int) -> Answer:
-            return self.asked(
-                "a prompt of one token",
-                lambda: self.server.answer(self.server.prompt(1, self.rng), output_tokens),
-            )
+            what = f"a prompt of {self.smallest_tokens} token(s)"
+            prompt = self.server.prompt(self.smallest_tokens, self.rng)
+            return self.asked(what, lambda: self.server.answer(prompt, output_tokens))
 
-        long, short = ask(_STEP_TOKENS), ask(1)
+        before = self.server.counters()
+        try:
+            short = ask(1)
+        except RefusedError as error:
+            if self.smallest_tokens > 1:
+                raise UserError(
+                    f"options.endpoint: a prompt of {self.smallest_tokens} tokens is refused: {error}"
+                ) from error
+            # An engine that keeps a prompt's last token for decode, as the kit's, has nothing to prefill in one of a single token.
+            self.smallest_tokens = 2
+            return self.smallest_outside_s()
+        own_s = _own_s(self.server, before, ENGINE_PREFILL)
+        if math.isfinite(own_s):
+            self.outside_by.add("the engine's own time of it")
+            return short.ttft_s - own_s
+        self.outside_by.add("a step of decode")
+        long = ask(_STEP_TOKENS)
         steps = sum(long.token_counts) - 1
         if steps < 1:
             self.flag("an answer to one token ends at once: T_prefill lacks one step of the engine")
-            return short.ttft_s, 0.0
+            return short.ttft_s
         # Whole answers: a server that sends its tokens in bursts, or all at the end, shows its steps by them only.
-        return short.ttft_s, (long.token_times_s[-1] - short.token_times_s[-1]) / steps
+        return short.ttft_s - (long.token_times_s[-1] - short.token_times_s[-1]) / steps
 
     def judge(self, tokens: int, answer: Answer) -> None:
         """Refuse what the server counted otherwise than it was asked; flag what it did not count, or took from a cache."""
@@ -239,7 +258,7 @@ def measure_endpoint(
     """
     run = _Measuring(server, spec, progress, clock, nonce)
     prefill, ttft_s, engine, stopped = _prefill(run)
-    outside = Estimate.of_quantile(run.outside_s, 0.5)
+    outside = _median(run.outside_s)
     prefix_cache, ratio = _prefix_cache(run, prefill, outside.value)
     decode = tuple(_decode(run))
     if not decode:
@@ -247,7 +266,17 @@ def measure_endpoint(
             "options.endpoint: no decode step could be measured: " + ("; ".join(run.flags) or "budget_s is used up")
         )
     return EndpointMeasurement(
-        prefill, ttft_s, outside, decode, engine, fit_fixed(prefill), prefix_cache, ratio, stopped, tuple(run.flags)
+        prefill,
+        ttft_s,
+        outside,
+        " or ".join(sorted(run.outside_by)),
+        decode,
+        engine,
+        fit_fixed(prefill),
+        prefix_cache,
+        ratio,
+        stopped,
+        tuple(run.flags),
     )
 
 
@@ -281,7 +310,7 @@ def _prefill(
             break
         last_took_s = (run.clock() - began_s) * (spec.repeats + 1) / (len(firsts) + 1)
         found, counted = (
-            _median(firsts),
+            _median([one.prefill_s for one in firsts]),
             length + max(run.added, default=0),
         )
         ttft_s = statistics.median(one.ttft_s for one in firsts)
@@ -313,7 +342,7 @@ def _firsts(run: _Measuring, length: int) -> list[_First]:
     firsts, began_s = list[_First](), run.clock()
     while len(firsts) < _MOST_ROUNDS * run.spec.repeats:
         firsts += [_first(run, length) for _ in range(run.spec.repeats)]
-        found = _median(firsts)
+        found = _median([one.prefill_s for one in firsts])
         # An interval of equal values has no bounds.
         if not found.high - found.low > 2 * _WITHIN * found.value:
             break
@@ -322,28 +351,32 @@ def _firsts(run: _Measuring, length: int) -> list[_First]:
     return firsts
 
 
-def _median(firsts: Sequence[_First]) -> Estimate:
-    return Estimate.of_quantile([one.prefill_s for one in firsts], 0.5)
+def _median(values: Sequence[float]) -> Estimate:
+    """With its interval, which values that differ by rounding only do not have."""
+    middle = statistics.median(values)
+    if max(values) - min(values) <= 1e-9 * abs(middle):
+        return Estimate(middle, math.nan, math.nan, len(values))
+    return Estimate.of_quantile(values, 0.5)
 
 
 def _first(run: _Measuring, length: int) -> _First:
     """One first token of that length, and right before it the smallest request: what disturbs one disturbs the other as often."""
-    smallest_s, step_s = run.smallest()
+    outside_s = run.smallest_outside_s()
     before = run.server.counters()
     answer = run.first(length)
-    own = [_own_s(run, before, names) for names in (ENGINE_PREFILL, ENGINE_TTFT)]
-    run.outside_s.append(smallest_s - step_s)
-    return _First(answer.ttft_s - (smallest_s - step_s), answer.ttft_s, *own)
+    own = [_own_s(run.server, before, names) for names in (ENGINE_PREFILL, ENGINE_TTFT)]
+    run.outside_s.append(outside_s)
+    return _First(answer.ttft_s - outside_s, answer.ttft_s, *own)
 
 
-def _own_s(run: _Measuring, before: Mapping[str, float], names: Sequence[str]) -> float:
+def _own_s(server: Server, before: Mapping[str, float], names: Sequence[str]) -> float:
     """What the engine counted of the one request since `before`; nan where it counts none, or those of others as well."""
     if _counted(before, names, "_count") is None:
         return math.nan
     for look in range(_COUNTED_LOOKS):
         if look:
             time.sleep(_COUNTED_EVERY_S)
-        after = run.server.counters()
+        after = server.counters()
         requests, total_s = (
             (_counted(after, names, part) or 0.0) - (_counted(before, names, part) or 0.0)
             for part in ("_count", "_sum")
@@ -362,7 +395,7 @@ def _engine_timing(tokens: int, firsts: Sequence[_First]) -> EngineTiming | None
         statistics.median(values)
         for values in ([one.engine_prefill_s for one in counted], [one.engine_ttft_s for one in counted])
     )
-    ratio = Estimate.of_quantile([one.prefill_s / one.engine_prefill_s for one in counted], 0.5)
+    ratio = _median([one.prefill_s / one.engine_prefill_s for one in counted])
     return EngineTiming(tokens, prefill_s, ttft_s, ratio)
 
 

@@ -55,7 +55,10 @@ class FakeServer:
     ends_early: bool = False
     limit_tokens: int | None = None
     refuses_above: int = 10**9
+    refuses_below: int = 1
     scatter: float = 0.0
+    #: That of what is no prefill.
+    wait_scatter: float = 0.0
     again: float = 1.0
     own_counters: bool = False
     #: A prompt of one token takes so much longer.
@@ -88,8 +91,8 @@ class FakeServer:
         if self.breaks:
             self.breaks -= 1
             raise BrokenAnswerError("the connection was closed before the answer was complete")
-        if len(prompts[0]) > self.refuses_above:
-            raise RefusedError("status 400 (too long)")
+        if not self.refuses_below <= len(prompts[0]) <= self.refuses_above:
+            raise RefusedError("status 400 (too long, or too short)")
         answers = []
         for first in range(0, len(prompts), self.at_once):
             group, began_s = prompts[first : first + self.at_once], self.now_s
@@ -111,7 +114,8 @@ class FakeServer:
             step = step_s(len(group), context)
             tokens = 1 if self.ends_early else output_tokens
             for at_s in ready:
-                times = tuple(began_s - start_s + OUTSIDE_S + at_s + step * index for index in range(tokens))
+                outside_s = OUTSIDE_S * (1 + self.wait_scatter * float(self.rng.random()))
+                times = tuple(began_s - start_s + outside_s + at_s + step * index for index in range(tokens))
                 times = times[-1:] * tokens if self.holds_back else times
                 answers.append(Answer(start_s, times, (1,) * tokens, self.counts(context), tokens, self.says_cached))
             self.now_s = max(answer.start_s + answer.token_times_s[-1] for answer in answers)
@@ -137,11 +141,19 @@ def test_the_profile_recovers_the_times_that_made_it() -> None:
 
 
 def test_what_is_no_prefill_is_taken_off_whatever_it_is_and_however_tokens_are_sent() -> None:
-    for server in (FakeServer(), FakeServer(holds_back=True)):
+    for server in (FakeServer(), FakeServer(holds_back=True), FakeServer(own_counters=True)):
         found = measured(server)
+        assert found.outside_by == ("the engine's own time of it" if server.own_counters else "a step of decode")
         assert found.outside.value == pytest.approx(OUTSIDE_S, rel=1e-3)
         assert found.ttft_s[0] == pytest.approx(prefill_s(128) + OUTSIDE_S)
         assert found.prefill[0].seconds == pytest.approx(prefill_s(128), rel=1e-3)
+
+
+def test_a_server_that_takes_no_prompt_of_one_token_is_asked_with_two() -> None:
+    found = measured(FakeServer(refuses_below=2))
+    assert found.prefill[0].seconds == pytest.approx(prefill_s(128), rel=1e-2)
+    with pytest.raises(UserError, match=r"^options\.endpoint: a prompt of 2 tokens is refused: status 400"):
+        measured(FakeServer(refuses_below=3))
 
 
 def test_a_prompt_that_takes_no_longer_than_one_token_yields_no_profile() -> None:
@@ -188,11 +200,12 @@ def test_the_engines_own_counter_stands_beside_the_clients_time() -> None:
 
 
 def test_counters_that_other_requests_are_in_as_well_are_not_taken_for_the_engines_own_time() -> None:
-    assert measured(FakeServer(own_counters=True, others_ask=True)).engine == ()
+    found = measured(FakeServer(own_counters=True, others_ask=True))
+    assert (found.engine, found.outside_by) == ((), "a step of decode")
 
 
 def test_the_ratio_to_the_engine_is_of_the_same_requests_whatever_their_noise() -> None:
-    found = measured(FakeServer(own_counters=True, scatter=0.2), replace(SPEC, repeats=9))
+    found = measured(FakeServer(own_counters=True, scatter=0.2, wait_scatter=1.0), replace(SPEC, repeats=9))
     longest = found.engine[-1]
     assert longest.ratio.value == pytest.approx(1.0, abs=0.1)
     assert longest.ratio.low < 1.0 < longest.ratio.high
