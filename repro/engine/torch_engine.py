@@ -34,9 +34,10 @@ from repro.kvcache.frames import Piece
 from repro.kvcache.prefix import Prefix, PrefixCache, PrefixCacheSpec, grows
 from repro.kvcache.state import Cache, Outline, State, layout, restore, seal
 from repro.kvcache.tensors import tensor_of
-from repro.models.build import build_over
+from repro.models.build import build, build_over
 from repro.models.prefill import chunked_prefill, forward, new_cache
 from repro.models.spec import ModelSpec
+from repro.processes import apart
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,31 @@ _ADMITTED: dict[str, Admission] = {}
 def _admission(spec: EngineSpec, model: torch.nn.Module) -> Admission:
     if spec.model.pretrained is not None:  # a folder may hold something else the next time
         return admit(model)
-    identity = json.dumps([asdict(spec.model), spec.device, spec.more_devices], sort_keys=True)
+    identity = _weights(spec)
     if identity not in _ADMITTED:
         _ADMITTED[identity] = admit(model)
     return _ADMITTED[identity]
+
+
+def _weights(spec: EngineSpec) -> str:
+    return json.dumps([asdict(spec.model), spec.device, spec.more_devices], sort_keys=True)
+
+
+def foresee(spec: EngineSpec) -> None:
+    """Import what an engine of that model needs and learn what the gate finds: once, in a process that is then forked into engines.
+
+    Nothing is computed in this process, whose forks would find torch's threads missing: the gate is asked in a fork of its own.
+    """
+    build(spec.model, "meta")
+    if spec.model.pretrained is not None:
+        return
+
+    def ask() -> bytes:
+        torch.set_num_threads(spec.threads)
+        return json.dumps(admit(build_over(spec.model, spec.devices, spec.weights_drawn_on)).record()).encode()
+
+    if found := apart(ask):
+        _ADMITTED[_weights(spec)] = Admission(**json.loads(found))
 
 
 class TorchEngine:

@@ -13,15 +13,16 @@ from repro.processes.beside import beside
 from repro.processes.channel import Channel, Message, PeerGone
 from repro.processes.child import Child, ChildEndedError, Ended
 from repro.processes.cores import Core, Cores, background, hand_out, place, placed
-from repro.processes.forked import Forked
+from repro.processes.forked import Forked, apart
 from repro.processes.kernel import die_with_parent, run_first, tied, wake_precisely
 from repro.processes.pool import each_in_parallel
 from repro.processes.programs import foreground, run
 from repro.processes.supervision import Event, SilenceError, Supervisor
+from repro.processes.warm import Warm
 from repro.processes.worker import Parent, run_worker
 
 __all__ = [
     "Channel", "Child", "ChildEndedError", "Core", "Cores", "Ended", "Event", "Forked", "Message", "Parent", "PeerGone", "SilenceError",
-    "Supervisor", "background", "beside", "die_with_parent", "each_in_parallel", "foreground", "hand_out", "place", "placed", "run",
-    "run_first", "run_worker", "tied", "wake_precisely",
+    "Supervisor", "Warm", "apart", "background", "beside", "die_with_parent", "each_in_parallel", "foreground", "hand_out", "place",
+    "placed", "run", "run_first", "run_worker", "tied", "wake_precisely",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from repro.errors import UserError
 from repro.processes.channel import Channel, Message, PeerGone
 from repro.processes.proc import usage
 from repro.processes.starter import started, with_package
+from repro.processes.warm import Fork, Warm
 
 #: A stopped child is named after this time without a heartbeat, one that waits for nobody knows what after this, any other after that.
 STOPPED_AFTER_S, SILENT_AFTER_S, UNHEARD_AFTER_S = 3.0, 8.0, 60.0
@@ -72,7 +73,7 @@ class Child:
     def __init__(
         self,
         role: str,
-        argv: Sequence[str],
+        program: Sequence[str] | Warm,
         *,
         hear: Callable[[Message, bytes], None] | None = None,
         environment: Mapping[str, str] | None = None,
@@ -83,12 +84,13 @@ class Child:
         cores: Collection[int] | None = None,
         cwd: Path | None = None,
     ) -> None:
-        """Start `argv`, which ends in a program that calls `run_worker`, or, without `channel`, any program.
+        """Start the command `program`, which ends in one that calls `run_worker`, or, without `channel`, any; or fork a warm process.
 
         `role` names it in messages. `hear` gets each message that answers no question, in the watching thread. `environment` is
         added to this process's own. A child leads a process group of its own and is ended with all of it; one without `own_group`
         stays in this process's, to be ended with this one. stdout goes where
-        `stderr` goes, and is dropped where that is inherited.
+        `stderr` goes, and is dropped where that is inherited. A fork has the environment, the folder and the open files of its
+        warm process, and always a channel and a group.
 
         Raises:
             UserError: where the program cannot be started.
@@ -98,29 +100,38 @@ class Child:
         self._group = own_group
         self._log, self._errors = _opened(stderr)
         near, far = socket.socketpair() if channel else (None, None)
+        self._process: subprocess.Popen[bytes] | Fork
         try:
-            self._process = started(
-                argv,
-                cores,
-                stdin=far if far is not None else subprocess.DEVNULL,
-                stdout=self._errors if self._errors is not None else subprocess.DEVNULL,
-                stderr=self._errors,
-                env=with_package({**os.environ, **(environment or {})}),
-                start_new_session=own_group,
-                pass_fds=pass_fds,
-                cwd=cwd,
-            )
-        except OSError as error:
+            if isinstance(program, Warm):
+                if far is None or not own_group or environment or pass_fds or cwd:
+                    raise ValueError(f"{role}: a fork has a channel, a group, and all else of its warm process")
+                self._process = program.fork(far, self._errors, cores)
+            else:
+                self._process = started(
+                    program,
+                    cores,
+                    stdin=far if far is not None else subprocess.DEVNULL,
+                    stdout=self._errors if self._errors is not None else subprocess.DEVNULL,
+                    stderr=self._errors,
+                    env=with_package({**os.environ, **(environment or {})}),
+                    start_new_session=own_group,
+                    pass_fds=pass_fds,
+                    cwd=cwd,
+                )
+            self.pid = self._process.pid
+            self._pidfd = os.pidfd_open(self.pid)
+        except (OSError, UserError) as error:
             if near is not None:
                 near.close()
             self._close_log()
-            raise UserError(f"{role}: {argv[0]} cannot be started ({error.strerror})") from None
+            if isinstance(error, UserError):
+                raise
+            what = "a fork" if isinstance(program, Warm) else program[0]
+            raise UserError(f"{role}: {what} cannot be started ({error.strerror})") from None
         finally:
             if far is not None:
                 far.close()
-        self.pid = self._process.pid
         self.returncode: int | None = None
-        self._pidfd = os.pidfd_open(self.pid)
         self._channel = Channel(near, _SEND_TIMEOUT_S) if near is not None else None
         self._lock = threading.Lock()
         self._over = threading.Event()

@@ -85,6 +85,13 @@ def place(processors: Collection[int]) -> None:
         os.sched_setaffinity(0, processors)
 
 
+def begin_on(processors: Collection[int]) -> None:
+    """This process on these processors, as if it had been started there: for a fork, which has begun elsewhere."""
+    global _BEGAN_WITH
+    os.sched_setaffinity(0, processors)
+    _BEGAN_WITH = set(processors)
+
+
 @contextlib.contextmanager
 def placed(processors: Collection[int]) -> Iterator[None]:
     """This thread on these processors only, and with it every thread and process that it starts; empty means no change."""

@@ -20,7 +20,7 @@ from repro.configuration import plain
 from repro.errors import UserError
 from repro.link import Link, Side
 from repro.link.namespaces import other as across
-from repro.processes import Child, Ended, Message
+from repro.processes import Child, Ended, Message, Warm
 from repro.serving import messages as say
 from repro.serving.afflictions import Affliction, afflict
 from repro.serving.clocks import Clocks
@@ -54,9 +54,18 @@ class Config(Protocol):
         """The instance."""
         ...
 
+    @property
+    def forks(self) -> bool:
+        """Whether it may be a fork of a process that has called the program's `warm`, because its start costs seconds otherwise."""
+        ...
+
 
 class Launcher(Protocol):
     """Starts an instance somewhere; `hear` gets what it says and `ended` the news of its end, in threads of the launcher's."""
+
+    def prepare(self, places: Mapping[Place, Config]) -> None:
+        """Begin what can be begun for several instances at once: they are about to be started."""
+        ...
 
     def start(
         self, place: Place, config: Config, hear: Callable[[Message], None], ended: Callable[[Ended], None]
@@ -80,28 +89,57 @@ class Launcher(Protocol):
         """Measure what lies between the two sides, for the record: what was asked of the link and what it was found to be."""
         ...
 
+    def close(self) -> None:
+        """Give up what was prepared; all instances have ended."""
+        ...
+
 
 class LocalLauncher:
-    """Processes of this machine, each in the network of its side of an open link."""
+    """Processes of this machine, each in the network of its side of an open link.
+
+    Those that may be forks are forked of a process per side that has imported their program once; where it was killed, which ends them
+    too, the next start makes another.
+    """
 
     def __init__(self, link: Link, log_directory: Path) -> None:
         self._link = link
         self._log_directory = log_directory
+        self._warm: dict[Side, Warm] = {}
+
+    def prepare(self, places: Mapping[Place, Config]) -> None:
+        """Let the imports begin on every side."""
+        for place, config in places.items():
+            self._program(place, config)
 
     def start(
         self, place: Place, config: Config, hear: Callable[[Message], None], ended: Callable[[Ended], None]
     ) -> Child:
         """Start the instance's process."""
+        program = self._program(place, config)
         child = Child(
             f"instance {place.name}",
-            self._link.command(place.side, [sys.executable, "-m", config.MODULE]),
+            program,
             hear=lambda message, _beside: hear(message),
-            environment=ENVIRONMENT,
+            environment=None if isinstance(program, Warm) else ENVIRONMENT,
             stderr=self._log_directory / f"{place.name}.log",
         )
         child.on_end(ended)
         child.send("config", **plain(cast(Any, config)))
         return child
+
+    def _program(self, place: Place, config: Config) -> list[str] | Warm:
+        """What an instance is started from: a command, or the warm process of its side."""
+        if not config.forks:
+            return self._link.command(place.side, [sys.executable, "-m", config.MODULE])
+        warm = self._warm.get(place.side)
+        if warm is None or warm.ended:
+            if warm is not None:
+                warm.close()
+            name = f"warm-{place.side}"
+            command = self._link.command(place.side, Warm.program(config.MODULE))
+            log = self._log_directory / f"{name}.log"
+            self._warm[place.side] = warm = Warm(name, command, plain(cast(Any, config)), ENVIRONMENT, log)
+        return warm
 
     def host(self, place: Place) -> str:
         """The side's address on the link."""
@@ -119,6 +157,12 @@ class LocalLauncher:
         """The link itself."""
         link.check(tolerate=True)
         return link.record()
+
+    def close(self) -> None:
+        """End the warm processes."""
+        for warm in self._warm.values():
+            warm.close()
+        self._warm.clear()
 
 
 class Fleet:
@@ -163,6 +207,7 @@ class Fleet:
         Raises:
             UserError: naming an instance that ended or did not come up in time.
         """
+        self._launcher.prepare(places)
         for place, config in places.items():
             self._start(place, config)
         self._wait(lambda: all(place.name in self._ports for place in places), "start")
@@ -305,3 +350,4 @@ class Fleet:
                 child.wait(3.0)
         for child in children:
             child.kill()
+        self._launcher.close()

@@ -28,10 +28,9 @@ from repro.profiles.base import PhaseProfile
 from repro.serving import messages as say
 from repro.serving.clocks import telling_time
 from repro.serving.clockwork import Clockwork
+from repro.serving.messages import ATTEMPTS
 from repro.transport import Delivery, Receiver, Sender, TransferFailed, TransportSpec
 
-#: A request's number on the wire is number × this + attempt.
-ATTEMPTS = 64
 #: Pieces are cut from one block of random bytes, so that nothing on the way can compress them; none may be larger.
 MAX_PIECE_BYTES = 32 << 20
 
@@ -44,6 +43,7 @@ class InstanceConfig:
     """
 
     MODULE: ClassVar = "repro.serving.instance"
+    forks: ClassVar = False
     name: str
     profile: PhaseProfile
     transport: TransportSpec

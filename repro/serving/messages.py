@@ -14,6 +14,9 @@ import msgspec
 
 from repro.processes import Message
 
+#: A request's number on the wire is number × this + attempt.
+ATTEMPTS = 64
+
 
 class Said(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
     """Any of them."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,6 +89,9 @@ class RayLauncher:
         nodes = self._nodes[side]
         return nodes[index % len(nodes)]
 
+    def prepare(self, places: Mapping[Place, Config]) -> None:
+        """Nothing: a node starts each instance as a program of its own."""
+
     def start(
         self, place: Place, config: Config, hear: Callable[[Message], None], ended: Callable[[Ended], None]
     ) -> Child:
@@ -131,6 +134,9 @@ class RayLauncher:
             measured = pair.measure("forward")
             found[f"{pair.listen_host('prefill')} to {pair.listen_host('decode')}"] = plain(measured)
         return {**link.record(), "placed_by": "ray", "measured": found}
+
+    def close(self) -> None:
+        """Nothing was prepared."""
 
     def left(self, within_s: float = 10.0) -> int:
         """How many of the cluster's places for instances are taken that were free when this was made; waits for them to be given back."""

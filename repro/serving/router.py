@@ -39,9 +39,9 @@ from repro.serving.clockwork import Clockwork
 from repro.serving.cluster_caches import PD, PRFAAS, Caches
 from repro.serving.egress import Egress
 from repro.serving.fleet import Fleet
-from repro.serving.instance import ATTEMPTS
 from repro.serving.listener import PHASES, Listener, View
 from repro.serving.live_request import LIVE_COLUMNS, LiveRequest
+from repro.serving.messages import ATTEMPTS
 from repro.serving.scale import Scale
 from repro.workload.stream import Chains
 

@@ -23,7 +23,7 @@ import torch
 from repro import configuration
 from repro.engine.base import Handover, Request
 from repro.engine.spans import SpanLog, now_s
-from repro.engine.torch_engine import EngineSpec, TorchEngine
+from repro.engine.torch_engine import EngineSpec, TorchEngine, foresee
 from repro.errors import UserError
 from repro.kvcache.codecs import CodecSpec
 from repro.kvcache.frames import Manifest
@@ -31,8 +31,7 @@ from repro.kvcache.state import State, seal
 from repro.processes import Message, Parent, background, run_worker
 from repro.serving import messages as say
 from repro.serving.clocks import telling_time
-from repro.serving.instance import ATTEMPTS
-from repro.serving.messages import name_of, named
+from repro.serving.messages import ATTEMPTS, name_of, named
 from repro.serving.prefill import Outbox
 from repro.serving.running_batch import Generation, RunningBatch
 from repro.transport import Received, Receiver, Sender, TransferFailed, TransportSpec
@@ -55,6 +54,11 @@ class TorchInstanceConfig:
     batch_max: int
     seed: int = 0
     streams: bool = False
+
+    @property
+    def forks(self) -> bool:
+        """On CPUs alone: a GPU is of no use to a fork of a process that has looked for it."""
+        return all(device.partition(":")[0] == "cpu" for device in self.engine.devices)
 
 
 def prompt_of(config: TorchInstanceConfig, number: int, tokens: int) -> tuple[int, ...]:
@@ -350,6 +354,11 @@ class TorchInstance:
 
 def _nothing() -> None:
     """Where nothing has to be released."""
+
+
+def warm(config: Message) -> None:
+    """Bring in what instances of that model need, in the process that they are forked from."""
+    foresee(configuration.build(TorchInstanceConfig, config).engine)
 
 
 def work(parent: Parent, config: Message) -> None:
