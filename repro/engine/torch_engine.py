@@ -112,7 +112,7 @@ def _weights(spec: EngineSpec) -> str:
 def foresee(spec: EngineSpec) -> None:
     """Import what an engine of that model needs and learn what the gate finds: once, in a process that is then forked into engines.
 
-    Nothing is computed in this process, whose forks would find torch's threads missing: the gate is asked in a fork of its own.
+    Nothing is computed in this process, or its forks could miss threads that torch had started: the gate is asked in a fork of its own.
     """
     build(spec.model, "meta")
     if spec.model.pretrained is not None:

@@ -1,9 +1,10 @@
 """An instance that computes: `python -m repro.serving.torch_instance`, a real model where `repro.serving.instance` replays a profile.
 
-On this machine's CPUs it is the fork of a process that has called `warm`. It speaks the same messages, so the same router drives both. One thread computes: a prefill to its end, layer by layer onto the wire, else a
-step of the running batch. KVCache goes to the decode instance that the router named, from a PrfaaS instance over the link and from a PD
-instance within the cluster: state crosses sockets only, never memory. A prompt comes with the request where a client sent it; otherwise the
-instance draws it from the request's number, as a real one would read it from a store.
+It speaks the same messages, so the same router drives both. On the CPUs of this machine it is a fork of a process that has called `warm`.
+One thread computes: a prefill to its end, layer by layer onto the wire, else a step of the running batch. KVCache goes to the decode
+instance that the router named, from a PrfaaS instance over the link and from a PD instance within the cluster: state crosses sockets only,
+never memory. A prompt comes with the request where a client sent it; otherwise the instance draws it from the request's number, as a real
+one would read it from a store.
 """
 
 from __future__ import annotations
