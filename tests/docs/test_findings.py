@@ -110,3 +110,20 @@ def test_what_the_studies_found_is_what_their_records_say() -> None:
     )
     assert f"costs {100 * (1 - spent[0] / spent[1]):.0f} % less than a homogeneous cluster bought for the peak" in TEXT
     assert f"({100 * missed[0]:.1f} against {100 * missed[1]:.1f} %)" in TEXT
+
+
+def test_the_adaptive_policy_is_as_near_to_the_oracle_as_the_record_says() -> None:
+    table = record("scenarios", "simulate").metrics
+
+    def over(metric: str, policy: str) -> list[float]:
+        own = table[(table["metric"] == metric) & table["case"].str.endswith(f".{policy}")]
+        assert (own["n"] == 20).all()
+        assert len(own) == 6
+        return [100 * float(found) for found in own["value"]]
+
+    regret, gain = over("regret_fraction", "adaptive"), over("goodput_over_static_fraction", "adaptive")
+    assert f"leaves at most {max(regret):.1f} % of an oracle's goodput" in TEXT
+    assert f"stays within {min(gain):.1f} to +{max(gain):.1f} % of the static plan" in TEXT
+    assert f"leave up to {max(over('regret_fraction', 'two_timescale')):.0f} %" in TEXT
+    assert max(regret) < 5.0
+    assert min(gain) > -1.0
