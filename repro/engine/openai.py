@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -178,14 +178,19 @@ class OpenAIServer:
             return " ".join(words[index] for index in rng.integers(0, len(words), tokens))
         return rng.integers(self._vocabulary // 8, self._vocabulary, tokens).tolist()
 
-    def answer(self, prompt: Any, output_tokens: int, **extra: Any) -> Answer:
-        """The streamed answer of so many tokens, greedily."""
+    def answer(
+        self, prompt: Any, output_tokens: int, heard: Callable[[int], None] | None = None, **extra: Any
+    ) -> Answer:
+        """The streamed answer of so many tokens, greedily.
+
+        `heard` is called after every event with the tokens so far; what it raises ends the request, at the server too.
+        """
         body = {
             "model": self.model, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0.0, "stream": True,
             "stream_options": {"include_usage": True}, **self._extras, **extra,
         }  # fmt: skip
         start_s = time.perf_counter()
-        heard = _Heard()
+        events = _Heard()
         try:
             with self._client.stream("POST", f"{self.url}/completions", json=body) as response:
                 if response.status_code != 200:
@@ -195,13 +200,17 @@ class OpenAIServer:
                 for line in response.iter_lines():
                     if time.perf_counter() - start_s > self._timeout_s:
                         raise BrokenAnswerError(f"no end of the answer within {self._timeout_s:g} s")
-                    if line.startswith("data:") and not heard.take(line[5:].strip(), time.perf_counter() - start_s):
+                    if not line.startswith("data:"):
+                        continue
+                    if not events.take(line[5:].strip(), time.perf_counter() - start_s):
                         break
+                    if heard is not None:
+                        heard(len(events.tokens))
         except httpx.TimeoutException as error:
             raise BrokenAnswerError(f"nothing came within {self._timeout_s:g} s") from error
         except httpx.HTTPError as error:
             raise BrokenAnswerError(_words(error)) from error
-        return heard.answer(start_s)
+        return events.answer(start_s)
 
     def complete(self, prompt: Sequence[int], output_tokens: int, **extra: Any) -> dict[str, Any]:
         """The whole answer at once, as the server gives it."""

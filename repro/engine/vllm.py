@@ -104,12 +104,8 @@ def serve_split(
     parameters = offered(prefill, prompt)
     prefill_s = clock() - start_s
     answer = decode.answer(prompt, output_tokens, kv_transfer_params=parameters)
-    after, waited_s = decode.counters(), 0.0
-    while after.get(NIXL_BYTES, 0.0) <= before.get(NIXL_BYTES, 0.0) and waited_s < _COUNTED_WITHIN_S:
-        sleep(0.1)
-        waited_s += 0.1
-        after = decode.counters()
-    kv_bytes = after.get(NIXL_BYTES, 0.0) - before.get(NIXL_BYTES, 0.0)
+    kv_bytes = counted_bytes(decode, before, sleep)
+    after = decode.counters()
     if kv_bytes <= 0:
         raise UserError(
             f"engines: {NIXL_BYTES} of the decode instance did not grow: it has decoded alone, and nothing crossed the link"
@@ -117,6 +113,19 @@ def serve_split(
     transfer_s = after.get(NIXL_SECONDS, math.nan) - before.get(NIXL_SECONDS, 0.0)
     state_tokens = parameters.get("remote_num_tokens")
     return HandedOver(prefill_s, answer, kv_bytes, transfer_s, int(state_tokens) if state_tokens else None)
+
+
+def counted_bytes(
+    decode: Instance, before: Mapping[str, float], sleep: Callable[[float], object] = time.sleep
+) -> float:
+    """What its connector has moved since its counters were `before`; 0 where they do not grow in time."""
+    waited_s = 0.0
+    while (grown := decode.counters().get(NIXL_BYTES, 0.0) - before.get(NIXL_BYTES, 0.0)) <= 0:
+        if waited_s >= _COUNTED_WITHIN_S:
+            return 0.0
+        sleep(0.1)
+        waited_s += 0.1
+    return grown
 
 
 def state_tokens_of(layout: StateLayout, input_tokens: int) -> int:

@@ -25,7 +25,7 @@ from repro.models.spec import ModelSpec
 from repro.profiles.base import PhaseProfile
 from repro.profiles.measured import ProfileSpec, measure, profile_of
 from repro.serving.cluster_caches import PD, PRFAAS
-from repro.serving.fleet import Config
+from repro.serving.fleet import START_TIMEOUT_S, Config
 from repro.serving.torch_instance import TorchInstanceConfig, prompt_of
 from repro.settings import Settings
 from repro.transport import TransportSpec
@@ -46,6 +46,8 @@ class Computing:
     prompts: int
     caches: Mapping[str, PrefixCacheSpec] = field(default_factory=dict)
     streams: bool = False
+    start_timeout_s: float = START_TIMEOUT_S
+    listens: bool = False
 
     def config(self, name: str, transport: TransportSpec, host: str | None, batch_max: int, seed: int) -> Config:
         """What an instance of that name is started with."""

@@ -26,7 +26,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from repro.engine.openai import OpenAIServer, base_url
-from repro.engine.vllm_pair import EngineRefusedError, Pair, interpreter, two_cores, versions
+from repro.engine.vllm_pair import Pair, two_cores, versions
+from repro.engine.vllm_server import EngineRefusedError, interpreter
 from repro.errors import UserError
 from repro.experiments.base import Context, Experiment, Outcome
 from repro.experiments.engines_served import (

@@ -24,7 +24,7 @@ from repro.scheduling.throughput import Deployment as Modelled
 from repro.scheduling.views import Sample
 from repro.serving.cluster_caches import PD, PRFAAS, Caches, ClusterCaches, InstanceCaches
 from repro.serving.faults import FaultSchedule, LiveFault
-from repro.serving.fleet import Config, Fleet, Launcher, LocalLauncher, Place
+from repro.serving.fleet import START_TIMEOUT_S, Config, Fleet, Launcher, LocalLauncher, Place
 from repro.serving.instance import MAX_PIECE_BYTES, InstanceConfig
 from repro.serving.listener import Listener
 from repro.serving.live_view import shown
@@ -79,7 +79,21 @@ def scale_of(base: Modelled, scaling: Scaling, time_scale: float) -> Scale:
 
 
 class Computing(Protocol):
-    """Makes instances that compute a real model."""
+    """Makes instances that compute a real model.
+
+    Within `start_timeout_s` they serve. Where they `listen`, every instance has an address, those that only prefill too: somebody reads
+    from it what it does not send.
+    """
+
+    @property
+    def start_timeout_s(self) -> float:
+        """What they may take to start."""
+        ...
+
+    @property
+    def listens(self) -> bool:
+        """Whether instances that only prefill have an address."""
+        ...
 
     def config(self, name: str, transport: TransportSpec, host: str | None, batch_max: int, seed: int) -> Config:
         """What an instance of that name is started with."""
@@ -151,7 +165,11 @@ class Deployment:
         self._computes = computing is not None
         self._launcher = launcher = launcher or LocalLauncher(link, log_directory)
         copies = spec.cache is not None and bool(spec.prfaas)
-        self._fleet = Fleet(launcher, self._heard, self._ended, hands_over=self._computes, copies=copies)
+        self._fleet = Fleet(
+            launcher, self._heard, self._ended, hands_over=self._computes, copies=copies,
+            start_timeout_s=computing.start_timeout_s if computing is not None else START_TIMEOUT_S,
+        )  # fmt: skip
+        listens = copies or (computing is not None and computing.listens)
         self._next_number = 0
         self._reported = _Reported()
         pd = spec.pd[0]
@@ -162,7 +180,7 @@ class Deployment:
             profiles["prfaas0"] = spec.prfaas[0].profile
         self.configs: dict[Place, Config] = {}
         for number, place in enumerate(places):
-            host = launcher.host(place) if place.side == "decode" or copies else None
+            host = launcher.host(place) if place.side == "decode" or listens else None
             if computing is not None:
                 self.configs[place] = computing.config(place.name, wire.transport, host, pd.profile.batch_max, seed)
             else:

@@ -25,7 +25,8 @@ from repro.serving import messages as say
 from repro.serving.afflictions import Affliction, afflict
 from repro.serving.clocks import Clocks
 
-_START_TIMEOUT_S = 120.0
+#: What instances may take to start that load nothing large.
+START_TIMEOUT_S = 120.0
 #: One thread per instance: a dozen instances share the cores of a laptop, and none of them computes.
 ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -169,7 +170,7 @@ class Fleet:
     """All instances, by name; a context manager, after which every one is gone.
 
     `hands_over`: PD instances send each other KVCache too, within the cluster, as engines that compute have to. `copies`: every instance
-    receives, and prefixes cross the link both ways.
+    receives, and prefixes cross the link both ways. Whoever does not serve within `start_timeout_s` is taken to have failed.
     `heard(name, said)` gets what instances say, its moments on this process's clock, and `ended(name, how)` the news of an end;
     both are called in the launcher's threads.
     """
@@ -182,8 +183,10 @@ class Fleet:
         *,
         hands_over: bool = False,
         copies: bool = False,
+        start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self._launcher = launcher
+        self._start_timeout_s = start_timeout_s
         self._hands_over = hands_over
         self._copies = copies
         self._heard = heard
@@ -332,11 +335,11 @@ class Fleet:
 
     def _wait(self, done: Callable[[], bool], what: str) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or done(), _START_TIMEOUT_S)
+            self._changed.wait_for(lambda: self._failure is not None or done(), self._start_timeout_s)
             if self._failure is not None:
                 raise UserError(str(self._failure))
             if not done():
-                raise UserError(f"fleet: not every instance could {what} within {_START_TIMEOUT_S:g} s")
+                raise UserError(f"fleet: not every instance could {what} within {self._start_timeout_s:g} s")
 
     def __enter__(self) -> Fleet:
         return self

@@ -32,6 +32,7 @@ from repro.kvcache.state import State, seal
 from repro.processes import Message, Parent, background, run_worker
 from repro.serving import messages as say
 from repro.serving.clocks import telling_time
+from repro.serving.given_up import GivenUp
 from repro.serving.messages import ATTEMPTS, name_of, named
 from repro.serving.prefill import Outbox
 from repro.serving.running_batch import Generation, RunningBatch
@@ -79,28 +80,6 @@ class _Arrived:
     states: list[State] | Exception
 
 
-class _Gone:
-    """Requests that were given up, the latest few thousand; the thread that reads messages adds, the one that computes takes."""
-
-    _KEPT = 4096
-
-    def __init__(self) -> None:
-        self._keys: dict[int, None] = {}
-        self._lock = threading.Lock()
-
-    def add(self, key: int) -> None:
-        """Note that a request was given up."""
-        with self._lock:
-            self._keys[key] = None
-            if len(self._keys) > self._KEPT:  # of requests that had left when they were given up
-                del self._keys[next(iter(self._keys))]
-
-    def take(self, key: int) -> bool:
-        """Whether it was, once."""
-        with self._lock:
-            return self._keys.pop(key, self) is None
-
-
 class TorchInstance:
     """The instance itself; its methods run in the thread that computes."""
 
@@ -116,7 +95,7 @@ class TorchInstance:
         self._joined = set[int]()
         self._inbox: queue.SimpleQueue[Message | _Arrived | tuple[str, Sender]] = queue.SimpleQueue()
         self._senders: dict[str, Sender] = {}
-        self._gone = _Gone()
+        self._gone = GivenUp()
         self._telling = threading.Lock()
         if (prefixes := self._engine.prefixes) is not None:
             prefixes.changes()  # from here on they are noted

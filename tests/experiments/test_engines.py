@@ -22,7 +22,7 @@ import torch
 from repro import app, runner
 from repro.composition import compose
 from repro.engine.vllm import handed_over_bytes, state_tokens_of
-from repro.engine.vllm_pair import reason_of
+from repro.engine.vllm_server import reason_of
 from repro.errors import UserError
 from repro.experiments.base import load
 from repro.experiments.engines_served import is_tie
