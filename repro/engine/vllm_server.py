@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -18,6 +19,8 @@ from repro.processes import Child, run, tied
 from repro.transport import remote_memory
 
 _LOOK_S: Final = 0.3
+#: In the environment of whatever a server starts: its socket.
+_MARK: Final = "REPRO_ENGINE"
 #: A line of Python's that names an error, whatever the engine's log puts before it.
 _ERROR_LINE: Final = re.compile(r"\b(\w+(?:Error|Exception|NotImplemented)\w*: .+)$")
 #: What a parent process says when a child has failed, which is no reason.
@@ -93,7 +96,7 @@ class VllmServer:
         self.child = Child(
             role,
             within(argv),
-            environment=instance_environment(host, side_port, spec.core, device),
+            environment={**instance_environment(host, side_port, spec.core, device), _MARK: str(socket)},
             stderr=log,
             channel=False,
             # Any core: the engine binds its computing thread itself.
@@ -136,3 +139,12 @@ def reason_of(log: str) -> str:
         return reasons[-1].strip()[:300]
     lines = log.strip().splitlines()
     return lines[-1].strip()[:300] if lines else ""
+
+
+def processes_of(folder: Path) -> int:
+    """Processes that live of servers whose sockets are in that folder, whatever they call themselves."""
+    mark, found = f"{_MARK}={folder}/".encode(), 0
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            found += any(entry.startswith(mark) for entry in environment.read_bytes().split(b"\0"))
+    return found

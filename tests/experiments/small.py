@@ -116,6 +116,10 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "options.environment=ENGINES", "link.backend=none", "options.checkpoints=[dense]", "options.input_tokens=[40]",
         "options.output_tokens=3", "options.repeats=2", "options.modes=[layerwise]",
     ],
+    ("live_engines", "execute"): [
+        "options.environment=ENGINES", "link.backend=none", "link.rate_bps=null", "link.rtt_s=0", "options.checkpoints=[dense]",
+        "options.requests=4", "options.rate_per_s=8", "options.input_tokens=[40,400]", "options.output_tokens=3", "options.killed=null",
+    ],
     ("table2", "execute"): ["options.lengths=[16,32]"],
     ("live_faults", "emulate"): [
         *_LIVE, "options.every_s=15", "options.for_s=15", "options.kinds=[kill]", "link.schedule=[{at_s: 5, for_s: 4, rate_bps: 0}]",
@@ -177,7 +181,7 @@ def words(name: str, tier: str, folder: Path) -> list[str]:
         ]
         trace.write_text("".join(lines))
     small = [word.replace("TRACE", str(trace)) for word in SMALL.get((name, tier), [])]
-    if name == "engines":
+    if "ENGINES" in "".join(small):
         small = [word.replace("ENGINES", str(fake_engine.environment(folder / "engines"))) for word in small]
     return [
         typed(name), f"tier={tier}", *small, "tracking=disabled", "processes=1", f"results={folder / 'results'}",
