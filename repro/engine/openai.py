@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 
 from repro.errors import UserError
-from repro.profiles.endpoint import Answer, BrokenAnswerError, RefusedError
+from repro.profiles.answers import Answer, BrokenAnswerError, RefusedError
 
 #: Each is one token, blank included, in the vocabularies of today's models; a server's own count is asked all the same.
 _WORDS: Final = """

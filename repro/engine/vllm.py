@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 from repro.errors import UserError
 from repro.models.layout import StateKind, StateLayout
 from repro.processes import tied
-from repro.profiles.endpoint import Answer
+from repro.profiles.answers import Answer
 
 NIXL_BYTES: Final = "vllm:nixl_bytes_transferred_sum"
 NIXL_SECONDS: Final = "vllm:nixl_xfer_time_seconds_sum"

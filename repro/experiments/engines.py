@@ -48,7 +48,7 @@ from repro.models.layout import StateLayout
 from repro.models.served import SERVED, write_served
 from repro.models.spec import ModelSpec
 from repro.processes import placed
-from repro.profiles.endpoint import BrokenAnswerError, RefusedError
+from repro.profiles.answers import BrokenAnswerError, RefusedError
 from repro.record.directory import Record
 from repro.record.metrics import Metric
 from repro.record.request_metrics import good

@@ -18,7 +18,7 @@ from repro.engine.base import Request
 from repro.engine.reference import TOLERANCE, Agreement, Reference, compare, logits_error
 from repro.engine.vllm import CACHE_INFO, handed_over_bytes, offered, serve_split, state_tokens_of
 from repro.models.layout import StateLayout
-from repro.profiles.endpoint import Answer
+from repro.profiles.answers import Answer
 from repro.serving.system import Served, System
 
 #: bfloat16, the only type that vLLM's linear attention computes in without a GPU.

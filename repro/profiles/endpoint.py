@@ -29,6 +29,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from repro.errors import UserError
+from repro.profiles.answers import Answer, BrokenAnswerError, RefusedError
 from repro.profiles.measured import Clock, ProfileSpec, Progress, Timing
 from repro.record.statistics import Estimate
 
@@ -58,37 +59,6 @@ _COUNTED_LOOKS, _COUNTED_EVERY_S = 20, 0.05
 _BURST_BEYOND = 0.25
 #: Of the time that is left, at most so much goes to the next length: decode has to be measured as well.
 _SHARE_OF_PREFILL: Final = 0.4
-
-
-class BrokenAnswerError(Exception):
-    """A server closed the connection, answered with an error of its own, or sent no token in time. It may be asked again."""
-
-
-class RefusedError(Exception):
-    """A server refused a request for what it asks."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One streamed answer: when its tokens came, counted from the request, and what the server says that it counted.
-
-    `token_counts` holds the tokens of each event of `token_times_s`; `prompt_tokens` and `output_tokens` are None where the server
-    does not count, `cached_tokens` is 0 there. `start_s` is when it was asked, on a clock that answers share.
-    """
-
-    start_s: float
-    token_times_s: tuple[float, ...]
-    token_counts: tuple[float, ...]
-    prompt_tokens: int | None
-    output_tokens: int | None
-    cached_tokens: int = 0
-    text: str = ""
-    tokens: tuple[int, ...] = ()
-
-    @property
-    def ttft_s(self) -> float:
-        """Time to first token."""
-        return self.token_times_s[0]
 
 
 class Server(Protocol):

@@ -34,7 +34,7 @@ from repro.engine.vllm_server import EngineRefusedError, VllmServer, VllmSpec
 from repro.errors import UserError
 from repro.link.namespaces import HOST_END
 from repro.processes import Message, Parent, run_worker
-from repro.profiles.endpoint import BrokenAnswerError, RefusedError
+from repro.profiles.answers import BrokenAnswerError, RefusedError
 from repro.serving import messages as say
 from repro.serving.clocks import telling_time
 from repro.serving.given_up import GivenUp

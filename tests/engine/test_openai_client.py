@@ -21,7 +21,7 @@ from repro.composition import compose
 from repro.engine.openai import OpenAIServer, base_url, parse_counters
 from repro.errors import UserError
 from repro.experiments.profile_endpoint import check_endpoint
-from repro.profiles.endpoint import BrokenAnswerError, RefusedError
+from repro.profiles.answers import BrokenAnswerError, RefusedError
 from repro.profiles.measured import ProfileSpec
 
 METRICS = """# HELP vllm:request_prefill_time_seconds Histogram

@@ -10,7 +10,7 @@ import pytest
 
 from repro.engine.vllm import NIXL_BYTES, serve_split
 from repro.errors import UserError
-from repro.profiles.endpoint import Answer
+from repro.profiles.answers import Answer
 
 PARAMETERS = {"do_remote_prefill": True, "remote_engine_id": "a", "remote_block_ids": [1]}
 
