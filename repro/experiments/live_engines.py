@@ -7,8 +7,8 @@ instance is back.
 
 Instances that run already are put under the router, and neither started nor ended:
 
-    python -m repro experiment=live_engines link.backend=none link.rate_bps=null link.rtt_s=0 options.killed=null policy.n_p=0 \
-        policy.threshold_tokens=0 cluster.pd.instances=1 'options.checkpoints=[<folder>]' \
+    python -m repro experiment=live_engines link.backend=none options.killed=null policy.n_p=0 policy.threshold_tokens=0 \
+        cluster.pd.instances=1 'options.checkpoints=[<folder>]' \
         'options.endpoints={prefill: ["http://a:8000"], decode: ["http://b:8000"]}'
 """
 
@@ -417,5 +417,4 @@ EXPERIMENT = Experiment(
     check,
     timed=True,
     finding=finding,
-    hinges_on="instances share two cores; on more, nobody waits for another's computing",
 )  # fmt: skip
