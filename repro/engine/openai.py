@@ -238,6 +238,13 @@ class OpenAIServer:
         with ThreadPoolExecutor(len(prompts)) as threads:
             return list(threads.map(lambda prompt: self.answer(prompt, output_tokens), prompts))
 
+    def reach(self) -> None:
+        """Ask for something that computes nothing. Raises BrokenAnswerError where the server cannot be reached."""
+        try:
+            self._client.get(f"{self.url}/models").read()
+        except httpx.HTTPError as error:
+            raise BrokenAnswerError(_words(error)) from error
+
     def counters(self) -> Mapping[str, float]:
         """What /metrics shows, in the text form of Prometheus, summed over labels; empty where there is none."""
         return parse_counters(self._metrics())

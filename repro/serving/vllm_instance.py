@@ -52,6 +52,7 @@ class VllmInstanceConfig:
     """
 
     MODULE: ClassVar = "repro.serving.vllm_instance"
+    forks: ClassVar = False
     name: str
     host: str
     vocabulary: int
@@ -186,7 +187,7 @@ class VllmInstance:
     def _check(self) -> None:
         """End where the server cannot be reached any more, which of one that was not started here nothing else tells."""
         try:
-            self._server.round_trip_s()
+            self._server.reach()
         except BrokenAnswerError as error:
             self.over.put(UserError(f"the server of {self._config.name} cannot be reached: {error}"))
 
