@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
 import fake_engine
 import pytest
-from test_engines import instance, started_below, value
+from test_engines import REAL, instance, started_below, value
 
 from repro import app, runner
 from repro.composition import compose
@@ -112,6 +113,19 @@ def test_instances_that_run_already_are_routed_to_and_left_running(tmp_path: Pat
     assert value(record, checkpoint.name, "offload_fraction") == 1
     assert value(record, checkpoint.name, "kv_bytes") == value(record, checkpoint.name, "kv_bytes_layout")
     assert set(record.requests["decode_worker"]) == {"pd0.0", "pd0.1"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(REAL not in os.environ, reason=f"{REAL} names no environment made by scripts/engines")
+def test_the_real_engine_answers_everything_though_an_instance_is_killed(tmp_path: Path) -> None:
+    arguments = ["experiment=live_engines", f"options.environment={os.environ[REAL]}", "options.start_timeout_s=600"]
+    arguments += ["tracking=disabled", f"results={tmp_path}"]
+    record = runner.run(compose(arguments), ["repro", *arguments], lambda line: None)
+    for model in ("hybrid", "dense"):
+        assert value(record, model, "requests_lost") == value(record, model, "requests_answered_twice") == 0
+        assert value(record, model, "kv_bytes") == pytest.approx(value(record, model, "kv_bytes_layout"), rel=0.02)
+        assert value(record, model, "processes_left") == 0
 
 
 WRONG = [
