@@ -19,6 +19,7 @@ METRICS = metrics()
 
 #: Keys that a node's own methods look at on the way to those that decide, on tiers without an emulated link.
 PASSED_OVER = {
+    "cluster.also_prfaas": "looked at wherever a deployment is made, and refused where it is not declared",
     "link.rate_bps": "overlap replaces it by multiples of the measured Φ_kv",
     "link.capacity_trace": "refused before the run",
     "link.reverse_capacity_trace": "refused before the run",

@@ -117,6 +117,7 @@ def test_forks_end_with_their_warm_process_and_it_makes_no_more(made: Made, tmp_
     child, _, ends = forked(warm, "one", tmp_path)
     os.kill(warm.pid, signal.SIGKILL)
     assert child.wait(20) == -signal.SIGKILL
+    assert eventually(lambda: ends)
     assert ends[0].startswith("instance one was killed by SIGKILL")
     assert eventually(lambda: warm.ended)
     with pytest.raises(UserError, match="warm one has ended"):
