@@ -335,11 +335,13 @@ def draw(record: Record) -> Figure:
     for axis in (middle, right):
         axis.set_yticks(height, [])
     left.set_xscale("symlog", linthresh=10)
+    left.set_xticks([0, 5, 10, 30, 100], ["0", "5", "10", "30", "100"])
+    left.set_xlim(right=110)
     left.axvline(0, color="black", lw=0.8)
     left.set(xlabel="goodput left to the oracle (%)", title="Regret (hollow: queues grew)")
     middle.set(xlabel="conversions per hour", title="Nodes that turn")
     right.set(xlabel="minutes", title="Time to catch up with a change")
-    figure.legend(loc="outside lower center", ncols=len(POLICIES))
+    figure.legend(loc="outside lower center", ncols=len(POLICIES) // 2)
     return figure
 
 
