@@ -289,22 +289,23 @@ def draw(record: Record) -> Figure:
         batches, chunks = means[means["chunk_tokens"] == whole], means[means["batch"] == 1]
         axes[0].plot(batches["seconds"], batches["tokens_per_s"], color=colour, marker="o", label=f"{model}, batches")
         axes[0].plot(
-            chunks["seconds"], chunks["tokens_per_s"], color=colour, marker="x", linestyle=":", label="one, in chunks"
+            chunks["seconds"],
+            chunks["tokens_per_s"],
+            color=colour,
+            marker="x",
+            linestyle=":",
+            label=f"one, chunks from {chunks['chunk_tokens'].min()}",
         )
         for row in each(batches):
             axes[0].annotate(
                 str(row.batch), (row.seconds, row.tokens_per_s), (4, -9), textcoords="offset points", fontsize=7
-            )
-        for row in each(chunks[chunks["chunk_tokens"] < whole]):
-            axes[0].annotate(
-                str(row.chunk_tokens), (row.seconds, row.tokens_per_s), (4, 3), textcoords="offset points", fontsize=7
             )
     axes[0].set(
         xlabel="until the whole state is there (s)",
         ylabel="prefilled tokens/s",
         title="Measured, tiny models",
     )
-    axes[0].legend(fontsize=7)
+    axes[0].set_ylim(0, None)
     own = queue[queue["pool"] == "prfaas"]
     for (policy, rows), (colour, marker, dash) in zip(own.groupby("policy", sort=False), style.SERIES, strict=False):
         label = f"{policy} ({rows['capacity_ratio'].iloc[0]:.2f} ×)"
@@ -317,7 +318,14 @@ def draw(record: Record) -> Figure:
         yscale="log",
         title="PrfaaS, by its profile (capacity)",
     )
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7)
+    figure.legend(
+        *axes[1].get_legend_handles_labels(),
+        loc="outside lower right",
+        ncols=3,
+        fontsize=7,
+        title="PrfaaS, prompts or tokens of a pass",
+    )
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=1, fontsize=7, title="measured")
     for case in ("prfaas_pd", "homogeneous_pd"):
         axes[2].plot(
             shared["batch"], shared[case], color=style.CASE_COLOURS[case], marker="o", label=style.CASE_NAMES[case]
@@ -330,11 +338,11 @@ def draw(record: Record) -> Figure:
         xlabel="requests that share a pass",
         ylabel="Λ_max (req/s)",
         title="Every pool in batches",
-        ylim=(0, None),
+        ylim=(0, 1.2 * shared["prfaas_pd"].max()),
     )
     axes[2].set_xticks(shared["batch"], [str(batch) for batch in shared["batch"]])
     axes[2].minorticks_off()
-    axes[2].margins(y=0.15)
+    axes[2].margins(x=0.12)
     axes[2].legend(loc="lower right")
     return figure
 

@@ -186,11 +186,11 @@ def draw(record: Record) -> Figure:
         needless = 1000 * means[[part for part in PARTS if part not in _NEEDED]].clip(lower=0).sum(axis=1)
         for place, right, saved in zip(at, edge, needless, strict=True):
             axis.text(float(right), float(place), f" {saved:.0f} ms saveable", va="center", fontsize=7.5)
-        axis.set_yticks(at, [f"{link}, {mode}" for link, mode in means.index], fontsize=8)
+        axis.set_yticks(at, [f"{link},\n{mode}" for link, mode in means.index], fontsize=8)
         axis.set(xlabel="TTFT (ms)", title=model)
-        axis.margins(x=0.25)
+        axis.set_xlim(0, 1.7 * max(edge))
         axis.grid(axis="y", visible=False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

@@ -239,52 +239,46 @@ def draw(record: Record) -> Figure:
     kinds, quality, links = (record.table(name) for name in ("kinds", "quality", "links"))
     figure, axes = style.panels(3, width_in=11.0, height_in=3.6)
     names_of = list(dict.fromkeys(kinds["kind"]))
+    looks = dict(zip(dict.fromkeys(quality["codec"]), style.SERIES, strict=False))
     codecs = [codec for codec in dict.fromkeys(kinds["codec"]) if codec != "none"]
     at = np.arange(len(names_of))
     for index, codec in enumerate(codecs):
         own = kinds[kinds["codec"] == codec].set_index("kind")["ratio"].reindex(names_of)
-        axes[0].bar(at + (index - 1.5) * 0.2, own, width=0.19, color=style.SERIES[index][0], label=codec)
+        axes[0].bar(at + (index - 1.5) * 0.2, own, width=0.19, color=looks[codec][0])
     bound = kinds[kinds["codec"] == "none"].set_index("kind")["entropy_bits_per_byte"].reindex(names_of)
-    axes[0].plot(at, 8 / bound, "k_", markersize=34, label="entropy of the bytes")
-    axes[0].set_xticks(at, names_of, fontsize=8)
+    axes[0].plot(at, 8 / bound, "k_", markersize=26, label="entropy of the bytes")
+    axes[0].set_xticks(at, names_of, fontsize=8, rotation=30, ha="right", rotation_mode="anchor")
     axes[0].set(ylabel="times smaller", title="By kind of state", ylim=(0, None))
-    axes[0].legend(fontsize=7, ncols=2, loc="upper left")
     axes[0].margins(y=0.25)
     means = quality.groupby("codec", sort=False)[["ratio", "kl_nats"]].mean()
-    for (codec, row), (colour, marker, _) in zip(means.iterrows(), style.SERIES, strict=False):
+    for codec, row in means.iterrows():
+        colour, marker, _ = looks[codec]
         axes[1].plot(
             row["ratio"], max(row["kl_nats"], 1e-8), color=colour, marker=marker, linestyle="none", label=str(codec)
         )
     axes[1].set(
         yscale="log", xlabel="times smaller", ylabel="KL of the next token (nats)", title="What it does to the answer"
     )
-    axes[1].legend(fontsize=7)
-    for (codec, rows), (colour, marker, dash) in zip(links.groupby("codec", sort=False), style.SERIES, strict=False):
+    for codec, rows in links.groupby("codec", sort=False):
         if codec != "none":
+            colour, marker, dash = looks[codec]
             axes[2].plot(
-                rows["link_bps"] / 1e9,
-                rows["ttft_gain"],
-                color=colour,
-                marker=marker,
-                linestyle=dash,
-                markersize=4,
-                label=codec,
+                rows["link_bps"] / 1e9, rows["ttft_gain"], color=colour, marker=marker, linestyle=dash, markersize=4
             )
     phi = float(links["phi_kv_bps"].iloc[0])
     axes[2].axvline(phi / 1e9, color=style.GREY, lw=0.9)
-    axes[2].text(phi / 1e9, axes[2].get_ylim()[1], " Φ_kv", fontsize=8, va="top")
+    axes[2].text(phi / 1e9, 2.6, " Φ_kv", fontsize=8, va="center")
     axes[2].axhspan(3.2, 3.7, color="#EEEEEE")
-    axes[2].text(
-        links["link_bps"].max() / 1e9, 3.45, "CacheGen, published (dense)", fontsize=7, ha="right", va="center"
-    )
+    axes[2].text(0.02, 3.35, "CacheGen, published", fontsize=7, va="center", transform=axes[2].get_yaxis_transform())
     axes[2].axhline(3.51, color="black", linestyle=":", lw=0.9)
     axes[2].set(
         xscale="log",
         xlabel="an instance's share of the link (Gbps)",
         ylabel="TTFT without ÷ with codec",
         title="Where it pays",
+        ylim=(0.9, 4.0),
     )
-    axes[2].legend(fontsize=7, loc="center right")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 

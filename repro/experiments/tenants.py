@@ -253,8 +253,8 @@ def draw(record: Record) -> Figure:
     axes[2].set_yticks([-at for at in range(len(NAMES))], names, fontsize=7.5)
     axes[2].set(xlabel="within the SLO during the burst (%)", title="Who is served (prefill per 1,000)", xlim=(0, 100))
     axes[2].grid(axis="y", visible=False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8)
-    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=8)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower right", ncols=1, fontsize=8)
     return figure
 
 
