@@ -304,7 +304,8 @@ def draw(record: Record) -> Figure:
     axes[0].bar(range(len(SEEN)), shares, color=[style.RED, style.ORANGE, style.PURPLE, style.GREY])
     for bar, share in enumerate(shares):
         axes[0].text(bar, share, f"{share:.0f}", ha="center", va="bottom", fontsize=8)
-    axes[0].set_xticks(range(len(SEEN)), list(SEEN.values()), fontsize=7.5)
+    names = [words.replace("\n", " ") for words in SEEN.values()]
+    axes[0].set_xticks(range(len(SEEN)), names, fontsize=8, rotation=35, ha="right", rotation_mode="anchor")
     axes[0].set(
         ylabel="tokens read back (%)",
         title=f"From one layer's keys, {read['position'].max()} tokens",
