@@ -75,7 +75,7 @@ class Options:
         Condition(0.03, 1e-3, "bbr", 16),
     )
     half_width: float = 0.05
-    limit_s: float = 40.0
+    limit_s: float = 150.0
     opening_rtts_s: tuple[float, ...] = (0.03, 0.1)
     opening_bytes: tuple[int, ...] = (100_000, 1_000_000, 10_000_000)
     opening_repeats: int = 3
