@@ -48,6 +48,8 @@ _UNITS = {**UNITS, "completed_per_s": "req/s"}
 _WARMUP = 0.1
 #: Deployments in a row that may be drawn and cannot serve.
 _PATIENCE = 200
+#: Arrivals that are later than this part of the mean TTFT make a live run's TTFT one of the machine and not of the deployment.
+_LATE = 0.1
 #: Errors up to here are inside the band of the figure.
 BAND = 0.1
 
@@ -236,10 +238,16 @@ def finding(record: Record) -> str:
         f"{100 * value(table, f'{metric}_error_worst', 'all'):.1f} %)"
         for metric, name in NAMES.items()
     ]
-    return (
+    said = (
         f"Over {rows['case'].nunique()} deployments drawn at random the simulator differs from the live system by, on average, "
         f"{', '.join(words)}."
     )
+    late = [
+        f"{case} (arrivals up to {late_s:.1f} s late)"
+        for case in rows["case"].unique()
+        if (late_s := value(table, "arrivals_late_p99_s", case)) > _LATE * value(table, "ttft_mean_s", case)
+    ]
+    return f"{said} This machine did not hold the clock in {', '.join(late)}." if late else said
 
 
 def draw(record: Record) -> Figure:

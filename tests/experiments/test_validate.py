@@ -1,14 +1,18 @@
 """The deployments on which simulator and live system are compared: drawn from a seed, within bounds, and able to serve."""
 
 import itertools
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from repro import runner
 from repro.composition import compose
 from repro.errors import UserError
-from repro.experiments.validate import Draw, Options, draws
+from repro.experiments.validate import Draw, Options, draws, finding
+from repro.record.directory import REFERENCE, Record
 from repro.settings import Settings
 
 
@@ -49,3 +53,16 @@ def test_bounds_that_cannot_be_drawn_between_are_refused_by_name() -> None:
         Options(loads=(0.9, 0.5))
     with pytest.raises(UserError, match=r"^options\.pd_instances: \[1, 4\]"):
         Options(pd_instances=(1, 4))
+
+
+def test_a_deployment_whose_clock_was_not_held_is_named_with_how_late_it_was(tmp_path: Path) -> None:
+    kept = REFERENCE / "validate" / "emulate"
+    shutil.copytree(kept, tmp_path / "run")
+    assert "did not hold the clock" not in finding(Record(kept))
+    metrics = pd.read_csv(tmp_path / "run" / "metrics.csv")
+    late = (metrics["case"] == "deployment_2") & (metrics["metric"] == "arrivals_late_p99_s")
+    assert late.sum() == 1
+    metrics.loc[late, "value"] = 8.1
+    metrics.to_csv(tmp_path / "run" / "metrics.csv", index=False)
+    words = finding(Record(tmp_path / "run"))
+    assert words.endswith("This machine did not hold the clock in deployment_2 (arrivals up to 8.1 s late).")
