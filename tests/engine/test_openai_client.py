@@ -111,15 +111,18 @@ def served(habits: type[Habits]) -> Iterator[str]:
 
 def test_token_ids_go_in_and_every_token_comes_with_its_time() -> None:
     class Slow(Habits):
-        token_s = 0.01
+        token_s = 0.1
 
     with served(Slow) as url, OpenAIServer(url, 512) as server:
         assert server.prepare() == "token ids"
         assert (server.model, server.root, server.limit_tokens) == ("tiny", "/models/tiny", 4096)
         found = server.answer(server.prompt(40, np.random.default_rng(0)), 5)
         assert (found.prompt_tokens, found.output_tokens, found.tokens) == (40, 5, (0, 1, 2, 3, 4))
-        assert found.ttft_s >= 0.01
-        assert np.diff(found.token_times_s).mean() == pytest.approx(0.01, abs=0.009)
+        # None before it can have been sent, and not all at once: how much later a loaded machine reads them is its own.
+        times_s = np.array(found.token_times_s)
+        since_s = found.ttft_s + times_s - times_s[0]
+        assert (since_s >= 0.1 * np.arange(1, 6)).all()
+        assert times_s[-1] - times_s[0] > 0.1
         assert len(server.together([[64] * 8] * 3, 2)) == 3
         assert server.counters() == {"vllm:request_prefill_time_seconds_count": 3.0}
 
