@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from matplotlib.ticker import LogLocator
 
 from repro.record.metrics import Metric, value
 from repro.record.statistics import Estimate
@@ -150,4 +151,6 @@ def draw(axis: Axes, record: Record) -> None:
     )
     axis.set_xticks(came_to.to_list(), [f"{each:.1f}" for each in came_to])
     axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.legend(fontsize=7)
