@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -12,7 +11,7 @@ from types import TracebackType
 from typing import Final
 
 from repro.engine.openai import OpenAIServer
-from repro.engine.vllm_server import VllmServer, VllmSpec
+from repro.engine.vllm_server import VllmServer, VllmSpec, socket_folder
 from repro.errors import UserError
 from repro.link import Link
 from repro.link.spec import Side
@@ -78,9 +77,7 @@ class Pair:
     def __enter__(self) -> Pair:
         try:
             self._logs.mkdir(parents=True, exist_ok=True)
-            # Beside the logs, where nothing stays elsewhere after SIGKILL, unless that path is too long for a socket's (107 bytes).
-            beside = self._logs.absolute() if len(os.fsencode(self._logs.absolute())) < 80 else None
-            sockets = Path(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="engines-", dir=beside)))
+            sockets = Path(self._closing.enter_context(socket_folder(self._logs, max(SIDES, key=len))))
             cores, allowed = two_cores(), os.sched_getaffinity(0)
             for number, side in enumerate(SIDES):
                 self._start(side, sockets / side, _FIRST_SIDE_PORT + number, cores[side], allowed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from repro.processes import Child, run, tied
 from repro.transport import remote_memory
 
 _LOOK_S: Final = 0.3
+#: The longest path of a Unix socket, its end not counted; what a temporary folder's name has after its prefix.
+_SOCKET_PATH_BYTES: Final = 107
+_RANDOM_CHARACTERS: Final = 8
 #: In the environment of whatever a server starts: its socket.
 _MARK: Final = "REPRO_ENGINE"
 #: A line of Python's that names an error, whatever the engine's log puts before it.
@@ -60,6 +64,17 @@ def interpreter(environment: Path, key: str) -> Path:
         what = f"has no {' and no '.join(missing)}" if python.exists() else "holds no environment"
         raise UserError(f"{key}: {environment} {what}; accepted: a folder made by scripts/engines <folder>")
     return python.absolute()
+
+
+def socket_folder(folder: Path, longest_name: str) -> tempfile.TemporaryDirectory[str]:
+    """A folder for servers' sockets, whose names are at most as long as that one.
+
+    It is in `folder`, where nothing stays elsewhere after SIGKILL, unless that path would be too long for a socket's.
+    """
+    within, prefix = folder.absolute(), "sockets-"
+    path = within / f"{prefix}{'x' * _RANDOM_CHARACTERS}" / longest_name
+    fits = len(os.fsencode(path)) <= _SOCKET_PATH_BYTES
+    return tempfile.TemporaryDirectory(prefix=prefix, dir=within if fits else None)
 
 
 class VllmServer:

@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,10 +25,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from repro.engine.openai import OpenAIServer, base_url
-from repro.engine.vllm_pair import Pair, two_cores, versions
-from repro.engine.vllm_server import EngineRefusedError, interpreter
-from repro.errors import UserError
+from repro.engine.openai import OpenAIServer
+from repro.engine.vllm_pair import Pair, versions
+from repro.engine.vllm_server import EngineRefusedError
+from repro.errors import UserError, at_least
 from repro.experiments.base import Context, Experiment, Outcome
 from repro.experiments.engines_served import (
     ALONE_OF,
@@ -41,11 +41,10 @@ from repro.experiments.engines_served import (
     served_by_vllm,
 )
 from repro.experiments.split_model import cores_of, engine_of, model_layout, prompts, row, vocabulary_of
+from repro.experiments.vllm_instances import BYTES_WITHIN, VllmOptions, check_instances, written
 from repro.link import Link, LinkSpec, open_link
 from repro.link.conditions import go_to, measured, scheduled
-from repro.models.checkpoint import check_checkpoint
 from repro.models.layout import StateLayout
-from repro.models.served import SERVED, write_served
 from repro.models.spec import ModelSpec
 from repro.processes import placed
 from repro.profiles.answers import BrokenAnswerError, RefusedError
@@ -59,8 +58,6 @@ from repro.settings import Settings
 _RATES_BPS: Final = (1e9, 3e8, 1e8)
 _RTTS_S: Final = (0.05, 0.01)
 _MODES: Final = ("layerwise", "bulk")
-#: Bytes that the engine counts may be off its layout by so much.
-_BYTES_WITHIN: Final = 0.02
 #: Rate and RTT are the experiment's conditions; everything else of the link is the configuration's.
 _OF_THE_LINK: Final = tuple(
     item.name
@@ -73,54 +70,29 @@ _OF_THE_LINK: Final = tuple(
 
 
 @dataclass(frozen=True)
-class Endpoints:
-    """Addresses of instances that run already; both lists empty means that the kit starts its own."""
-
-    prefill: tuple[str, ...] = ()
-    decode: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class EnginesOptions:
-    """`checkpoints` are written by the kit (hybrid, dense) or folders; `environment` is a folder made by scripts/engines.
+class EnginesOptions(VllmOptions):
+    """Every prompt `repeats` times, under each condition of the link.
 
     `rates_bps`, `rtts_s` and `modes` (of the kit's own workers) are null for the default and not taken where nothing of the kit lies
     between the instances.
     """
 
-    environment: str = ".engines"
-    endpoints: Endpoints = field(default_factory=Endpoints)
-    api_key_variable: str | None = None
-    checkpoints: tuple[str, ...] = ("hybrid", "dense")
-    input_tokens: tuple[int, ...] = (500, 2000)
-    output_tokens: int = 8
     repeats: int = 3
     rates_bps: tuple[float, ...] | None = None
     rtts_s: tuple[float, ...] | None = None
     modes: tuple[str, ...] | None = None
     chunk_tokens: int = 256
     threads: int = 1
-    start_timeout_s: float = 300.0
-    timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
-        if bool(self.endpoints.prefill) != bool(self.endpoints.decode):
-            raise UserError("options.endpoints: prefill and decode; accepted: addresses of both, or of neither")
-        if not self.checkpoints or not self.input_tokens or min(self.input_tokens) < 2:
-            raise UserError("options.checkpoints, options.input_tokens; accepted: one checkpoint, 2 tokens or more")
-        if self.repeats < 1 or self.output_tokens < 1:
-            raise UserError("options.repeats, options.output_tokens; accepted: 1 or more")
+        super().__post_init__()
+        at_least(self, "options", repeats=1)
         for key, values in (("rates_bps", self.rates_bps), ("rtts_s", self.rtts_s)):
             if values is not None and (not values or min(values) < 0 or (key == "rates_bps" and min(values) == 0)):
                 raise UserError(f"options.{key}: {list(values)}; accepted: one value or more, above 0")
         for mode in self.modes or ():
             if mode not in _MODES:
                 raise UserError(f"options.modes: {mode!r}; accepted: {', '.join(_MODES)}")
-
-    @property
-    def running(self) -> bool:
-        """Whether the instances run already."""
-        return bool(self.endpoints.prefill)
 
     @property
     def kit_modes(self) -> tuple[str, ...]:
@@ -130,34 +102,11 @@ class EnginesOptions:
 
 def check(settings: Settings, options: EnginesOptions) -> None:
     """Checkpoints, and an environment or addresses that can be used. Raises UserError naming the key."""
-    for checkpoint in options.checkpoints:
-        if checkpoint not in SERVED:
-            if not Path(checkpoint).is_dir():
-                raise UserError(f"options.checkpoints: {checkpoint!r}; accepted: {', '.join(SERVED)}, or a folder")
-            check_checkpoint(checkpoint)
-    backend = settings.link.backend
-    if options.running:
-        for side in ("prefill", "decode"):
-            for url in getattr(options.endpoints, side):
-                base_url(url, f"options.endpoints.{side}")
-        if len(options.checkpoints) != 1:
-            raise UserError("options.checkpoints: of running instances; accepted: the one checkpoint that they serve")
-        if backend != "none" or options.modes:
-            raise UserError(
-                f"link.backend: {backend}; instances of options.endpoints have a network of their own; accepted: link.backend=none "
-                "and no options.modes"
-            )
-    else:
-        interpreter(Path(options.environment), "options.environment")
-        two_cores()
-        if options.api_key_variable is not None:
-            raise UserError("options.api_key_variable: only of options.endpoints")
-    if backend == "none" and (options.rates_bps or options.rtts_s):
+    check_instances(settings, options)
+    if options.running and options.modes:
+        raise UserError("options.modes: the kit's workers do not stand beside options.endpoints; accepted: null or []")
+    if settings.link.backend == "none" and (options.rates_bps or options.rtts_s):
         raise UserError("options.rates_bps, options.rtts_s: there is no link with link.backend=none")
-    if backend == "relay":
-        raise UserError(
-            "link.backend: relay carries no connection that NIXL opens; accepted: auto, packet, netem, none"
-        )
 
 
 def run(context: Context) -> Outcome:
@@ -167,7 +116,7 @@ def run(context: Context) -> Outcome:
     context.folder.mkdir(parents=True, exist_ok=True)
     # In the run's own folder: of a run that is killed nothing stays elsewhere.
     with tempfile.TemporaryDirectory(prefix="engines-", dir=context.folder) as scratch:
-        for name, folder in _checkpoints(context.options, Path(scratch)):
+        for name, folder in written(context.options.checkpoints, Path(scratch)):
             model = ModelSpec(name, "auto", pretrained=str(folder))
             one = _Model(context, model)
             metrics += one.run()
@@ -183,12 +132,6 @@ def run(context: Context) -> Outcome:
     options = context.options
     facts |= {"refusals": refusals, "versions": {} if options.running else versions(Path(options.environment))}
     return Outcome(metrics, {"served": table}, provenance=facts, failure=wrong)
-
-
-def _checkpoints(options: EnginesOptions, scratch: Path) -> Iterator[tuple[str, Path]]:
-    for checkpoint in options.checkpoints:
-        folder = write_served(checkpoint, scratch) if checkpoint in SERVED else Path(checkpoint).absolute()
-        yield (checkpoint if checkpoint in SERVED else folder.name), folder
 
 
 class _Model:
@@ -388,7 +331,7 @@ def _wrong_bytes(table: pd.DataFrame) -> str:
     """What the engine counted otherwise than its layout says; empty where all is well, or where the layout is not known."""
     if table.empty:
         return ""
-    off = table[(table["mode"] == VLLM) & ((table["kv_bytes"] / table["kv_bytes_layout"] - 1).abs() > _BYTES_WITHIN)]
+    off = table[(table["mode"] == VLLM) & ((table["kv_bytes"] / table["kv_bytes_layout"] - 1).abs() > BYTES_WITHIN)]
     if off.empty:
         return ""
     first = off.iloc[0]

@@ -18,7 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,19 +26,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from repro.engine.openai import OpenAIServer, base_url
+from repro.engine.openai import OpenAIServer
 from repro.engine.vllm import CACHE_INFO, handed_over_bytes, state_tokens_of
-from repro.engine.vllm_pair import two_cores, versions
-from repro.engine.vllm_server import interpreter, processes_of
+from repro.engine.vllm_pair import versions
+from repro.engine.vllm_server import processes_of, socket_folder
 from repro.errors import UserError, at_least
 from repro.experiments.base import Context, Experiment, Outcome
-from repro.experiments.engines import Endpoints
 from repro.experiments.engines_served import is_tie, steps_of
 from repro.experiments.live import Deployment, Played, Wire, deployed
 from repro.experiments.split_model import model_layout, vocabulary_of
-from repro.models.checkpoint import check_checkpoint
+from repro.experiments.vllm_instances import BYTES_WITHIN, VllmOptions, check_instances, written
 from repro.models.layout import StateLayout
-from repro.models.served import SERVED, write_served
 from repro.models.spec import ModelSpec
 from repro.profiles.base import DecodeStep, KVSize, PhaseProfile, PrefillCurve
 from repro.record.directory import Record
@@ -57,61 +55,41 @@ from repro.simulate.spec import PdCluster, PrfaasCluster, SimulationSpec
 from repro.transport import TransportSpec
 from repro.workload.stream import RequestBatch
 
-#: Bytes that the engine counts may be off its layout by so much.
-_BYTES_WITHIN: Final = 0.02
 #: What the router believes of prefill and decode on one core, until it has seen better: as vLLM took on two quiet cores.
 _PREFILL: Final = PrefillCurve("linear", (1000.0, 6000.0), (0.13, 0.75))
 _STEP_S: Final = 0.02
+#: No instance's name, which its socket has, is longer.
+_LONGEST_NAME: Final = f"{PRFAAS}.999"
 #: A process that was told to go may take so long.
 _GONE_WITHIN_S: Final = 5.0
 
 
 @dataclass(frozen=True)
-class Options:
-    """`requests` at `rate_per_s` of the lengths `input_tokens` in turn; in the first half `killed` has a fault, null none.
+class Options(VllmOptions):
+    """`requests` at `rate_per_s` of the lengths `input_tokens` in turn; in the first half `killed` has a fault, null none."""
 
-    `checkpoints` are written by the kit (hybrid, dense) or folders, `environment` is a folder made by scripts/engines.
-    """
-
-    environment: str = ".engines"
-    endpoints: Endpoints = field(default_factory=Endpoints)
-    api_key_variable: str | None = None
-    checkpoints: tuple[str, ...] = ("hybrid", "dense")
+    input_tokens: tuple[int, ...] = (100, 500, 1000)
     requests: int = 24
     rate_per_s: float = 1.0
-    input_tokens: tuple[int, ...] = (100, 500, 1000)
-    output_tokens: int = 8
     batch_max: int = 4
     killed: str | None = "prfaas0.0"
     kill_at_s: float = 4.0
     kill_for_s: float = 1.0
-    start_timeout_s: float = 300.0
-    timeout_s: float = 120.0
     drain_s: float = 300.0
 
     def __post_init__(self) -> None:
-        at_least(self, "options", requests=2, output_tokens=1, batch_max=1)
-        for key in ("rate_per_s", "kill_for_s", "start_timeout_s", "timeout_s", "drain_s"):
+        super().__post_init__()
+        at_least(self, "options", requests=2, batch_max=1)
+        for key in ("rate_per_s", "kill_for_s", "drain_s"):
             if not getattr(self, key) > 0:
                 raise UserError(f"options.{key}: {getattr(self, key)} is not positive")
-        if not self.checkpoints or not self.input_tokens or min(self.input_tokens) < 2:
-            raise UserError("options.checkpoints, options.input_tokens; accepted: one checkpoint, 2 tokens or more")
         if self.kill_at_s < 0:
             raise UserError(f"options.kill_at_s: {self.kill_at_s} is negative")
-
-    @property
-    def running(self) -> bool:
-        """Whether the instances run already."""
-        return bool(self.endpoints.prefill or self.endpoints.decode)
 
 
 def check(settings: Settings, options: Options) -> None:
     """Checkpoints, a deployment that can serve, and an environment or addresses. Raises UserError naming the key."""
-    for checkpoint in options.checkpoints:
-        if checkpoint not in SERVED:
-            if not Path(checkpoint).is_dir():
-                raise UserError(f"options.checkpoints: {checkpoint!r}; accepted: {', '.join(SERVED)}, or a folder")
-            check_checkpoint(checkpoint)
+    check_instances(settings, options)
     policy, n_pd, n_prfaas = settings.policy, settings.cluster.pd.instances, settings.cluster.prfaas.instances
     if policy.threshold_tokens is None or policy.n_p is None:
         raise UserError(
@@ -127,37 +105,20 @@ def check(settings: Settings, options: Options) -> None:
     names = [f"{PRFAAS}.{index}" for index in range(n_prfaas)] + [f"{PD}.{index}" for index in range(n_pd)]
     if options.killed is not None and options.killed not in names:
         raise UserError(f"options.killed: {options.killed!r} is none; accepted: {', '.join(names)}, or null")
-    if settings.link.backend == "relay":
-        raise UserError(
-            "link.backend: relay carries no connection that NIXL opens; accepted: auto, packet, netem, none"
-        )
     if options.running:
         _check_endpoints(settings, options)
-        return
-    interpreter(Path(options.environment), "options.environment")
-    two_cores()
-    if options.api_key_variable is not None:
-        raise UserError("options.api_key_variable: only of options.endpoints")
 
 
 def _check_endpoints(settings: Settings, options: Options) -> None:
     found = {"prefill": settings.cluster.prfaas.instances, "decode": settings.cluster.pd.instances}
     for side, cluster in (("prefill", "prfaas"), ("decode", "pd")):
         urls = getattr(options.endpoints, side)
-        for url in urls:
-            base_url(url, f"options.endpoints.{side}")
         if len(urls) != found[side]:
             raise UserError(
                 f"options.endpoints.{side}: {len(urls)} addresses for cluster.{cluster}.instances={found[side]}; accepted: as many"
             )
-    if settings.link.backend != "none":
-        raise UserError(
-            f"link.backend: {settings.link.backend}; instances of options.endpoints have a network of their own; accepted: none"
-        )
     if options.killed is not None:
         raise UserError("options.killed: instances of options.endpoints are not ended by the kit; accepted: null")
-    if len(options.checkpoints) != 1:
-        raise UserError("options.checkpoints: of running instances; accepted: the one checkpoint that they serve")
 
 
 def run(context: Context) -> Outcome:
@@ -165,14 +126,12 @@ def run(context: Context) -> Outcome:
     options: Options = context.options
     context.folder.mkdir(parents=True, exist_ok=True)
     ones = list[_Served]()
-    # In the run's own folder, of which nothing stays elsewhere when it is killed, unless that path is too long for a socket's (107 bytes).
-    beside = context.folder.absolute() if len(os.fsencode(context.folder.absolute())) < 75 else None
-    with tempfile.TemporaryDirectory(prefix="vllm-", dir=beside) as scratch:
-        for checkpoint in options.checkpoints:
-            kept = checkpoint in SERVED
-            folder = write_served(checkpoint, Path(scratch)) if kept else Path(checkpoint).absolute()
-            one = _Served(context, checkpoint if kept else folder.name, folder, Path(scratch))
-            one.run()
+    # In the run's own folder: of a run that is killed nothing stays elsewhere.
+    with tempfile.TemporaryDirectory(prefix="vllm-", dir=context.folder) as scratch:
+        for name, folder in written(options.checkpoints, Path(scratch)):
+            one = _Served(context, name, folder)
+            with socket_folder(context.folder, _LONGEST_NAME) as sockets:
+                one.run(Path(sockets))
             ones.append(one)
     facts: dict[str, Any] = {one.name: one.facts for one in ones}
     facts["versions"] = {} if options.running else versions(Path(options.environment))
@@ -194,8 +153,8 @@ def run(context: Context) -> Outcome:
 class _Served:
     """One checkpoint under way."""
 
-    def __init__(self, context: Context, name: str, folder: Path, scratch: Path) -> None:
-        self._context, self.name, self._folder, self._scratch = context, name, folder, scratch
+    def __init__(self, context: Context, name: str, folder: Path) -> None:
+        self._context, self.name, self._folder = context, name, folder
         model = ModelSpec(name, "auto", pretrained=str(folder))
         self._layout: StateLayout = model_layout(model)
         self._vocabulary = vocabulary_of(model)
@@ -212,12 +171,11 @@ class _Served:
         self._answers: dict[int, list[int]] = {}
         self._ends = self._twice = self._left = 0
 
-    def run(self) -> None:
+    def run(self, sockets: Path) -> None:
         """Start the deployment, ask what each answer must be, serve both halves; the rows are in `requests`."""
         options, settings = self._context.options, self._context.settings
         logs = self._context.folder / "logs" / self.name
         logs.mkdir(parents=True, exist_ok=True)
-        sockets = Path(tempfile.mkdtemp(prefix="s-", dir=self._scratch))
         computing = VllmComputing(
             Path(options.environment), self._folder, self._vocabulary,
             max(options.input_tokens) + max(options.output_tokens, 16), sockets, logs, options.start_timeout_s, options.timeout_s,
@@ -354,7 +312,7 @@ class _Served:
         """Why the run counts as failed; empty where all is well. Other tokens are a finding: see docs/engines.md on the hybrid."""
         table = self.requests
         answered = table[table["outcome"].isin(ANSWERED)]
-        off = int(((answered["payload_bytes"] / answered["kv_bytes_layout"] - 1).abs() > _BYTES_WITHIN).sum())
+        off = int(((answered["payload_bytes"] / answered["kv_bytes_layout"] - 1).abs() > BYTES_WITHIN).sum())
         lost = len(table) - len(answered)
         if not (off or lost or self._twice or self._left):
             return ""

@@ -133,12 +133,13 @@ class VllmInstance:
         self._sent_bytes = 0
         #: What ends it: an error, or None for the order to stop.
         self.over: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()
+        self._ending = threading.Event()
 
     def start(self) -> int:
         """Begin to take orders; returns the port on which other adapters are heard."""
         listening = socket.create_server((self._config.host, 0))
-        for target in (self._prefill_all, self._take_all):
-            threading.Thread(target=target, name=target.__name__, daemon=True).start()
+        self._begin("prefill", self._prefill_all)
+        self._begin("take", self._take_all)
 
         def accept() -> None:
             while True:
@@ -147,6 +148,22 @@ class VllmInstance:
 
         threading.Thread(target=accept, name="accept", daemon=True).start()
         return int(listening.getsockname()[1])
+
+    def wait(self) -> UserError | None:
+        """Serve until it is over; what ended it. What its threads meet from then on, as all is closed, is no failure of theirs."""
+        how = self.over.get()
+        self._ending.set()
+        return how
+
+    def _begin(self, name: str, work: Callable[..., None], *arguments: object) -> None:
+        def run() -> None:
+            try:
+                work(*arguments)
+            except Exception:
+                if not self._ending.is_set():
+                    raise
+
+        threading.Thread(target=run, name=name, daemon=True).start()
 
     def hear(self, message: Message) -> None:
         """Do what the router says, in the thread that reads it."""
@@ -275,7 +292,7 @@ class VllmInstance:
             return
         self._places.acquire()
         before, taken = self._server.counters(), _Taken(key)
-        threading.Thread(target=self._decode, args=(order, taken), name=f"decode {key}", daemon=True).start()
+        self._begin(f"decode {key}", self._decode, order, taken)
         taken.begun.wait()
         size = 0
         if not taken.problem:
@@ -345,7 +362,7 @@ def work(parent: Parent, config: Message) -> None:
         port = instance.start()
         parent.deliver(telling_time(parent, instance.hear))
         parent.send_text(say.encoded(say.Ready(port)))
-        if (error := instance.over.get()) is not None:
+        if (error := instance.wait()) is not None:
             raise error
 
 

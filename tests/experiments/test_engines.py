@@ -146,25 +146,37 @@ def test_instances_that_run_already_are_measured_and_left_running(tmp_path: Path
     assert value(record, case, "tokens_match") == 1
 
 
+#: Wrong in every experiment on vLLM.
 WRONG = [
     (["options.environment=/nowhere"], "options.environment: /nowhere holds no environment; accepted: a folder made by scripts/engines"),
     (["options.checkpoints=[ring]"], "options.checkpoints: 'ring'; accepted: hybrid, dense, or a folder"),
     (["link.backend=relay"], "link.backend: relay carries no connection that NIXL opens"),
-    (["options.rates_bps=[1e8]"], "options.rates_bps, options.rtts_s: there is no link"),
+    (["options.api_key_variable=KEY"], "options.api_key_variable: only of options.endpoints"),
     (["options.endpoints.prefill=[http://a]"], "options.endpoints: prefill and decode; accepted: addresses of both"),
-    (["options.endpoints={prefill: [a], decode: [b]}"], "options.endpoints.prefill: 'a' is no address"),
+    (["options.endpoints={prefill: [a], decode: [http://b,http://c]}"], "options.endpoints.prefill: 'a' is no address"),
+    (["options.endpoints={prefill: [http://a], decode: [http://b,http://c]}", "link.backend=auto"], "link.backend: auto; instances of"),
+]  # fmt: skip
+#: What is wrong in this one alone.
+WRONG_HERE = [
+    (["options.rates_bps=[1e8]"], "options.rates_bps, options.rtts_s: there is no link"),
+    (["options.checkpoints=[dense]", "options.endpoints={prefill: [http://a], decode: [http://b]}", "options.modes=[bulk]"],
+     "options.modes: the kit's workers do not stand beside options.endpoints"),
     (["link.rate_bps=1e9"], "link.rate_bps: not read by experiment=engines"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "message"), WRONG, ids=lambda part: str(part)[:40])
-def test_what_cannot_be_measured_ends_in_one_line_before_anything_starts(
+def refused(arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends in one line before anything has started."""
+    assert app.main([*arguments, f"results={folder / 'results'}"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not (folder / "results").exists()
+
+
+@pytest.mark.parametrize(("words", "message"), [*WRONG, *WRONG_HERE], ids=lambda part: str(part)[:40])
+def test_what_cannot_be_measured_is_refused(
     words: list[str], message: str, tmp_path: Path, engines: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*SMALL, f"options.environment={engines}", *words, f"results={tmp_path / 'results'}"]
-    assert app.main(arguments) == 2
-    assert capsys.readouterr().err.startswith(f"error: {message}")
-    assert not (tmp_path / "results").exists()
+    refused([*SMALL, f"options.environment={engines}", *words], message, tmp_path, capsys)
 
 
 #: As counted by vLLM 0.32 across an emulated link, with what it said of its cache: bytes by the tokens of the prompt. Where its processor

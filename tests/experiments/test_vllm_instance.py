@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,11 +19,12 @@ import pytest
 from test_engines import started_below
 
 from repro.configuration import plain
-from repro.engine.vllm_server import VllmSpec, processes_of
+from repro.engine.vllm_server import VllmSpec, processes_of, socket_folder
+from repro.errors import UserError
 from repro.models.served import write_served
 from repro.processes import Child
 from repro.serving import messages as say
-from repro.serving.vllm_instance import VllmInstanceConfig
+from repro.serving.vllm_instance import VllmInstance, VllmInstanceConfig
 
 pytestmark = pytest.mark.slow
 PROMPT = list(range(300))
@@ -149,3 +152,39 @@ def test_the_end_of_the_server_is_the_end_of_the_instance_and_the_other_way_roun
     while processes_of(near.sockets) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert processes_of(near.sockets) == 0
+
+
+@pytest.mark.parametrize(("over", "failures"), [(True, 0), (False, 1)], ids=["over", "serving"])
+def test_what_a_thread_meets_once_all_is_over_hides_no_reason(
+    over: bool, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = VllmInstanceConfig("pd0.0", "127.0.0.1", 2048, 2, url="http://127.0.0.1:1")
+    found: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", found.append)
+    instance = VllmInstance(config, None, None)  # type: ignore[arg-type]
+    closed = threading.Event()
+
+    def ask() -> None:
+        closed.wait()
+        raise RuntimeError("the client has been closed")
+
+    instance._begin("asking", ask)
+    (thread,) = (one for one in threading.enumerate() if one.name == "asking")
+    reason = UserError("nothing crosses")
+    instance.over.put(reason)
+    if over:
+        assert instance.wait() is reason
+    closed.set()
+    thread.join(10)
+    assert len(found) == failures
+
+
+def test_sockets_are_beside_the_logs_unless_their_path_would_be_too_long(tmp_path: Path) -> None:
+    length = 107 - len("/sockets-12345678/prfaas0.999")
+    fits, long = (tmp_path / "x".ljust(size - len(str(tmp_path)) - 1, "x") for size in (length, length + 1))
+    for folder, inside in ((fits, True), (long, False)):
+        folder.mkdir()
+        with socket_folder(folder, "prfaas0.999") as sockets, socket.socket(socket.AF_UNIX) as listening:
+            assert (Path(sockets).parent == folder) == inside
+            listening.bind(str(Path(sockets) / "prfaas0.999"))
+        assert not list(folder.iterdir())
