@@ -43,6 +43,8 @@ def _style(index: int) -> dict[str, Any]:
 #: More lines than these in one panel cannot be told apart.
 _MOST_LINES = 3
 _MOST_BARS = 11
+#: Beside longer names, in characters, two panels have no room for their bars.
+_LONGEST_NAME = 32
 
 
 def case_name(case: str) -> str:
@@ -149,16 +151,15 @@ def draw_goodput(record: Record, without: str = "\0") -> Figure:
     """Goodput of each policy with its interval, and the paired difference to the baseline; cases that begin with `without` are left out."""
     table = record.metrics[~record.metrics["case"].str.startswith(without)]
     rows = table[table["metric"] == "goodput"].reset_index(drop=True)
-    # Many long names leave no room for bars beside each other.
-    many = len(rows) > _MOST_BARS
+    growing = set(table.loc[table["metric"] == "runs_overloaded", "case"])
+    names = [case_name(str(case)) + (" (overloaded)" if case in growing else "") for case in rows["case"]]
+    # Many names, or long ones, leave no room for bars beside each other.
+    below = len(rows) > _MOST_BARS or max(map(len, names)) > _LONGEST_NAME
     figure, (left, right) = (
-        style.panels(1, 2, height_in=0.38 * len(rows) + 1) if many else style.panels(2, height_in=3.4)
+        style.panels(1, 2, height_in=max(0.38 * len(rows) + 1, 4.4)) if below else style.panels(2, height_in=3.4)
     )
     bars(left, rows)
-    growing = set(table.loc[table["metric"] == "runs_overloaded", "case"])
-    if growing:
-        names = [case_name(str(case)) + (" (overloaded)" if case in growing else "") for case in rows["case"]]
-        left.set_yticks(range(len(names)), names)
+    left.set_yticks(range(len(names)), names)
     left.set(xlabel="goodput (req/s)", title="Goodput at the SLO")
     paired = table[table["metric"].str.startswith("goodput_minus_")].reset_index(drop=True)
     if len(paired):

@@ -159,7 +159,9 @@ def _wrap(figure: Figure) -> None:
             long, room = (extent.height, box.height) if upright else (extent.width, box.width)
             if long > 1.1 * room > 0 and "\n" not in words:
                 lines = math.ceil(long / (1.1 * room))
-                text.set_text("\n".join(textwrap.wrap(words, math.ceil(len(words) / lines) + 4)))
+                text.set_text(
+                    "\n".join(textwrap.wrap(words, math.ceil(len(words) / lines) + 4, break_long_words=False))
+                )
 
 
 _SCALES: dict[str, tuple[tuple[float, str], ...]] = {

@@ -7,12 +7,15 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from repro import app
 from repro.experiments import base
+from repro.experiments.study_figures import draw_goodput
 from repro.paper.claims import CLAIMS
 from repro.record.directory import Record
 from repro.record.metrics import value
@@ -129,6 +132,20 @@ def test_a_figure_is_no_wider_than_the_page_and_breaks_what_is_longer_than_its_a
     assert figure.get_figwidth() == style.DOUBLE_IN
     assert "\n" in axes[0].get_title(loc="left")
     assert axes[0].get_xlabel() == "short"
+
+
+@pytest.mark.parametrize("letters", [3, 40])
+def test_bars_keep_their_room_whatever_their_names(letters: int, tmp_path: Path) -> None:
+    shutil.copytree(REFERENCE / "burst" / "simulate", tmp_path / "run")
+    metrics = pd.read_csv(tmp_path / "run" / "metrics.csv")
+    metrics["case"] = [f"{case[:1]}{'n' * letters}" if isinstance(case, str) else case for case in metrics["case"]]
+    metrics.to_csv(tmp_path / "run" / "metrics.csv", index=False)
+    with style.applied(), warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, where nothing is left of an axis
+        figure = draw_goodput(Record(tmp_path / "run"))
+        style._wrap(figure)
+        figure.draw_without_rendering()
+    assert all(axis.get_window_extent().width > 0.2 * figure.bbox.width for axis in figure.axes)
 
 
 #: Shows a report in frames of a phone's and a desktop's width, light and dark, and writes down what can be seen in each.
