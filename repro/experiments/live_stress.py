@@ -47,17 +47,17 @@ from repro.workload.arrivals import Poisson
 class Options:
     """`requests` at `rate_per_s`, a fault every `every_s` that ends `for_s` later, all of it `repeats` times with seeds of their own.
 
-    Prompts repeat after `prompts` requests, so that not every answer has to be computed twice. The rest is how to compute.
+    Requests of one length have one of `prompts` prompts, so that not every answer has to be computed twice. The rest is how to compute.
     """
 
     requests: int = 500
-    rate_per_s: float = 2.5
+    rate_per_s: float = 4.0
     every_s: float = 5.0
     for_s: float = 1.0
     kinds: tuple[Kind, ...] = ("kill",)
     factor: float = 3.0
     repeats: int = 1
-    prompts: int = 16
+    prompts: int = 4
     drain_s: float = 120.0
     chunk_tokens: int = 128
     threads: int = 1
