@@ -14,6 +14,7 @@ What arrives is handed over once per request, whole, and only after every checks
 
 from typing import Literal, overload
 
+from repro.transport.connections import ReceiverAwayError
 from repro.transport.outgoing import Delivery, PieceDelivery, TransferFailed
 from repro.transport.process import ReceiverProcess, SenderProcess
 from repro.transport.receiver import Received, Receiver
@@ -24,7 +25,7 @@ from repro.transport.spec import ReceiverLimits, TransportSpec
 
 __all__ = [
     "ConnectionSignal", "Delivery", "Failure", "PieceArrival", "PieceDelivery", "Received", "Receiver",
-    "ReceiverLimits", "ReceiverProcess", "Sender", "SenderProcess", "TransferFailed", "TransportSpec", "open_receiver",
+    "ReceiverAwayError", "ReceiverLimits", "ReceiverProcess", "Sender", "SenderProcess", "TransferFailed", "TransportSpec", "open_receiver",
     "open_sender",
 ]  # fmt: skip
 

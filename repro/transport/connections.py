@@ -27,6 +27,7 @@ from repro.transport.spec import BACKENDS, TransportSpec
 from repro.transport.wire import (
     ENVELOPE_BYTES,
     MAX_REASON_BYTES,
+    AwayError,
     Envelope,
     Kind,
     PeerError,
@@ -80,6 +81,10 @@ class Traffic(Protocol):
         """A little time has passed."""
 
 
+class ReceiverAwayError(UserError):
+    """No receiver answers at an address, or it has no room; a later one may."""
+
+
 class Connections:
     """`spec.connections` data connections to one receiver and a control connection, until `close`."""
 
@@ -101,6 +106,7 @@ class Connections:
         self._acked_bytes = 0  # by the peer's TCP, on connections that are gone
         self.opened = 0
         self.last_problem = "no answer"
+        self._is_away = True  # as far as was seen when it was dialled last
         self._threads = [
             threading.Thread(target=self._run_slot, args=(slot,), name=f"send-{slot}", daemon=True)
             for slot in range(spec.connections)
@@ -109,7 +115,11 @@ class Connections:
         self._threads.append(threading.Thread(target=self._watch, name="send-watch", daemon=True))
 
     def open(self) -> None:
-        """Dial, and wait for the control connection and one other. Raises UserError where they do not come in time."""
+        """Dial, and wait for the control connection and one other.
+
+        Raises:
+            ReceiverAwayError: where nobody answers in time, or has room; UserError where what answers refuses.
+        """
         for thread in self._threads:
             thread.start()
         patience_s = self._spec.connect_timeout_s
@@ -117,7 +127,8 @@ class Connections:
             if self._changed.wait_for(lambda: self._control is not None and self._data, patience_s):
                 return
         host, port = self._address
-        raise UserError(f"transport: no connection to {host}:{port} within {patience_s} s: {self.last_problem}")
+        why = f"transport: no connection to {host}:{port} within {patience_s} s: {self.last_problem}"
+        raise ReceiverAwayError(why) if self._is_away else UserError(why)
 
     def register(self, memory: memoryview) -> None:
         """See `Sender.register`."""
@@ -185,7 +196,7 @@ class Connections:
             sock.settimeout(None)
         except OSError as error:
             sock.close()
-            raise PeerError(f"cannot connect: {error.strerror or error}") from None
+            raise AwayError(f"cannot connect: {error.strerror or error}") from None
         timeout_s = spec.limits.handshake_timeout_s
         if self._tls is not None:
             sock = encrypt(sock, self._tls, receiver=False, timeout_s=timeout_s)
@@ -209,6 +220,7 @@ class Connections:
                 return self._dial(role, slot)
             except (PeerError, OSError) as error:
                 self.last_problem = str(error)
+                self._is_away = isinstance(error, AwayError)
                 self._closed.wait(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
                 attempt += 1
         return None

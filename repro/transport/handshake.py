@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from repro.errors import UserError
-from repro.transport.wire import PeerError, close, read_exactly
+from repro.transport.wire import AwayError, PeerError, close, read_exactly
 
 # magic, version, role, backend, slot, session, nonce, oldest
 _HELLO: Final = struct.Struct("<6sHBBH16s32sQ")
@@ -104,7 +104,11 @@ def _proof(secret: bytes, who: bytes, said: bytes) -> bytes:
 
 
 def introduce(sock: socket.socket, hello: Hello, secret: bytes, timeout_s: float) -> Welcome:
-    """The sender's part. Raises PeerError where the receiver refuses, is too slow, or cannot prove itself."""
+    """The sender's part.
+
+    Raises:
+        PeerError: where the receiver refuses, is too slow, or cannot prove itself; AwayError where it has no room.
+    """
     deadline = time.monotonic() + timeout_s
     first = _HELLO.pack(
         _MAGIC,
@@ -136,8 +140,10 @@ def _ask(sock: socket.socket, words: bytes, size: int, deadline: float) -> bytes
     except PeerError as error:
         raise PeerError(f"no answer to the handshake, neither a welcome nor a refusal: {error}") from None
     if first[0]:
-        known = first[0] in set(Refusal)
-        raise PeerError(Refusal(first[0]).text if known else "what answers is no receiver, or one that speaks TLS only")
+        if first[0] not in set(Refusal):
+            raise PeerError("what answers is no receiver, or one that speaks TLS only")
+        refusal = Refusal(first[0])
+        raise (AwayError if refusal in (Refusal.BUSY, Refusal.SENDERS) else PeerError)(refusal.text)
     return bytes(first + rest)
 
 
@@ -203,7 +209,7 @@ def tls_context(folder: str, *, receiver: bool) -> ssl.SSLContext:
 
 
 def encrypt(sock: socket.socket, context: ssl.SSLContext, *, receiver: bool, timeout_s: float) -> ssl.SSLSocket:
-    """Wrap a connection. The names in certificates say which end one is, not the address. Raises PeerError."""
+    """Wrap a connection. The names in certificates say which end one is, not the address. Raises PeerError, AwayError where it is busy."""
     sock.settimeout(timeout_s)
     try:
         name = None if receiver else "kvcache-receiver"
@@ -211,7 +217,7 @@ def encrypt(sock: socket.socket, context: ssl.SSLContext, *, receiver: bool, tim
     except (ssl.SSLError, OSError) as error:
         close(sock)
         if getattr(error, "reason", None) == _BUSY_REASON:
-            raise PeerError(Refusal.BUSY.text) from None
+            raise AwayError(Refusal.BUSY.text) from None
         raise PeerError(f"TLS handshake failed ({error})") from None
     wrapped.settimeout(None)
     return wrapped

@@ -338,7 +338,7 @@ class Receiver:
         with self._lock:
             session = self._sessions.get(hello.session)
             if session is None:
-                if len(self._sessions) >= self._limits.max_sessions:
+                if len(self._sessions) >= self._limits.max_sessions and not self._make_room():
                     raise RefusedError(Refusal.SENDERS, f"{self._limits.max_sessions} senders are here already")
                 session = self._sessions[hello.session] = Session(
                     os.urandom(16),
@@ -355,6 +355,19 @@ class Receiver:
         if previous is not None:
             hang_up(previous)
         return session
+
+    def _make_room(self) -> bool:
+        """Let go of the sender that has been away longest, if it has been away for longer than an outage is noticed in."""
+        key, session = min(
+            ((key, one) for key, one in self._sessions.items() if one.connections == 0),
+            key=lambda item: item[1].alone_since_s,
+            default=(b"", None),
+        )
+        if session is None or time.monotonic() - session.alone_since_s < self._spec.silence_s:
+            return False
+        del self._sessions[key]
+        session.abandon("the sender was away, and others needed its place")
+        return True
 
     def _report(self, failure: Failure) -> None:
         with self._lock:

@@ -40,6 +40,10 @@ class PeerError(Exception):
     """The peer did what it must not do, or went away in the middle. The message is what the log will say."""
 
 
+class AwayError(PeerError):
+    """Nobody is there, or there is no room: it may be otherwise a moment later."""
+
+
 class Kind(IntEnum):
     """What an envelope announces. The first group goes to the receiver, the second comes back from it."""
 

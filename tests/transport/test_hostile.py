@@ -15,7 +15,7 @@ import pytest
 from transport_rig import HonestTraffic, assert_same, eventually, make_request, send_all
 
 from repro.errors import UserError
-from repro.transport import TransportSpec, open_receiver, open_sender
+from repro.transport import ReceiverAwayError, TransportSpec, open_receiver, open_sender
 from repro.transport.certificates import make_certificates
 from repro.transport.handshake import Hello, Role, introduce
 from repro.transport.wire import HEAD_BYTES, Envelope, Kind, PeerError, sealed
@@ -132,7 +132,7 @@ def test_a_sender_that_finds_the_receiver_busy_says_so(
     with open_receiver(spec, "127.0.0.1") as receiver:
         crowd = [socket.create_connection(("127.0.0.1", receiver.port)) for _ in range(64)]
         assert eventually(lambda: receiver.stats()["threads"] >= 64)
-        with pytest.raises(UserError, match=r"the receiver is busy: .* in their handshake"):
+        with pytest.raises(ReceiverAwayError, match=r"the receiver is busy: .* in their handshake"):
             open_sender(spec, ("127.0.0.1", receiver.port))
         for sock in crowd:
             sock.close()
@@ -146,6 +146,36 @@ def test_a_sender_too_many_says_that_the_receiver_has_as_many_as_it_takes(spec: 
         pytest.raises(UserError, match="as many senders as it takes are there"),
     ):
         open_sender(spec, ("127.0.0.1", receiver.port))
+
+
+def test_a_receiver_that_refuses_is_there_all_the_same(spec: TransportSpec) -> None:
+    other = replace(spec, secret="something else", connect_timeout_s=0.5)
+    with (
+        open_receiver(spec, "127.0.0.1") as receiver,
+        pytest.raises(UserError, match="no connection to") as refused,
+    ):
+        open_sender(other, ("127.0.0.1", receiver.port))
+    assert not isinstance(refused.value, ReceiverAwayError)
+
+
+def test_a_sender_that_is_away_makes_room_for_one_that_comes_but_not_at_once(spec: TransportSpec) -> None:
+    spec = replace(spec, connect_timeout_s=0.2, limits=replace(spec.limits, max_sessions=2))
+    with open_receiver(spec, "127.0.0.1") as receiver:
+        address = ("127.0.0.1", receiver.port)
+        with open_sender(spec, address) as here:
+            open_sender(spec, address).close()
+            assert eventually(lambda: receiver.stats()["connections"] == spec.connections + 1)
+            with pytest.raises(ReceiverAwayError, match="as many senders as it takes are there"):
+                open_sender(spec, address)
+            with open_sender(replace(spec, connect_timeout_s=3 * spec.silence_s), address) as newcomer:
+                assert receiver.stats()["sessions"] == 2
+                for sender in (here, newcomer):
+                    pieces, manifest = make_request(5, [1000])
+                    sender.begin(5)
+                    sender.send(pieces[0])
+                    sender.finish(manifest)
+                    with receiver.receive(5) as received:
+                        assert_same(received, pieces)
 
 
 @pytest.mark.parametrize("kind", [Kind.DELIVERED, Kind.RELEASED, Kind.SEGMENT])
