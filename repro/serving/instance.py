@@ -23,11 +23,12 @@ from repro.engine.replay import Joined, ReplayDecode, ReplayPrefill
 from repro.errors import UserError
 from repro.kvcache.frames import DType, FrameHeader, Manifest, Piece
 from repro.models.layout import StateKind
-from repro.processes import Message, Parent, run_worker
+from repro.processes import Message, Parent, background, run_worker
 from repro.profiles.base import PhaseProfile
 from repro.serving import messages as say
 from repro.serving.clocks import telling_time
 from repro.serving.clockwork import Clockwork
+from repro.serving.dialling import Dialling
 from repro.serving.messages import ATTEMPTS
 from repro.transport import Delivery, Receiver, Sender, TransferFailed, TransportSpec
 
@@ -82,6 +83,10 @@ class Instance:
         self._tasks: dict[int, _Task] = {}
         self._joined_s: dict[int, float] = {}
         self._senders: dict[str, Sender] = {}
+        self._dialling = Dialling(
+            partial(Sender, config.transport, observer=partial(self._clock.ask, self._on_transfer)),
+            partial(self._clock.ask, self._connected),
+        )
         self._sent_to: dict[int, str] = {}
         self._full = False
         self._armed_s = dict[str, float]()
@@ -104,7 +109,7 @@ class Instance:
             case say.Forget():
                 self._forget(told.request * ATTEMPTS + told.attempt)
             case say.Connect():
-                threading.Thread(target=self._connect, args=(told,), name=f"connect {told.name}", daemon=True).start()
+                self._dialling.to(told)
             case say.Slow():
                 self._prefill.slow = self._decode.slow = told.factor
             case say.Memory():
@@ -188,14 +193,9 @@ class Instance:
             )
         return self._bytes[:size_bytes]
 
-    def _connect(self, told: say.Connect) -> None:
-        observer = partial(self._clock.ask, self._on_transfer)
-        sender = Sender(self._config.transport, (told.host, told.port), observer=observer)
-        self._clock.ask(self._connected, told.name, sender)
-
     def _connected(self, name: str, sender: Sender) -> None:
         if (before := self._senders.get(name)) is not None:
-            before.close()
+            background(before.close, name=f"close {name}")  # it may take a while, and this thread keeps time
         self._senders[name] = sender
         self._tell(say.Connected(name))
 

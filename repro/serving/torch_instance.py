@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -32,6 +33,7 @@ from repro.kvcache.state import State, seal
 from repro.processes import Message, Parent, background, run_worker
 from repro.serving import messages as say
 from repro.serving.clocks import telling_time
+from repro.serving.dialling import Dialling
 from repro.serving.given_up import GivenUp
 from repro.serving.messages import ATTEMPTS, name_of, named
 from repro.serving.prefill import Outbox
@@ -93,8 +95,9 @@ class TorchInstance:
         self._batch = RunningBatch(self._engine, self._log)
         self._waiting: list[_Arrived] = []
         self._joined = set[int]()
-        self._inbox: queue.SimpleQueue[Message | _Arrived | tuple[str, Sender]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[say.ToInstance | _Arrived | None] = queue.SimpleQueue()  # None: to stop
         self._senders: dict[str, Sender] = {}
+        self._dialling = Dialling(partial(Sender, config.transport), self._connected)
         self._gone = GivenUp()
         self._telling = threading.Lock()
         if (prefixes := self._engine.prefixes) is not None:
@@ -104,10 +107,21 @@ class TorchInstance:
         self.put = self._inbox.put
 
     def hear(self, message: Message) -> None:
-        """Take a message, in the thread that reads them: what is given up is known before its turn comes."""
-        if message["kind"] == "forget":
-            self._gone.add(message["request"] * ATTEMPTS + message["attempt"])
-        self.put(message)
+        """Take a message, in the thread that reads them. What waits for no computation is done at once; the rest has its turn.
+
+        So what is given up is known before its turn comes, whoever comes is connected though prefills queue here, and what is said of the
+        link is of now.
+        """
+        match told := None if message["kind"] == "stop" else say.to_instance(message):
+            case say.Connect():
+                self._dialling.to(told)
+                return
+            case say.Report():
+                self._tell(self._sending())
+                return
+            case say.Forget():
+                self._gone.add(told.request * ATTEMPTS + told.attempt)
+        self.put(told)
 
     def run(self) -> None:
         """Serve until told to stop: prefill goes before decode steps, as in a server without chunked mixing."""
@@ -116,12 +130,10 @@ class TorchInstance:
                 item = self._inbox.get()
                 if isinstance(item, _Arrived):
                     self._waiting.append(item)
-                elif isinstance(item, tuple):
-                    self._connected(*item)
-                elif item["kind"] == "stop":
+                elif item is None:
                     return
                 else:
-                    self._hear(say.to_instance(item))
+                    self._hear(item)
                 self._admit()
             began_s = now_s()
             finished = self._batch.step()
@@ -146,21 +158,17 @@ class TorchInstance:
                 self._prefill(told)
             case say.Copy():
                 self._copy(told)
-            case say.Connect():
-                background(self._connect, told, name=f"connect {told.name}")
             case say.Forget():
                 self._forget(told.request * ATTEMPTS + told.attempt)
             case say.Slow():
                 self._slow = told.factor
             case say.Memory():
                 self._full = told.full
-            case say.Report():
-                self._tell(self._sending())
             case _:
                 raise UserError(f"instance {self._config.name}: a computing instance does not know {told}")
 
     def _sending(self) -> say.Sending:
-        stats = [sender.stats() for sender in self._senders.values()]
+        stats = [sender.stats() for sender in list(self._senders.values())]
         return say.Sending(
             now_s(),
             sum(one["acked_bytes"] for one in stats),
@@ -170,12 +178,12 @@ class TorchInstance:
             0.0,
         )
 
-    def _connect(self, told: say.Connect) -> None:
-        self.put((told.name, Sender(self._config.transport, (told.host, told.port))))
-
     def _connected(self, name: str, sender: Sender) -> None:
-        self._senders[name] = sender
+        """In the thread that dialled: prefills that wait before it must not keep whoever has just come from serving."""
+        before, self._senders[name] = self._senders.get(name), sender
         self._tell(say.Connected(name))
+        if before is not None:
+            before.close()
 
     # Prefill.
 
