@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, cast
@@ -25,6 +27,7 @@ from transformers import PreTrainedConfig
 
 from repro.engine.base import Emit, Handover, Prefilled, Request
 from repro.engine.gate import Admission, admit
+from repro.engine.pace import throttled
 from repro.engine.reference import Agreement, Reference, answer, compare, generate, tolerance_of
 from repro.engine.spans import Span, SpanLog, now_s
 from repro.engine.staging import HostCopies, Staging, Straight, copies_over
@@ -46,7 +49,8 @@ class EngineSpec:
 
     `chunk_tokens` bounds prefill's memory and is the grain in which attention state leaves; `threads` is per worker.
     The model's layers are spread over `device` and `more_devices`; random weights are drawn on the device `weights_drawn_on`.
-    `staging_bytes` of host memory, page-locked where there is a GPU, hold what is on its way to the link.
+    `staging_bytes` of host memory, page-locked where there is a GPU, hold what is on its way to the link. Every forward pass takes
+    `slowdown` times as long as here, so that one machine stands for devices of several speeds.
     """
 
     model: ModelSpec
@@ -57,6 +61,7 @@ class EngineSpec:
     weights_drawn_on: str | None = None
     staging_bytes: int = 256 << 20
     prefix_cache: PrefixCacheSpec = field(default_factory=PrefixCacheSpec)
+    slowdown: float = 1.0
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -72,6 +77,8 @@ class EngineSpec:
         for name in ("chunk_tokens", "threads", "staging_bytes"):
             if getattr(self, name) < 1:
                 raise UserError(f"engine.{name}: {getattr(self, name)}; a whole number of at least 1 is accepted")
+        if not 1 <= self.slowdown < math.inf:
+            raise UserError(f"engine.slowdown: {self.slowdown}; accepted: 1 or more")
         if self.prefix_cache.capacity_bytes and self.prefix_cache.block_tokens % self.chunk_tokens:
             raise UserError(
                 f"prefix_cache.block_tokens: {self.prefix_cache.block_tokens}; accepted: multiples of "
@@ -126,6 +133,16 @@ def foresee(spec: EngineSpec) -> None:
         _ADMITTED[_weights(spec)] = Admission(**json.loads(found))
 
 
+def paced(model: torch.nn.Module, spec: EngineSpec) -> AbstractContextManager[None]:
+    """Within, the model is as slow as the engine is to be.
+
+    One thread's own processor time is multiplied, so that a pass that waits for a core is not slower for it; of several threads, or on an
+    accelerator, nobody counts that time, and the clock's is.
+    """
+    alone = spec.threads == 1 and set(spec.devices) == {"cpu"}
+    return throttled(model, spec.slowdown, busy=time.thread_time if alone else None)
+
+
 class TorchEngine:
     """Prefill and decode engine in one; a worker uses the half that it stands for."""
 
@@ -150,6 +167,8 @@ class TorchEngine:
         self._copies = copies_over(dict.fromkeys(self._device_of))
         self._batch: dict[int, _Decoding] = {}
         self._reserved: dict[int, Prefix] = {}
+        self._paced = ExitStack()  # as long as the engine lives
+        self._paced.enter_context(paced(self._model, spec))
 
     @cached_property
     def _outline(self) -> Outline:

@@ -1,22 +1,21 @@
 """Edge decode in execution: prefill at full speed, decode on a side that is slowed down, over the state's own bytes.
 
-The decode side computes the same model on the same cores, and after every forward pass rests so many times as long as the pass took (a
-duty cycle: arithmetic and memory slow down alike, as on a smaller device of the same make). What it was slowed down by is measured
-against the same passes without rests, for prefill and for steps. The state crosses framed and is restored; the link's time is the
-arithmetic of its bytes and nothing here waits for it, so the smallest link on which the split comes first is what these times and bytes
-leave for the wire.
+The decode side computes the same model on the same cores, and rests after every forward pass (`repro.engine.pace`). What it was slowed
+down by is measured against the same passes without rests, for prefill and for steps. The state crosses framed and is restored; the link's
+time is the arithmetic of its bytes and nothing here waits for it, so the smallest link on which the split comes first is what these times
+and bytes leave for the wire.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from matplotlib.ticker import LogLocator
 
+from repro.engine.pace import throttled
 from repro.record.metrics import Metric, value
 from repro.record.statistics import Estimate
 from repro.report import style
@@ -30,32 +29,6 @@ if TYPE_CHECKING:
 
 #: Between rests a prefill computes so many tokens.
 _CHUNK_TOKENS = 64
-
-
-@contextlib.contextmanager
-def throttled(
-    model: torch.nn.Module,
-    factor: float,
-    clock: Callable[[], float] = time.perf_counter,
-    rest: Callable[[float], None] = time.sleep,
-) -> Iterator[None]:
-    """Within, every forward pass of the model takes `factor` times as long: after it, it rests."""
-    began_s = 0.0
-
-    def begin(*_: Any) -> None:
-        nonlocal began_s
-        began_s = clock()
-
-    def end(*_: Any) -> None:
-        if factor > 1:
-            rest((factor - 1) * (clock() - began_s))
-
-    hooks = (model.register_forward_pre_hook(begin), model.register_forward_hook(end))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def timed(

@@ -2,10 +2,12 @@
 
 import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from repro.engine import pace, torch_engine
 from repro.engine.base import Handover, Request
 from repro.engine.spans import SpanLog
 from repro.engine.torch_engine import EngineSpec, TorchEngine
@@ -187,3 +189,22 @@ def test_a_device_that_is_not_there_is_named() -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError, match=r"engine\.device: cuda"):
         TorchEngine(replace(engine_spec("kimi_linear"), device="cuda"))
+
+
+def test_a_slower_engine_rests_after_every_pass_and_computes_the_same(
+    kimi: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests, asked = list[float](), request(7, 150)
+    rested = partial(pace.throttled, rest=rests.append)
+    monkeypatch.setattr(torch_engine, "throttled", rested)
+    slow = TorchEngine(replace(engine_spec("kimi_linear"), slowdown=1000.0))
+    for engine in (kimi, slow):
+        engine.prefill_and_join(asked, SpanLog())
+    assert decode(slow) == decode(kimi)
+    assert len(rests) == -(-asked.state_tokens // CHUNK_TOKENS) + OUTPUT_TOKENS
+
+
+@pytest.mark.parametrize("slowdown", [0.5, float("nan"), float("inf")])
+def test_an_engine_cannot_be_faster_than_its_machine(slowdown: float) -> None:
+    with pytest.raises(UserError, match=r"engine.slowdown: .*accepted: 1 or more"):
+        replace(engine_spec("kimi_linear"), slowdown=slowdown)
