@@ -13,7 +13,7 @@ import torch
 
 from repro.engine.gate import admit, seen_clearly
 from repro.engine.reference import answer, compare, generate, tolerance_of
-from repro.engine.torch_engine import EngineSpec
+from repro.engine.torch_engine import EngineSpec, paced
 from repro.errors import UserError
 from repro.experiments.base import Context
 from repro.experiments.live import Played
@@ -37,22 +37,25 @@ from repro.workload.stream import Chains
 class Computing:
     """Makes instances that compute that model; prompts that they draw repeat after `prompts` requests.
 
-    `caches` says which prefix cache each instance of a cluster has; without a word of it, none. They say every token as it comes where it
-    `streams`.
+    `caches` says which prefix cache each instance of a cluster has; without a word of it, none. `slowdowns` says how many times slower than
+    this machine each instance of a cluster is. They say every token as it comes where it `streams`.
     """
 
     engine: EngineSpec
     vocabulary: int
     prompts: int
     caches: Mapping[str, PrefixCacheSpec] = field(default_factory=dict)
+    slowdowns: Mapping[str, float] = field(default_factory=dict)
     streams: bool = False
     start_timeout_s: float = START_TIMEOUT_S
     listens: bool = False
 
     def config(self, name: str, transport: TransportSpec, host: str | None, batch_max: int, seed: int) -> Config:
         """What an instance of that name is started with."""
-        cache = self.caches.get(name.partition(".")[0], self.engine.prefix_cache)
-        engine = replace(self.engine, prefix_cache=cache)
+        cluster = name.partition(".")[0]
+        engine = replace(
+            self.engine, prefix_cache=self.caches.get(cluster, self.engine.prefix_cache), slowdown=self.slowdowns.get(cluster, 1.0)
+        )  # fmt: skip
         return TorchInstanceConfig(
             name, engine, transport, host, self.vocabulary, self.prompts, batch_max, seed, self.streams
         )
@@ -85,16 +88,28 @@ def pools(settings: Settings, n_p: int) -> dict[str, PrefixCacheSpec]:
     }
 
 
-def measured_profile(context: Context, spec: ModelSpec, law: LengthDistribution, repeats: int) -> PhaseProfile:
-    """The model's profile on this machine's CPU over those lengths, in as many threads and chunks as an instance will have."""
+def measured_profile(
+    context: Context,
+    spec: ModelSpec,
+    law: LengthDistribution,
+    repeats: int,
+    slowdown: float = 1.0,
+    tokens_per_s: float = 40.0,
+) -> PhaseProfile:
+    """The model's profile on this machine's CPU over those lengths, computed as an instance will: threads, chunks, decode step by step.
+
+    The batches of an instance that is `slowdown` times slower are as large as leaves every request its `tokens_per_s`.
+    """
     options = context.options
     measuring = ProfileSpec(
         chunk_tokens=options.chunk_tokens, first_tokens=max(16, int(law.minimum_tokens)),
         last_tokens=max(32, int(law.maximum_tokens)), repeats=repeats, contexts=(64, int(law.maximum_tokens)),
+        slo_tokens_per_s=tokens_per_s,
     )  # fmt: skip
-    with _threads(options.threads):
+    engine, model = EngineSpec(spec, options.chunk_tokens, options.threads, slowdown=slowdown), build(spec, "cpu")
+    with _threads(options.threads), paced(model, engine):
         states = layout(build(spec, "meta"))
-        found = measure(build(spec, "cpu"), build(spec, "meta"), measuring, context.progress)
+        found = measure(model, build(spec, "meta"), measuring, context.progress, together=False)
         return profile_of(spec.name, spec.name, accelerator_of(torch.device("cpu")), found, states, measuring)
 
 

@@ -138,15 +138,20 @@ def measure(
     spec: ProfileSpec,
     progress: Progress,
     clock: Clock = time.perf_counter,
+    *,
+    together: bool = True,
 ) -> Measurement:
-    """Time both phases of `model`. `bare` is the same model on the meta device, on which operations are counted."""
+    """Time both phases of `model`. `bare` is the same model on the meta device, on which operations are counted.
+
+    A decode step takes the requests of a batch `together` in one forward pass, or one after the other, as `TorchEngine` does.
+    """
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
     deadline = clock() + spec.budget_s
     ceilings = measure_ceilings(device, dtype, clock)
     progress(f"ceilings: {ceilings.matmul_flops / 1e9:.0f} GFLOP/s, copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s")
     prefill, stopped = _prefill_timings(model, spec, progress, clock, deadline)
-    decode = list(_decode_timings(model, spec, progress, clock, deadline))
+    decode = list(_decode_timings(model, spec, progress, clock, deadline, together))
     per_token, per_pair = count_flops(bare)
     return Measurement(tuple(prefill), tuple(decode), ceilings, per_token, per_pair, kernels_of(model, spec), stopped)
 
@@ -202,20 +207,24 @@ def _memory_limit(device: torch.device) -> float:
 
 
 def _decode_timings(
-    model: torch.nn.Module, spec: ProfileSpec, progress: Progress, clock: Clock, deadline: float
+    model: torch.nn.Module, spec: ProfileSpec, progress: Progress, clock: Clock, deadline: float, together: bool
 ) -> Iterator[Timing]:
     for context in spec.contexts:
         for batch in spec.batches:
             if clock() > deadline and batch > spec.batches[0]:
                 progress(f"decode at batch {batch}, context {context}: skipped, the time given is used up")
                 continue
-            cache = _prefill(model, _prompt(model, batch, context), spec)
-            token = _prompt(model, batch, 1)
-
+            passes, rows = (1, batch) if together else (batch, 1)
+            caches = [_prefill(model, _prompt(model, rows, context), spec) for _ in range(passes)]
+            token = _prompt(model, rows, 1)
             seen_tokens = itertools.count(context)
 
-            def step(token: torch.Tensor = token, cache: Any = cache, seen_tokens: Iterator[int] = seen_tokens) -> None:
-                forward(model, token, cache, next(seen_tokens))
+            def step(
+                token: torch.Tensor = token, caches: list[Any] = caches, seen_tokens: Iterator[int] = seen_tokens
+            ) -> None:
+                seen = next(seen_tokens)
+                for cache in caches:
+                    forward(model, token, cache, seen)
 
             timing = _repeat(model, context, batch, spec.decode_steps, clock, step)
             progress(f"decode at batch {batch}, context {context}: {1e3 * timing.seconds:.1f} ms per step")

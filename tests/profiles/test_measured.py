@@ -78,3 +78,25 @@ def test_a_measured_profile_is_saved_by_name_and_read_back(tmp_path):
 def test_a_wrong_option_is_named(values, named):
     with pytest.raises(UserError, match=named):
         ProfileSpec(**values)
+
+
+@pytest.mark.parametrize(("together", "passes", "rows"), [(True, 1, 3), (False, 3, 1)])
+def test_a_batch_is_stepped_in_one_pass_or_one_after_the_other(monkeypatch, together, passes, rows):
+    options = ProfileSpec(
+        first_tokens=16, last_tokens=32, chunk_tokens=16, repeats=3, batches=(3,), contexts=(16,), decode_steps=4
+    )
+    seen, forward = [], measured.forward
+    monkeypatch.setattr(
+        measured, "forward", lambda model, ids, *rest: seen.append(ids.shape) or forward(model, ids, *rest)
+    )
+    found = measure(
+        build(spec.load("qwen3_235b")),
+        build(spec.load("qwen3_235b"), "meta"),
+        options,
+        lambda _: None,
+        together=together,
+    )
+    warmed = 1 + options.decode_steps
+    steps = [shape for shape in seen if shape == (rows, 1)]
+    assert len(steps) == passes * warmed + (rows == 1), "one pass more where kernels are watched"
+    assert found.decode[0].batch == 3
