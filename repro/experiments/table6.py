@@ -19,6 +19,7 @@ from repro.errors import UserError
 from repro.experiments import spread
 from repro.experiments import table6_emulated as emulated
 from repro.experiments import table6_goodput as goodput
+from repro.experiments import table6_live as live
 from repro.experiments import table6_simulated as simulated
 from repro.experiments.base import DECODE, EQUATIONS, HOMOGENEOUS, SIMULATED, WIRE, Context, Experiment, Outcome
 from repro.experiments.deployment import (
@@ -228,6 +229,6 @@ EXPERIMENT = Experiment(
     inputs=profile_files,
     tier_figures={
         "simulate": {"table6_simulated": simulated.draw_loads, "table6_goodput": goodput.draw},
-        "emulate": {"table6_emulated": emulated.draw, "table6_goodput": goodput.draw},
+        "emulate": {"table6_emulated": live.draw, "table6_goodput": goodput.draw},
     },
 )

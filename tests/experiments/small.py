@@ -105,6 +105,12 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "options.first_tokens=16", "options.last_tokens=64", "options.repeats=3", "options.batches=[1]", "options.contexts=[16]",
         "options.decode_steps=2",
     ],
+    ("live_table6", "execute"): [
+        "model=qwen3_235b", "options.prfaas_slowdown=1.5", "options.pd_slowdown=2", "options.cases=[prfaas_pd,homogeneous_pd]",
+        "options.requests=20", "options.search_requests=20", "options.search_width=1", "options.compared=4", "options.repeats=3",
+        "cluster.pd.instances=2", "cluster.homogeneous_instances=2",
+        "workload.lengths.mu=3.3", "workload.lengths.minimum_tokens=16", "workload.lengths.maximum_tokens=64", "workload.output_tokens=3",
+    ],
     ("live_stress", "execute"): [
         "model=qwen3_235b", "profile=paper_1t_h200", "options.requests=20", "options.rate_per_s=4", "options.every_s=2.5",
         "options.for_s=1", "options.kinds=[slow]",

@@ -37,6 +37,7 @@ LOOKED_AT = {
     "agentic": {"policy.rebalance.enabled": "its cases switch it on and off themselves"},
     "validate": {"link.rtt_s": "a drawn one takes its place; what is set is refused"},
     "live_stress": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
+    "live_table6": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "live_reuse": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "tiers": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "scenarios": {
