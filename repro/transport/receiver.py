@@ -335,10 +335,11 @@ class Receiver:
         if hello.backend != BACKENDS.index(self._spec.backend):
             raise RefusedError(Refusal.BACKEND, f"sends by another backend than {self._spec.backend}")
         key = (hello.session, hello.role, hello.slot)
+        gone: Session | None = None
         with self._lock:
             session = self._sessions.get(hello.session)
             if session is None:
-                if len(self._sessions) >= self._limits.max_sessions and not self._make_room():
+                if len(self._sessions) >= self._limits.max_sessions and (gone := self._make_room()) is None:
                     raise RefusedError(Refusal.SENDERS, f"{self._limits.max_sessions} senders are here already")
                 session = self._sessions[hello.session] = Session(
                     os.urandom(16),
@@ -352,22 +353,22 @@ class Receiver:
                 raise RefusedError(Refusal.CONNECTIONS, f"more than {self._limits.max_connections} connections")
             self._slots[key] = sock
             session.connections += 1
+        if gone is not None:
+            gone.abandon("the sender was away, and others needed its place")
         if previous is not None:
             hang_up(previous)
         return session
 
-    def _make_room(self) -> bool:
-        """Let go of the sender that has been away longest, if it has been away for longer than an outage is noticed in."""
+    def _make_room(self) -> Session | None:
+        """Let go of the sender that has been away longest, if for longer than an outage is noticed in; the lock is held."""
         key, session = min(
             ((key, one) for key, one in self._sessions.items() if one.connections == 0),
             key=lambda item: item[1].alone_since_s,
             default=(b"", None),
         )
         if session is None or time.monotonic() - session.alone_since_s < self._spec.silence_s:
-            return False
-        del self._sessions[key]
-        session.abandon("the sender was away, and others needed its place")
-        return True
+            return None
+        return self._sessions.pop(key)
 
     def _report(self, failure: Failure) -> None:
         with self._lock:

@@ -163,12 +163,17 @@ def test_a_sender_that_is_away_makes_room_for_one_that_comes_but_not_at_once(spe
     with open_receiver(spec, "127.0.0.1") as receiver:
         address = ("127.0.0.1", receiver.port)
         with open_sender(spec, address) as here:
-            open_sender(spec, address).close()
+            pieces, _ = make_request(4, [1000, 1000])
+            with open_sender(spec, address) as away:
+                away.begin(4)
+                away.send(pieces[0])
+                assert eventually(lambda: receiver.stats()["held_bytes"] == 1000)
             assert eventually(lambda: receiver.stats()["connections"] == spec.connections + 1)
             with pytest.raises(ReceiverAwayError, match="as many senders as it takes are there"):
                 open_sender(spec, address)
             with open_sender(replace(spec, connect_timeout_s=3 * spec.silence_s), address) as newcomer:
                 assert receiver.stats()["sessions"] == 2
+                assert receiver.stats()["held_bytes"] == 0, "and with the sender goes what it has begun"
                 for sender in (here, newcomer):
                     pieces, manifest = make_request(5, [1000])
                     sender.begin(5)
