@@ -17,85 +17,55 @@ import numpy as np
 import pandas as pd
 
 from repro.errors import UserError, at_least
-from repro.experiments import tiers
+from repro.experiments import tiers, two_speeds
 from repro.experiments.base import HOMOGENEOUS, MODEL, WIRE, Context, Experiment, Outcome
-from repro.experiments.computed import Answers, Computing, measured_profile
+from repro.experiments.computed import Answers
 from repro.experiments.deployment import CASES, operating_points
 from repro.experiments.live import Played, Wire, deployed
-from repro.experiments.split_model import engine_of, vocabulary_of
 from repro.experiments.table3 import one_model
 from repro.experiments.table6_live import Case, Effort, draw, measured, name_of
-from repro.models.build import build
-from repro.profiles.base import PhaseProfile
+from repro.experiments.two_speeds import TwoSpeeds
 from repro.record.directory import Record
 from repro.record.metrics import Metric, value
 from repro.report import style
 from repro.scheduling.throughput import Deployment
-from repro.serving.cluster_caches import PD, PRFAAS
 from repro.serving.scale import Scale
-from repro.serving.torch_instance import TorchInstanceConfig
 from repro.settings import Settings
 from repro.simulate.deployments import shared_link, simulated
 
 
 @dataclass(frozen=True)
-class Options:
-    """How many times slower than this machine an instance of either cluster is, which deployments, and the effort.
+class Options(TwoSpeeds):
+    """Which deployments; `requests` are counted at `load` of each Λ_max, `search_requests` sent per rate that the search tries."""
 
-    `requests` are counted at `load` of each Λ_max, `search_requests` sent per rate that the search tries, and tokens of the first
-    `compared` are held against the model's. Decode batches are as large as leaves every request its `tokens_per_s`. The rest is how to
-    compute.
-    """
-
-    prfaas_slowdown: float = 2.0
-    pd_slowdown: float = 4.0
     cases: tuple[str, ...] = CASES
     load: float = 0.7
     requests: int = 120
     search_requests: int = 120
     search_width: float = 0.08
-    compared: int = 30
-    prompts: int = 16
-    tokens_per_s: float = 5.0
-    chunk_tokens: int = 128
-    threads: int = 1
-    repeats: int = 5
-    pieces: int = 8
 
     def __post_init__(self) -> None:
-        for key in ("prfaas_slowdown", "pd_slowdown"):
-            if not getattr(self, key) >= 1:
-                raise UserError(f"options.{key}: {getattr(self, key)}; accepted: 1 (as fast as this machine) or more")
+        super().__post_init__()
         if not self.cases or not set(self.cases) <= set(CASES):
             raise UserError(f"options.cases: {list(self.cases)}; accepted: some of {', '.join(CASES)}")
         if not 0 < self.load < 1:
             raise UserError(f"options.load: {self.load}; accepted: between 0 and 1")
-        for key in ("search_width", "tokens_per_s"):
-            if not getattr(self, key) > 0:
-                raise UserError(f"options.{key}: {getattr(self, key)} is not positive")
-        at_least(
-            self, "options", requests=20, search_requests=20, compared=1, prompts=1, chunk_tokens=1, threads=1, repeats=3, pieces=1
-        )  # fmt: skip
+        if not self.search_width > 0:
+            raise UserError(f"options.search_width: {self.search_width} is not positive")
+        at_least(self, "options", requests=20, search_requests=20)
 
 
 def run(context: Context) -> Outcome:
     """Measure both profiles, find the three operating points, and let each deployment serve."""
     options, settings = context.options, context.settings
-    model, slowdowns = one_model(settings), {PRFAAS: context.options.prfaas_slowdown, PD: context.options.pd_slowdown}
-    base = _planned(context, slowdowns)
+    model = one_model(settings)
+    base = two_speeds.measured(context, model, settings.link.rate_bps or float("inf"))
     true_mean = replace(settings, policy=replace(settings.policy, lengths="true_mean"))
     points = {
         case: point for case, point in operating_points(base, true_mean, options.cases).items() if case in options.cases
     }
-    computing = Computing(
-        engine_of(model, options.chunk_tokens, options.threads),
-        vocabulary_of(model),
-        options.prompts,
-        slowdowns=slowdowns,
-    )
-    config = computing.config("reference", settings.transport, None, 1, settings.seed)
-    assert isinstance(config, TorchInstanceConfig)
-    answers = Answers(build(model, "cpu"), config, options.threads)
+    computing = options.computing(model)
+    answers = two_speeds.answers(context, model, computing)
     wire = Wire(settings.link, settings.transport, options.pieces, Scale())
     effort = Effort(
         (options.load,), options.requests, options.search_requests, options.search_width, 0.06, "options.search_requests",
@@ -126,21 +96,6 @@ def run(context: Context) -> Outcome:
     rows += _ratios(context, rows)
     provenance = {"link": links, "workers": workers}
     return Outcome(rows, {"loads": pd.DataFrame(drawn)}, requests=pd.concat(kept), provenance=provenance)
-
-
-def _planned(context: Context, slowdowns: dict[str, float]) -> Deployment:
-    """The deployment by the profiles of its two clusters, each measured as slow as its instances will be."""
-    options, settings = context.options, context.settings
-    law, found = settings.workload.length_law(), dict[str, PhaseProfile]()
-    for cluster, slowdown in slowdowns.items():
-        context.progress(f"profile of an instance of {cluster}, {slowdown:g} times slower than this machine")
-        found[cluster] = measured_profile(
-            context, one_model(settings), law, options.repeats, slowdown, options.tokens_per_s
-        )
-    return Deployment(
-        found[PRFAAS], settings.cluster.prfaas.instances, found[PD], settings.cluster.pd.instances,
-        settings.link.rate_bps or float("inf"), law, settings.workload.mean_output_tokens(),
-    )  # fmt: skip
 
 
 def _proofs(context: Context, name: str, played: Played, base: Deployment, answers: Answers) -> list[Metric]:

@@ -111,6 +111,11 @@ SMALL: Mapping[tuple[str, str], list[str]] = {
         "cluster.pd.instances=2", "cluster.homogeneous_instances=2",
         "workload.lengths.mu=3.3", "workload.lengths.minimum_tokens=16", "workload.lengths.maximum_tokens=64", "workload.output_tokens=3",
     ],
+    ("live_wall", "execute"): [
+        "options.rates_bps=[2e7]", "options.prfaas_slowdown=1", "options.pd_slowdown=1.5", "options.search_requests=20",
+        "options.search_width=1", "options.compared=2", "options.repeats=3", "cluster.pd.instances=2",
+        "workload.lengths.mu=3.3", "workload.lengths.minimum_tokens=16", "workload.lengths.maximum_tokens=64", "workload.output_tokens=3",
+    ],
     ("live_stress", "execute"): [
         "model=qwen3_235b", "profile=paper_1t_h200", "options.requests=20", "options.rate_per_s=4", "options.every_s=2.5",
         "options.for_s=1", "options.kinds=[slow]",

@@ -38,6 +38,7 @@ LOOKED_AT = {
     "validate": {"link.rtt_s": "a drawn one takes its place; what is set is refused"},
     "live_stress": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "live_table6": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
+    "live_wall": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "live_reuse": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "tiers": {"workload.trace": "the law of lengths asks whether there is one; what is set is refused"},
     "scenarios": {
