@@ -212,7 +212,7 @@ def finding(record: Record) -> str:
 
 
 def draw(record: Record) -> Figure:
-    """TTFT by time of arrival in the first repeat, requests that were tried again marked; lines where an instance was lost."""
+    """TTFT by arrival in the first repeat, second attempts marked; lines where an instance was lost, bands where the link was down."""
     table, events = record.requests, record.table("events")
     first = table["seed"].min()
     own, lost = (
@@ -222,13 +222,17 @@ def draw(record: Record) -> Figure:
     figure, (axis,) = style.panels(1, height_in=3.2)
     for at_s in lost["at_s"]:
         axis.axvline(at_s, color="0.8", lw=0.8, zorder=0)
+    outages = [one for one in record.configuration["link"]["schedule"] if one.get("rate_bps") == 0]
+    for index, one in enumerate(outages):
+        end_s = one["at_s"] + one["for_s"]
+        axis.axvspan(one["at_s"], end_s, color=style.SKY, alpha=0.5, lw=0, label="link down" if index == 0 else None)
     for words, rows, colour, marker in (
         ("first attempt", own[own["attempts"] == 1], style.BLUE, "."),
         ("tried again", own[own["attempts"] > 1], style.RED, "x"),
     ):
         axis.plot(rows["arrival_s"], rows["ttft_s"], marker, color=colour, label=words)
-    axis.set(xlabel="arrival (s)", ylabel="TTFT (s)", yscale="log", title="Lines: an instance was lost")
-    axis.legend()
+    axis.set(xlabel="arrival (s)", ylabel="TTFT (s)", yscale="log", title="Instances that compute, killed one after the other (lines)")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
