@@ -197,75 +197,6 @@ def answered_once(played: Played, count: int, answers: Answers) -> None:
     assert answers.right(played) == (count, count)
 
 
-def test_the_network_between_the_nodes_is_measured_for_the_record(live: Deployment) -> None:
-    record = live.measured_link()
-    assert (record["backend"], record["placed_by"]) == ("none", "ray")
-    (found,) = record["measured"].values()
-    assert found["rate_bps"] == pytest.approx(RATE_BPS * 0.965, rel=0.1)
-    assert RTT_S <= found["rtt_s"] < 1.5 * RTT_S
-
-
-def test_the_tokens_are_those_of_the_local_launcher_and_state_crosses_between_the_nodes(
-    live: Deployment, cluster: Cluster, answers: Answers, tmp_path: Path
-) -> None:
-    before = cluster.link.signals().forward.forwarded_bytes
-    played = live.play(stream(8))
-    answered_once(played, 8, answers)
-    assert (played.requests["route"] == "prfaas").sum() == 4
-    # Payload of offloaded requests went through the link between the two namespaces.
-    assert cluster.link.signals().forward.forwarded_bytes - before > played.payload_bytes > 0
-    assert set(played.workers) == {"prfaas0.0", "prfaas0.1", "pd0.0", "pd0.1"}
-    with deployed(DEPLOYMENT, WIRE, tmp_path, "ray-local", 0, COMPUTING) as local:
-        assert local.play(stream(8)).tokens == played.tokens
-
-
-def test_ray_workers_that_are_killed_and_stopped_end_as_any_other_fault(live: Deployment, answers: Answers) -> None:
-    # Slow ones still have what they were given when their end comes.
-    faults = [
-        LiveFault("prfaas0.0", 0.1, 60.0, "slow", 20.0),
-        LiveFault("prfaas0.1", 0.1, 60.0, "slow", 20.0),
-        LiveFault("prfaas0.0", 2.0, 1.0, "kill"),
-        LiveFault("pd0.1", 4.0, 1.0, "kill"),
-        LiveFault("prfaas0.1", 5.0, 8.0, "stop"),
-    ]
-    played = live.play(stream(30), faults=faults)
-    answered_once(played, 30, answers)
-    assert played.requests["attempts"].max() > 1
-    words = [words for _, words in played.events]
-    for name, how in (
-        ("prfaas0.0", "its Ray worker has ended"),
-        ("pd0.1", "its Ray worker"),
-        ("prfaas0.1", "is stopped"),
-    ):
-        assert any(name in one and how in one for one in words), words
-    answered_once(live.play(stream(6)), 6, answers)
-    assert all(live.fleet.is_alive(name) for name in live.fleet.names)
-
-
-def test_a_node_that_is_killed_ends_as_any_other_fault_and_its_instance_is_started_on_another(
-    cluster: Cluster, answers: Answers, tmp_path: Path
-) -> None:
-    cluster.add("spare", "prefill", 1)
-    cluster.wait_for(2)
-    none = DirectLink(WIRE.link, "ray", "none", [])
-    with Deployment(DEPLOYMENT, WIRE, none, tmp_path, 0, COMPUTING, cluster.launcher(tmp_path)) as live:
-        slow = [LiveFault(f"prfaas0.{index}", 0.1, 5.0, "slow", 20.0) for index in (0, 1)]
-        timer = threading.Timer(3.0, cluster.kill, ["spare"])
-        timer.start()
-        played = live.play(stream(30), faults=slow)
-        timer.join()
-        answered_once(played, 30, answers)
-        (lost,) = [name for name in live.fleet.names if not live.fleet.is_alive(name)]
-        assert lost.startswith("prfaas0.")
-        assert any(words.startswith(f"instance {lost} failed: its Ray worker") for _, words in played.events)
-        assert ((played.requests["attempts"] > 1) | (played.requests["outcome"] == "fell_back")).any()
-        cluster.wait_for(1)
-        live._replace(lost)
-        again = live.play(stream(12))
-        answered_once(again, 12, answers)
-        assert set(again.requests["prefill_worker"]) == {"prfaas0.0", "prfaas0.1", "pd0.0"}
-
-
 @contextlib.contextmanager
 def head(cluster: Cluster, folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
     """The kit's own command on the node of Ray's head; what it says goes to `said` and `errors` in the folder."""
@@ -389,3 +320,75 @@ def test_nothing_of_the_kits_is_left_when_rays_own_head_is_killed(tmp_path: Path
             process.kill()
         # With no head to tell them, actors end because nobody asks them any more.
         assert not left(tmp_path, set(), within_s=30)
+
+
+# From here on one deployment stays up, whose instances the tests above would count.
+
+
+def test_the_network_between_the_nodes_is_measured_for_the_record(live: Deployment) -> None:
+    record = live.measured_link()
+    assert (record["backend"], record["placed_by"]) == ("none", "ray")
+    (found,) = record["measured"].values()
+    assert found["rate_bps"] == pytest.approx(RATE_BPS * 0.965, rel=0.1)
+    assert RTT_S <= found["rtt_s"] < 1.5 * RTT_S
+
+
+def test_the_tokens_are_those_of_the_local_launcher_and_state_crosses_between_the_nodes(
+    live: Deployment, cluster: Cluster, answers: Answers, tmp_path: Path
+) -> None:
+    before = cluster.link.signals().forward.forwarded_bytes
+    played = live.play(stream(8))
+    answered_once(played, 8, answers)
+    assert (played.requests["route"] == "prfaas").sum() == 4
+    # Payload of offloaded requests went through the link between the two namespaces.
+    assert cluster.link.signals().forward.forwarded_bytes - before > played.payload_bytes > 0
+    assert set(played.workers) == {"prfaas0.0", "prfaas0.1", "pd0.0", "pd0.1"}
+    with deployed(DEPLOYMENT, WIRE, tmp_path, "ray-local", 0, COMPUTING) as local:
+        assert local.play(stream(8)).tokens == played.tokens
+
+
+def test_ray_workers_that_are_killed_and_stopped_end_as_any_other_fault(live: Deployment, answers: Answers) -> None:
+    # Slow ones still have what they were given when their end comes.
+    faults = [
+        LiveFault("prfaas0.0", 0.1, 60.0, "slow", 20.0),
+        LiveFault("prfaas0.1", 0.1, 60.0, "slow", 20.0),
+        LiveFault("prfaas0.0", 2.0, 1.0, "kill"),
+        LiveFault("pd0.1", 4.0, 1.0, "kill"),
+        LiveFault("prfaas0.1", 5.0, 8.0, "stop"),
+    ]
+    played = live.play(stream(30), faults=faults)
+    answered_once(played, 30, answers)
+    assert played.requests["attempts"].max() > 1
+    words = [words for _, words in played.events]
+    for name, how in (
+        ("prfaas0.0", "its Ray worker has ended"),
+        ("pd0.1", "its Ray worker"),
+        ("prfaas0.1", "is stopped"),
+    ):
+        assert any(name in one and how in one for one in words), words
+    answered_once(live.play(stream(6)), 6, answers)
+    assert all(live.fleet.is_alive(name) for name in live.fleet.names)
+
+
+def test_a_node_that_is_killed_ends_as_any_other_fault_and_its_instance_is_started_on_another(
+    cluster: Cluster, answers: Answers, tmp_path: Path
+) -> None:
+    cluster.add("spare", "prefill", 1)
+    cluster.wait_for(2)
+    none = DirectLink(WIRE.link, "ray", "none", [])
+    with Deployment(DEPLOYMENT, WIRE, none, tmp_path, 0, COMPUTING, cluster.launcher(tmp_path)) as live:
+        slow = [LiveFault(f"prfaas0.{index}", 0.1, 5.0, "slow", 20.0) for index in (0, 1)]
+        timer = threading.Timer(3.0, cluster.kill, ["spare"])
+        timer.start()
+        played = live.play(stream(30), faults=slow)
+        timer.join()
+        answered_once(played, 30, answers)
+        (lost,) = [name for name in live.fleet.names if not live.fleet.is_alive(name)]
+        assert lost.startswith("prfaas0.")
+        assert any(words.startswith(f"instance {lost} failed: its Ray worker") for _, words in played.events)
+        assert ((played.requests["attempts"] > 1) | (played.requests["outcome"] == "fell_back")).any()
+        cluster.wait_for(1)
+        live._replace(lost)
+        again = live.play(stream(12))
+        answered_once(again, 12, answers)
+        assert set(again.requests["prefill_worker"]) == {"prfaas0.0", "prfaas0.1", "pd0.0"}
