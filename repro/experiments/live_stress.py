@@ -231,7 +231,12 @@ def draw(record: Record) -> Figure:
         ("tried again", own[own["attempts"] > 1], style.RED, "x"),
     ):
         axis.plot(rows["arrival_s"], rows["ttft_s"], marker, color=colour, label=words)
-    axis.set(xlabel="arrival (s)", ylabel="TTFT (s)", yscale="log", title="Instances that compute, killed one after the other (lines)")
+    axis.set(
+        xlabel="arrival (s)",
+        ylabel="TTFT (s)",
+        yscale="log",
+        title="Instances that compute, killed one after the other (lines)",
+    )
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
