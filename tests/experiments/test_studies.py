@@ -20,7 +20,10 @@ from repro.sweeps import run as sweeps
 STUDIES = sorted(
     name
     for name in choices("experiment")
-    if base.load(name).hinges_on and "emulate" not in base.load(name).tiers and name != "engines"
+    if base.load(name).hinges_on
+    and "emulate" not in base.load(name).tiers
+    and name != "engines"
+    and not name.startswith("live_")
 )
 
 
