@@ -218,6 +218,31 @@ def head(cluster: Cluster, folder: Path, *words: str) -> Iterator[subprocess.Pop
         process.wait()
 
 
+def served_at(process: subprocess.Popen[str], folder: Path) -> str:
+    """Its address, once it serves."""
+    until_s = time.monotonic() + 120
+    while True:
+        said = (folder / "errors").read_text()
+        if match := re.search(r"http://[\d.:]+", said):
+            return match[0]
+        assert process.poll() is None, said
+        assert time.monotonic() < until_s, said
+        time.sleep(0.1)
+
+
+# First, as it looks for whatever is left of any cluster of this module.
+def test_nothing_of_the_kits_is_left_when_rays_own_head_is_killed(tmp_path: Path) -> None:
+    with ray_cluster(tmp_path, 6397) as own:
+        with head(own, tmp_path, "serve", f"ray={own.address}", "--port", "0", "policy.threshold_tokens=64") as process:
+            served_at(process, tmp_path)
+            assert len(marked(INSTANCE)) == 3
+            own.kill("head")
+            time.sleep(1.0)
+            process.kill()
+        # With no head to tell them, actors end because nobody asks them any more.
+        assert not left(tmp_path, set(), within_s=30)
+
+
 TIERS = [
     "experiment=tiers", "options.requests=20", "options.compared=20", "workload.lengths.mu=4.2", "workload.lengths.minimum_tokens=32",
     "workload.lengths.maximum_tokens=128", "workload.output_tokens=3", "options.load=0.1", "policy.threshold_tokens=64",
@@ -252,18 +277,6 @@ with httpx.Client(base_url=sys.argv[1], timeout=60.0) as client:
     tokens = [token for event in events for choice in event["choices"] for token in choice["token_ids"]]
     print(json.dumps({"whole": whole, "streamed": tokens, "chat": said, "metrics": client.get("/metrics").text}))
 """
-
-
-def served_at(process: subprocess.Popen[str], folder: Path) -> str:
-    """Its address, once it serves."""
-    until_s = time.monotonic() + 120
-    while True:
-        said = (folder / "errors").read_text()
-        if match := re.search(r"http://[\d.:]+", said):
-            return match[0]
-        assert process.poll() is None, said
-        assert time.monotonic() < until_s, said
-        time.sleep(0.1)
 
 
 def test_a_public_client_is_served_from_the_cluster_and_nothing_is_left_when_the_head_is_killed(
@@ -308,18 +321,6 @@ def test_nothing_is_left_when_the_head_of_an_experiment_is_killed(cluster: Clust
         memory = shared_memory()
         process.kill()
     assert not left(tmp_path, memory, within_s=20)
-
-
-def test_nothing_of_the_kits_is_left_when_rays_own_head_is_killed(tmp_path: Path) -> None:
-    with ray_cluster(tmp_path, 6397) as own:
-        with head(own, tmp_path, "serve", f"ray={own.address}", "--port", "0", "policy.threshold_tokens=64") as process:
-            served_at(process, tmp_path)
-            assert len(marked(INSTANCE)) == 3
-            own.kill("head")
-            time.sleep(1.0)
-            process.kill()
-        # With no head to tell them, actors end because nobody asks them any more.
-        assert not left(tmp_path, set(), within_s=30)
 
 
 # From here on one deployment stays up, whose instances the tests above would count.
