@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from repro.errors import UserError, at_least
@@ -116,7 +117,7 @@ def run(context: Context) -> Outcome:
     models = {"hybrid": base, "dense": twin_of(base, options)}
     policy = replace(settings.policy, lengths="true_mean")
     drawn: list[dict[str, Any]] = []
-    rows = _limits(context, models, policy)
+    rows = [_alone(context, base, policy), *limits(context, models, policy)]
     cells = [_cell(settings, policy, name, own, rate) for name, own in models.items() for rate in options.rates_bps]
     for cell in cells:
         rows += _point_rows(context, cell)
@@ -144,20 +145,24 @@ def _cell(settings: Settings, policy: PolicySpec, name: str, base: Deployment, r
     return _Cell(name, own, best_point(own, policy), link, settings.transport, settings.seed)
 
 
-def _limits(context: Context, models: Mapping[str, Deployment], policy: PolicySpec) -> list[Metric]:
-    """What an unlimited link allows, below which rate it is not unlimited any more, and what the PD cluster does alone."""
-    base, rows = models["hybrid"], []
-    alone = best_point(base.without_prfaas(base.n_pd), replace(policy, threshold_tokens=None, n_p=None))
-    rows.append(context.metric("pd_alone", "lambda_max", alone.lambda_max, "req/s", "computed"))
+def limits(context: Context, models: Mapping[str, Deployment], policy: PolicySpec) -> list[Metric]:
+    """What an unlimited link allows each model, and below which rate it is not unlimited any more."""
+    rows = []
     for name, own in models.items():
         free = best_point(replace(own, egress_bps=math.inf), policy)
         rows.append(context.metric(f"{name}.unlimited", "lambda_max", free.lambda_max, "req/s", "computed"))
-        side = at_thresholds(own, free.threshold_tokens, "true_mean")
-        wall_bps = own.egress_bps * float(side.prfaas_prefill_per_s[0] / side.prfaas_egress_per_s[0])
+        side = at_thresholds(replace(own, egress_bps=1.0), free.threshold_tokens, "true_mean")
+        wall_bps = float(side.prfaas_prefill_per_s[0] / side.prfaas_egress_per_s[0])
         rows.append(context.metric(name, "link_binds_below_bps", wall_bps, "bit/s", "computed"))
         size = float(own.prfaas.kv_bytes(free.l_long_tokens))
         rows.append(context.metric(name, "kv_bytes", size, "bytes", "computed"))
     return rows
+
+
+def _alone(context: Context, base: Deployment, policy: PolicySpec) -> Metric:
+    """What the PD cluster does without PrfaaS."""
+    alone = best_point(base.without_prfaas(base.n_pd), replace(policy, threshold_tokens=None, n_p=None))
+    return context.metric("pd_alone", "lambda_max", alone.lambda_max, "req/s", "computed")
 
 
 def _point_rows(context: Context, cell: _Cell) -> list[Metric]:
@@ -242,40 +247,53 @@ def finding(record: Record) -> str:
 
 def draw(record: Record) -> Figure:
     """Λ_max over the link's rate: equations as lines, simulated as open marks, live as filled ones with what the search left open."""
-    table, wall = record.metrics, record.table("wall")
     figure, (axis,) = style.panels(1, height_in=3.8)
-    for index, (name, words) in enumerate(NAMES.items()):
-        colour, marker, dash = style.SERIES[index]
-        own = {str(tier): rows.sort_values("rate_bps") for tier, rows in wall[wall["model"] == name].groupby("tier")}
-        model, sim = own["model"], own["simulate"]
-        axis.plot(model["rate_bps"] / 1e9, model["lambda_max"], dash, color=colour, label=f"{words}, equations")
-        axis.plot(sim["rate_bps"] / 1e9, sim["lambda_max"], marker, color=colour, mfc="white", ms=5, label="simulated")
-        if (live := own.get("emulate")) is not None:
-            spread = [live["lambda_max"] - live["low"], live["high"] - live["lambda_max"]]
-            axis.errorbar(
-                live["rate_bps"] / 1e9,
-                live["lambda_max"],
-                spread,
-                fmt=marker,
-                color=colour,
-                ms=7,
-                capsize=3,
-                label="live",
-            )
-        edge = value(table, "link_binds_below_bps", name) / 1e9
-        axis.axvline(edge, color=colour, lw=0.8, linestyle=":")
-        axis.text(edge, 0.02, f" {edge:.0f} Gbps", color=colour, fontsize=8, transform=axis.get_xaxis_transform())
-    alone = value(table, "lambda_max", "pd_alone")
+    curves(axis, record, NAMES, "Gbps", 1e9, ".0f", dict.fromkeys(NAMES, 1.0))
+    alone = value(record.metrics, "lambda_max", "pd_alone")
     axis.axhline(alone, color=style.GREY, lw=0.9)
     axis.text(1, alone, "PD cluster alone", transform=axis.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
-    rates = sorted(set(wall["rate_bps"] / 1e9))
-    axis.set(xscale="log", xlabel="link rate B (Gbps)", ylabel="Λ_max (req/s)",
-             title="The bandwidth wall: dotted, where the link begins to bind")  # fmt: skip
+    axis.set(ylabel="Λ_max (req/s)", title="The bandwidth wall: dotted, where the link begins to bind")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def curves(
+    axis: Axes,
+    record: Record,
+    names: Mapping[str, str],
+    unit: str,
+    unit_bps: float,
+    digits: str,
+    units: Mapping[str, float],
+) -> None:
+    """Each model's Λ_max ÷ its unit over the link's rate, and where its link begins to bind, in that unit of rates."""
+    wall = record.table("wall")
+    for index, (name, words) in enumerate(names.items()):
+        colour, marker, dash = style.SERIES[index]
+        shown = wall[wall["model"] == name].sort_values("rate_bps")
+        shown = shown.assign(rate=shown["rate_bps"] / unit_bps, **{
+            column: shown[column] / units[name] for column in ("lambda_max", "low", "high")
+        })  # fmt: skip
+        own = {str(tier): rows for tier, rows in shown.groupby("tier")}
+        model, sim = own.pop("model"), own.pop("simulate")
+        axis.plot(model["rate"], model["lambda_max"], dash, color=colour, label=f"{words}, equations")
+        axis.plot(sim["rate"], sim["lambda_max"], marker, color=colour, mfc="white", ms=5, label="simulated")
+        for tier, live in own.items():
+            spread = [live["lambda_max"] - live["low"], live["high"] - live["lambda_max"]]
+            axis.errorbar(
+                live["rate"], live["lambda_max"], spread, fmt=marker, color=colour, ms=7, capsize=3,
+                label="live" if tier == "emulate" else "live, computed",
+            )  # fmt: skip
+        edge = value(record.metrics, "link_binds_below_bps", name) / unit_bps
+        axis.axvline(edge, color=colour, lw=0.8, linestyle=":")
+        axis.text(
+            edge, 0.02, f" {edge:{digits}} {unit}", color=colour, fontsize=8, transform=axis.get_xaxis_transform()
+        )
+    rates = sorted(set(wall["rate_bps"] / unit_bps))
+    axis.set(xscale="log", xlabel=f"link rate B ({unit})")
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axis.minorticks_off()
     axis.set_ylim(bottom=0)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
 
 
 def check(settings: Settings, options: Options) -> None:
@@ -290,7 +308,7 @@ def check(settings: Settings, options: Options) -> None:
 
 
 #: The link's rate is what is varied, so what changes it is not read.
-_LINK = tuple(
+LINK = tuple(
     f"link.{item.name}"
     for item in fields(LinkSpec)
     if item.name not in ("rate_bps", "reverse_rate_bps", "schedule", "capacity_trace", "reverse_capacity_trace")
@@ -298,7 +316,7 @@ _LINK = tuple(
 _READS = tuple(key for key in SIMULATED if not key.startswith(("link.", "transport.")) and key != "workload.slo")
 EXPERIMENT = Experiment(
     "bandwidth_wall",
-    {"emulate": (*_READS, *_LINK, "transport", "options")},
+    {"emulate": (*_READS, *LINK, "transport", "options")},
     run,
     {"bandwidth_wall": draw},
     Options,

@@ -40,8 +40,8 @@ class Options(TwoSpeeds):
 
     cases: tuple[str, ...] = CASES
     load: float = 0.7
-    requests: int = 120
-    search_requests: int = 120
+    requests: int = 200
+    search_requests: int = 400
     search_width: float = 0.08
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ def run(context: Context) -> Outcome:
     wire = Wire(settings.link, settings.transport, options.pieces, Scale())
     effort = Effort(
         (options.load,), options.requests, options.search_requests, options.search_width, 0.06, "options.search_requests",
-        "a search over so few found a rate that does not last; accepted: more of them",
+        "a search over so few found a rate that does not last; accepted: more of them", even=True,
     )  # fmt: skip
     logs = context.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)

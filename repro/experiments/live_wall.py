@@ -8,7 +8,7 @@ each is held against itself: what share of the Λ_max of an unlimited link is le
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -16,20 +16,20 @@ from matplotlib.figure import Figure
 
 from repro.errors import UserError, at_least
 from repro.experiments import tiers
+from repro.experiments.bandwidth_wall import LINK, curves, limits
 from repro.experiments.base import MODEL, Context, Experiment, Outcome
 from repro.experiments.computed import Answers, Computing
 from repro.experiments.live import Wire, deployed, lambda_max_of
 from repro.experiments.table3 import one_model
 from repro.experiments.table6_live import Case
 from repro.experiments.two_speeds import TwoSpeeds, answers, measured
-from repro.link import LinkSpec
 from repro.models import spec as models
 from repro.models.spec import ModelSpec
 from repro.record.directory import Record
 from repro.record.metrics import Metric, value
 from repro.report import style
 from repro.scheduling.search import search
-from repro.scheduling.throughput import Deployment, at_thresholds
+from repro.scheduling.throughput import Deployment
 from repro.serving.scale import Scale
 from repro.settings import Settings
 from repro.simulate.deployments import shared_link, simulated
@@ -41,7 +41,7 @@ class Options(TwoSpeeds):
     """Rates of the link; `search_requests` are sent per rate of arrivals that a search tries, until it is known to `search_width`."""
 
     rates_bps: tuple[float, ...] = (2e6, 8e6, 32e6)
-    search_requests: int = 100
+    search_requests: int = 200
     search_width: float = 0.1
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ def run(context: Context) -> Outcome:
     kept: list[pd.DataFrame] = []
     for name, model in both(settings).items():
         base = measured(context, model, math.inf)
-        rows += _limits(context, name, base)
+        rows += limits(context, {name: base}, replace(settings.policy, lengths="true_mean"))
         computing = options.computing(model)
         right = answers(context, model, computing)
         for rate_bps in options.rates_bps:
@@ -86,18 +86,6 @@ def _case(name: str, rate_bps: float) -> str:
     return f"{name}.{rate_bps / 1e6:g}_mbps"
 
 
-def _limits(context: Context, name: str, base: Deployment) -> list[Metric]:
-    """What an unlimited link allows, and below which rate it is not unlimited any more."""
-    free = search(base, replace(context.settings.policy, lengths="true_mean"))
-    side = at_thresholds(replace(base, egress_bps=1.0), free.threshold_tokens, "true_mean")
-    wall_bps = float(side.prfaas_prefill_per_s[0] / side.prfaas_egress_per_s[0])
-    return [
-        context.metric(f"{name}.unlimited", "lambda_max", free.lambda_max, "req/s", "computed"),
-        context.metric(name, "link_binds_below_bps", wall_bps, "bit/s", "computed"),
-        context.metric(name, "kv_bytes", float(base.prfaas.kv_bytes(free.l_long_tokens)), "bytes", "computed"),
-    ]
-
-
 def _cell(
     context: Context, name: str, base: Deployment, rate_bps: float, computing: Computing, right: Answers
 ) -> tuple[list[Metric], list[dict[str, Any]], pd.DataFrame]:
@@ -109,20 +97,20 @@ def _cell(
     spec = simulated(own, point, shared_link(link, settings.transport))
     asked = Case(case, spec, own, point, settings.seed)
     sim = lambda_max(
-        spec, lambda rate, _: asked.stream(rate, options.search_requests), point.lambda_max, [settings.seed]
+        spec, lambda rate, _: asked.stream(rate, options.search_requests, even=True), point.lambda_max, [settings.seed]
     ).value
     wire = Wire(link, settings.transport, options.pieces, Scale())
     run_name = f"live-wall-{case}".replace("_", "-").replace(".", "-")
     with deployed(spec, wire, context.folder / "logs", run_name, settings.seed, computing) as live:
         low, high = lambda_max_of(
             live,
-            lambda rate: asked.stream(rate, options.search_requests),
+            lambda rate: asked.stream(rate, options.search_requests, even=True),
             sim,
             options.search_width,
             0.08,
             lambda words: context.progress(f"{case}: {words}"),
         )
-        played = live.play(asked.stream(low, options.search_requests))
+        played = live.play(asked.stream(low, options.search_requests, even=True))
     found = (low + high) / 2
     same, compared = right.right(played, options.compared)
     rows = [
@@ -162,27 +150,14 @@ def finding(record: Record) -> str:
 
 def draw(record: Record) -> Figure:
     """Λ_max over the link's rate as a share of an unlimited link's: equations as lines, simulated as open marks, served as filled ones."""
-    table, wall = record.metrics, record.table("wall")
+    table, names = record.metrics, {name: name for name in ("hybrid", "dense")}
     figure, (axis,) = style.panels(1, height_in=3.4)
-    for index, name in enumerate(("hybrid", "dense")):
-        colour, marker, dash = style.SERIES[index]
-        free = value(table, "lambda_max", f"{name}.unlimited")
-        own = {str(tier): rows.sort_values("rate_bps") for tier, rows in wall[wall["model"] == name].groupby("tier")}
-        at = {tier: (rows["rate_bps"] / 1e6, 100 * rows["lambda_max"] / free) for tier, rows in own.items()}
-        axis.plot(*at["model"], dash, color=colour, label=f"{name}, equations")
-        axis.plot(*at["simulate"], marker, color=colour, mfc="white", ms=5, label="simulated")
-        live = own["execute"]
-        spread = [100 * (live["lambda_max"] - live["low"]) / free, 100 * (live["high"] - live["lambda_max"]) / free]
-        axis.errorbar(*at["execute"], spread, fmt=marker, color=colour, ms=7, capsize=3, label="live, computed")
-        edge = value(table, "link_binds_below_bps", name) / 1e6
-        axis.axvline(edge, color=colour, lw=0.8, linestyle=":")
-        axis.text(edge, 0.02, f" {edge:.1f} Mbps", color=colour, fontsize=8, transform=axis.get_xaxis_transform())
-    rates = sorted(set(wall["rate_bps"] / 1e6))
-    axis.set(xscale="log", xlabel="link rate B (Mbps)", ylabel="Λ_max (% of an unlimited link's)",
-             title="The bandwidth wall, computed: dotted, where the link begins to bind")  # fmt: skip
-    axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    axis.minorticks_off()
-    axis.set_ylim(bottom=0)
+    per_cent = {name: value(table, "lambda_max", f"{name}.unlimited") / 100 for name in names}
+    curves(axis, record, names, "Mbps", 1e6, ".1f", per_cent)
+    axis.set(
+        ylabel="Λ_max (% of an unlimited link's)",
+        title="The bandwidth wall, computed: dotted, where the link begins to bind",
+    )
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
@@ -193,18 +168,12 @@ def check(settings: Settings, options: Options) -> None:
     both(settings)
 
 
-#: The link's rate is what is varied, so what changes it is not read.
-_LINK = tuple(
-    f"link.{item.name}"
-    for item in fields(LinkSpec)
-    if item.name not in ("rate_bps", "reverse_rate_bps", "schedule", "capacity_trace", "reverse_capacity_trace")
-)
 _READS = tuple(key for key in tiers.READS if key not in ("profile", "link.rate_bps", "workload.slo"))
 EXPERIMENT = Experiment(
     "live_wall",
     {
         "execute": (
-            *MODEL, *_READS, "cluster.prfaas.instances", "cluster.pd.instances", *_LINK, "transport", "options",
+            *MODEL, *_READS, "cluster.prfaas.instances", "cluster.pd.instances", *LINK, "transport", "options",
         ),
     },
     run,

@@ -27,7 +27,7 @@ from repro.scheduling.throughput import OperatingPoint
 from repro.simulate.deployments import requests
 from repro.simulate.spec import SimulationSpec
 from repro.simulate.stability import lambda_max
-from repro.workload.arrivals import Poisson
+from repro.workload.arrivals import Deterministic, Poisson
 from repro.workload.stream import Independent
 
 #: Of the arrivals of a run, the first of which are warm-up.
@@ -42,8 +42,9 @@ METRICS = (
 class Effort:
     """`requests` are counted at each of `loads`, shares of Λ_max; `search_requests` are sent per rate that the search tries.
 
-    The search begins `near` the model's value, and ends when what it leaves open is `search_width` of Λ_max. Where a rate below the Λ_max
-    found is more than the machine does, the error is about `key`, and ends with the `remedy`.
+    The search begins `near` the model's value, and ends when what it leaves open is `search_width` of Λ_max. Its requests come as a Poisson
+    process, or at `even` distances: a few hundred then tell what takes thousands where the number in the system fluctuates. Where a rate
+    below the Λ_max found is more than the machine does, the error is about `key`, and ends with the `remedy`.
     """
 
     loads: tuple[float, ...]
@@ -53,6 +54,7 @@ class Effort:
     near: float
     key: str
     remedy: str
+    even: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,10 @@ class Case:
     point: OperatingPoint
     seed: int
 
-    def stream(self, rate_per_s: float, count: int) -> Independent:
-        """The first `count` requests at that rate."""
-        return requests(self.base, Poisson(rate_per_s), count, self.seed)
+    def stream(self, rate_per_s: float, count: int, *, even: bool = False) -> Independent:
+        """The first `count` requests at that rate, of a Poisson process or at even distances."""
+        arrivals = Deterministic(rate_per_s) if even else Poisson(rate_per_s)
+        return requests(self.base, arrivals, count, self.seed)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def measured(context: Context, live: Deployment, case: Case, effort: Effort, sou
     """
     low, high = lambda_max_of(
         live,
-        lambda rate: case.stream(rate, effort.search_requests),
+        lambda rate: case.stream(rate, effort.search_requests, even=effort.even),
         case.point.lambda_max,
         effort.search_width,
         effort.near,
@@ -114,7 +117,10 @@ def _throughput(
     """Λ_max, beside the simulator's on the same requests and the model's."""
     found = (low + high) / 2
     sim = lambda_max(
-        case.spec, lambda rate, _: case.stream(rate, effort.search_requests), case.point.lambda_max, [case.seed]
+        case.spec,
+        lambda rate, _: case.stream(rate, effort.search_requests, even=effort.even),
+        case.point.lambda_max,
+        [case.seed],
     ).value
     return [
         context.metric(case.name, "lambda_max", found, "req/s", source, interval=(low, high), paper=paper),

@@ -69,14 +69,28 @@ def test_a_successor_ends_the_calls_to_the_one_before() -> None:
     assert ring.until(lambda: ring.dialled[1] > 1)
     dialling.to(Connect("pd0.0", "here", 2))
     assert ring.until(lambda: ring.open == [("pd0.0", 2)])
-    with ring.changed:
-        ring.away.clear()
-    names = {f"connect {name}" for name in ("pd0.0",)}
     for thread in threading.enumerate():
-        if thread.name in names:
+        if thread.name == "connect pd0.0":
             thread.join(10)
-    assert ring.open == [("pd0.0", 2)], "what answers late at the old address is closed"
-    assert set(ring.closed) <= {1}
+            assert not thread.is_alive(), "nobody dials the old address any more"
+    assert ring.open == [("pd0.0", 2)]
+
+
+def test_what_answers_after_its_successor_was_named_is_closed() -> None:
+    ring, answers = Ring(), threading.Event()
+
+    def dial(address: tuple[str, int]) -> Sender:
+        if address[1] == 1:
+            assert answers.wait(10)
+        return ring.dial(address)
+
+    dialling = Dialling(dial, ring.connected)
+    dialling.to(Connect("pd0.0", "here", 1))
+    dialling.to(Connect("pd0.0", "here", 2))
+    assert ring.until(lambda: ring.open == [("pd0.0", 2)])
+    answers.set()
+    assert ring.until(lambda: ring.closed == [1])
+    assert ring.open == [("pd0.0", 2)]
 
 
 def test_who_refuses_is_not_dialled_again(monkeypatch: pytest.MonkeyPatch) -> None:
