@@ -180,10 +180,10 @@ class TorchInstance:
 
     def _connected(self, name: str, sender: Sender) -> None:
         """In the thread that dialled: prefills that wait before it must not keep whoever has just come from serving."""
-        before, self._senders[name] = self._senders.get(name), sender
+        if (before := self._senders.get(name)) is not None:
+            background(before.close, name=f"close {name}")
+        self._senders[name] = sender
         self._tell(say.Connected(name))
-        if before is not None:
-            before.close()
 
     # Prefill.
 
