@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -31,6 +32,9 @@ from repro.settings import Settings
 from repro.transport import TransportSpec
 from repro.workload.lengths import LengthDistribution
 from repro.workload.stream import Chains
+
+#: Equally likely parts of a law, each of which a timed prefill stands for.
+_LENGTHS = 8
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,9 @@ def measured_profile(
 ) -> PhaseProfile:
     """The model's profile on this machine's CPU over those lengths, computed as an instance will: threads, chunks, decode step by step.
 
-    The batches of an instance that is `slowdown` times slower are as large as leaves every request its `tokens_per_s`.
+    T_prefill is timed at lengths that the law draws: kernels compute whole blocks of tokens, so round lengths are the cheapest of their
+    neighbours, and a curve through them alone is below what requests take. The batches of an instance that is `slowdown` times slower are
+    as large as leaves every request its `tokens_per_s`.
     """
     options = context.options
     measuring = ProfileSpec(
@@ -109,8 +115,16 @@ def measured_profile(
     engine, model = EngineSpec(spec, options.chunk_tokens, options.threads, slowdown=slowdown), build(spec, "cpu")
     with _threads(options.threads), paced(model, engine):
         states = layout(build(spec, "meta"))
-        found = measure(model, build(spec, "meta"), measuring, context.progress, together=False)
+        found = measure(
+            model, build(spec, "meta"), measuring, context.progress, lengths=drawn_lengths(law), together=False
+        )
         return profile_of(spec.name, spec.name, accelerator_of(torch.device("cpu")), found, states, measuring)
+
+
+def drawn_lengths(law: LengthDistribution) -> list[int]:
+    """Lengths in tokens that stand for the law: its ends, and the middle of each of equally likely parts."""
+    inner = law.quantile((np.arange(_LENGTHS) + 0.5) / _LENGTHS)
+    return sorted({round(float(tokens)) for tokens in (law.minimum_tokens, *inner, law.maximum_tokens)})
 
 
 @contextmanager

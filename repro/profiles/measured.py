@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -139,18 +139,20 @@ def measure(
     progress: Progress,
     clock: Clock = time.perf_counter,
     *,
+    lengths: Sequence[int] = (),
     together: bool = True,
 ) -> Measurement:
     """Time both phases of `model`. `bare` is the same model on the meta device, on which operations are counted.
 
-    A decode step takes the requests of a batch `together` in one forward pass, or one after the other, as `TorchEngine` does.
+    Prefills are of the `lengths` given, in increasing order, else of those that the spec doubles. A decode step takes the requests of a
+    batch `together` in one forward pass, or one after the other, as `TorchEngine` does.
     """
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
     deadline = clock() + spec.budget_s
     ceilings = measure_ceilings(device, dtype, clock)
     progress(f"ceilings: {ceilings.matmul_flops / 1e9:.0f} GFLOP/s, copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s")
-    prefill, stopped = _prefill_timings(model, spec, progress, clock, deadline)
+    prefill, stopped = _prefill_timings(model, spec, lengths or _doubled(spec), progress, clock, deadline)
     decode = list(_decode_timings(model, spec, progress, clock, deadline, together))
     per_token, per_pair = count_flops(bare)
     return Measurement(tuple(prefill), tuple(decode), ceilings, per_token, per_pair, kernels_of(model, spec), stopped)
@@ -164,12 +166,18 @@ def time_prefill(
     return _repeat(model, tokens, 1, repeats, clock, lambda: chunked_prefill(model, ids, chunk_tokens))
 
 
-def _prefill_timings(
-    model: torch.nn.Module, spec: ProfileSpec, progress: Progress, clock: Clock, deadline: float
-) -> tuple[list[Timing], str]:
-    timings: list[Timing] = []
+def _doubled(spec: ProfileSpec) -> Iterator[int]:
     length = spec.first_tokens
     while length <= spec.last_tokens:
+        yield length
+        length *= 2
+
+
+def _prefill_timings(
+    model: torch.nn.Module, spec: ProfileSpec, lengths: Iterable[int], progress: Progress, clock: Clock, deadline: float
+) -> tuple[list[Timing], str]:
+    timings: list[Timing] = []
+    for length in lengths:
         if timings and (reason := _too_much(model, timings, length, spec, deadline - clock())):
             return timings, reason
         try:
@@ -181,7 +189,6 @@ def _prefill_timings(
             return timings, f"memory: {length} tokens did not fit"
         timings.append(timing)
         progress(f"prefill of {length} tokens: {timing.seconds:.3f} s ({length / timing.seconds:.0f} tokens/s)")
-        length *= 2
     return timings, f"last_tokens: {spec.last_tokens}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,11 +15,13 @@ from repro.engine.base import Request
 from repro.engine.spans import SpanLog
 from repro.engine.torch_engine import TorchEngine
 from repro.experiments import computed
-from repro.experiments.computed import Answers, Computing
+from repro.experiments.computed import Answers, Computing, drawn_lengths
 from repro.experiments.split_model import engine_of, vocabulary_of
 from repro.experiments.table3 import one_model
 from repro.models.build import build
+from repro.profiles.base import PrefillCurve
 from repro.serving.torch_instance import TorchInstanceConfig, prompt_of
+from repro.workload.lengths import TruncatedLogNormal
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -72,3 +75,19 @@ def test_a_computation_that_is_not_what_the_model_says_has_no_right_answers(
     monkeypatch.setattr(computed, "generate", elsewhere)
     fresh = Answers(answers.model, answers.config, 1)
     assert fresh.right(played(given)) == (0, 2)
+
+
+def test_the_lengths_that_are_timed_stand_for_the_law():
+    law = TruncatedLogNormal(5.0, 0.6, 64, 512)
+    lengths = drawn_lengths(law)
+    assert (lengths[0], lengths[-1]) == (64, 512)
+    parts = np.diff(law.fraction_above(np.array(lengths[1:-1])))
+    np.testing.assert_allclose(-parts, 1 / 8, atol=0.01)
+    # A kernel that computes whole blocks of 64 tokens: a curve through round lengths alone is a fifth below what requests take.
+    blocks = lambda tokens: np.ceil(np.asarray(tokens) / 64)  # noqa: E731
+    drawn = law.sample(np.random.default_rng(0), 20_000)
+    round_ones = np.array([64, 128, 256, 512])
+    took = float(np.mean(blocks(drawn)))
+    assert float(np.mean(PrefillCurve("linear", (64, 128, 256, 512), tuple(blocks(round_ones)))(drawn))) < 0.87 * took
+    through = PrefillCurve(tokens=tuple(lengths), seconds=tuple(blocks(lengths)))
+    assert float(np.mean(through(drawn))) == pytest.approx(took, rel=0.05)

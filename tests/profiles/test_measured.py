@@ -100,3 +100,14 @@ def test_a_batch_is_stepped_in_one_pass_or_one_after_the_other(monkeypatch, toge
     steps = [shape for shape in seen if shape == (rows, 1)]
     assert len(steps) == passes * warmed + (rows == 1), "one pass more where kernels are watched"
     assert found.decode[0].batch == 3
+
+
+def test_prefill_is_timed_at_the_lengths_that_are_given_and_no_others():
+    options = ProfileSpec(
+        first_tokens=16, last_tokens=64, chunk_tokens=16, repeats=3, batches=(1,), contexts=(16,), decode_steps=2
+    )
+    bare, said = build(spec.load("qwen3_235b"), "meta"), list[str]()
+    found = measure(build(spec.load("qwen3_235b")), bare, options, said.append, lengths=(17, 23, 40))
+    assert [timing.tokens for timing in found.prefill] == [17, 23, 40]
+    doubled = measure(build(spec.load("qwen3_235b")), bare, options, said.append)
+    assert [timing.tokens for timing in doubled.prefill] == [16, 32, 64]
