@@ -134,7 +134,7 @@ def _ratios(context: Context, rows: list[Metric]) -> list[Metric]:
 
 
 def finding(record: Record) -> str:
-    """What PrfaaS-PD serves of each baseline's throughput, measured and predicted, and how far Λ_max is from the equations."""
+    """Λ_max served and by the equations, PrfaaS-PD's gain, and how far the profiles hold while the instances serve."""
     table = record.metrics
     cases = [case for case in CASES if ((table["case"] == case) & (table["metric"] == "lambda_max")).any()]
     words = []
@@ -145,7 +145,8 @@ def finding(record: Record) -> str:
     if {"prfaas_pd", "homogeneous_pd"} <= set(cases):
         served, planned = (value(table, "ratio", f"prfaas_pd{suffix}") for suffix in ("", ".model_true_mean"))
         said += f" PrfaaS-PD serves {served:.2f} times as much as the homogeneous cluster; {planned:.2f} times was predicted."
-    return said
+    took = table.loc[table["metric"] == "prefill_over_profile", "value"]
+    return f"{said} While they serve, prefills take {took.min():.2f} to {took.max():.2f} times what the profiles say."
 
 
 def check(settings: Settings, options: Options) -> None:
