@@ -41,7 +41,7 @@ class Options(TwoSpeeds):
     cases: tuple[str, ...] = CASES
     load: float = 0.7
     requests: int = 200
-    search_requests: int = 250
+    search_requests: int = 120
     search_width: float = 0.08
 
     def __post_init__(self) -> None:

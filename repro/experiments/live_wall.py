@@ -41,7 +41,7 @@ class Options(TwoSpeeds):
     """Rates of the link; `search_requests` are sent per rate of arrivals that a search tries, until it is known to `search_width`."""
 
     rates_bps: tuple[float, ...] = (2e6, 8e6, 32e6)
-    search_requests: int = 200
+    search_requests: int = 120
     search_width: float = 0.1
 
     def __post_init__(self) -> None:

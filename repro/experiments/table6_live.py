@@ -6,12 +6,14 @@ and real TCP add, and, where instances compute, the machine that they share.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from repro.errors import UserError
 from repro.experiments.base import Context
@@ -28,10 +30,13 @@ from repro.simulate.deployments import requests
 from repro.simulate.spec import SimulationSpec
 from repro.simulate.stability import lambda_max
 from repro.workload.arrivals import Deterministic, Poisson
+from repro.workload.lengths import LengthDistribution
 from repro.workload.stream import Independent
 
 #: Of the arrivals of a run, the first of which are warm-up.
 WARMUP = 0.1
+#: The fraction whose multiples lie most evenly between 0 and 1, however many they are.
+_GOLDEN = (5**0.5 - 1) / 2
 METRICS = (
     "ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "tpot_mean_s", "goodput", "queue_mean_s", "transfer_exposed_s",
     "offload_fraction", "egress_bps",
@@ -43,8 +48,8 @@ class Effort:
     """`requests` are counted at each of `loads`, shares of Λ_max; `search_requests` are sent per rate that the search tries.
 
     The search begins `near` the model's value, and ends when what it leaves open is `search_width` of Λ_max. Its requests come as a Poisson
-    process, or at `even` distances: a few hundred then tell what takes thousands where the number in the system fluctuates. Where a rate
-    below the Λ_max found is more than the machine does, the error is about `key`, and ends with the `remedy`.
+    process, or `even`, in their distances and lengths: a few hundred then tell what takes thousands where the number in the system
+    fluctuates. Where a rate below the Λ_max found is more than the machine does, the error is about `key`, and ends with the `remedy`.
     """
 
     loads: tuple[float, ...]
@@ -58,6 +63,20 @@ class Effort:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Lengths of a law without the chance of drawing them: of any few in a row, as many are short and as many long as the law says.
+
+    Steps of the golden ratio through the law's quantiles, from where the seed says.
+    """
+
+    law: LengthDistribution
+
+    def sample(self, rng: np.random.Generator, n: int) -> NDArray[np.int64]:
+        """`n` lengths in whole tokens."""
+        return np.rint(self.law.quantile((rng.random() + np.arange(n) * _GOLDEN) % 1.0)).astype(np.int64)
+
+
+@dataclass(frozen=True)
 class Case:
     """A deployment with what is asked of it; `stream` has the same lengths at every rate, only closer together."""
 
@@ -68,9 +87,9 @@ class Case:
     seed: int
 
     def stream(self, rate_per_s: float, count: int, *, even: bool = False) -> Independent:
-        """The first `count` requests at that rate, of a Poisson process or at even distances."""
-        arrivals = Deterministic(rate_per_s) if even else Poisson(rate_per_s)
-        return requests(self.base, arrivals, count, self.seed)
+        """The first `count` requests at that rate: a Poisson process, or at even distances with lengths spread evenly over the law."""
+        drawn = requests(self.base, Poisson(rate_per_s), count, self.seed)
+        return replace(drawn, arrivals=Deterministic(rate_per_s), inputs=Spread(self.base.lengths)) if even else drawn
 
 
 @dataclass(frozen=True)
