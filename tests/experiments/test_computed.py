@@ -83,7 +83,7 @@ def test_the_lengths_that_are_timed_stand_for_the_law():
     assert (lengths[0], lengths[-1]) == (64, 512)
     parts = np.diff(law.fraction_above(np.array(lengths[1:-1])))
     np.testing.assert_allclose(-parts, 1 / 8, atol=0.01)
-    # A kernel that computes whole blocks of 64 tokens: a curve through round lengths alone is a fifth below what requests take.
+    # A kernel that computes whole blocks of 64 tokens: a curve through round lengths alone is far below what requests take.
     blocks = lambda tokens: np.ceil(np.asarray(tokens) / 64)  # noqa: E731
     drawn = law.sample(np.random.default_rng(0), 20_000)
     round_ones = np.array([64, 128, 256, 512])
