@@ -205,11 +205,13 @@ def draw(record: Record) -> Figure:
             at = loads[(loads["case"] == case) & (loads["load"] == load)].set_index(["tier", "metric"])["value"]
             named = index == 0 and load == at_loads[0]
             _latency(right, index + shift, at, tier, style.CASE_COLOURS[case], named=named)
-            words = f"{100 * load:.0f} %"
-            right.text(index + shift, 0.02, words, ha="center", fontsize=8, transform=right.get_xaxis_transform())
+            if len(at_loads) > 1:
+                words = f"{100 * load:.0f} %"
+                right.text(index + shift, 0.02, words, ha="center", fontsize=8, transform=right.get_xaxis_transform())
     names = [style.CASE_NAMES[case].replace(" ", "\n", 1).replace(" PD", "\nPD") for case in cases]
     for axis in (left, right):
-        axis.set_xticks(range(len(cases)), names)
+        axis.set_xticks(range(len(cases)), names, fontsize=8)
+        axis.set_xlim(-0.5, len(cases) - 0.5)
         axis.grid(axis="x", visible=False)
     left.set(ylabel="Λ_max (req/s)", title=f"Throughput: {'four' if has_paper else 'three'} sources")
     if has_paper:
