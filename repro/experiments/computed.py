@@ -33,6 +33,8 @@ from repro.transport import TransportSpec
 from repro.workload.lengths import LengthDistribution
 from repro.workload.stream import Chains
 
+#: What decode leaves every request, in tokens/s, unless an experiment says otherwise: the SLO of the paper's case study.
+TOKENS_PER_S = 40.0
 #: Equally likely parts of a law, each of which a timed prefill stands for.
 _LENGTHS = 8
 
@@ -98,7 +100,7 @@ def measured_profile(
     law: LengthDistribution,
     repeats: int,
     slowdown: float = 1.0,
-    tokens_per_s: float = 40.0,
+    tokens_per_s: float = TOKENS_PER_S,
 ) -> PhaseProfile:
     """The model's profile on this machine's CPU over those lengths, computed as an instance will: threads, chunks, decode step by step.
 

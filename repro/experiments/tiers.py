@@ -5,8 +5,8 @@ differ in what is real, so each step from one to the next shows what the step be
 TCP, then instances that share this machine's cores. Tokens of the computing tier are held against the model unsplit, and that against
 its own `generate`.
 
-On a machine with fewer cores than instances the last step is large, and that is the finding: the profile was measured with the machine
-to itself.
+An instance rests after every forward pass, in the profile as in service, so that all of them together need no more cores than a small
+machine has: the profile was measured with the machine to itself, and at full speed the last step is mostly waiting for a core.
 """
 
 from __future__ import annotations
@@ -16,27 +16,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from repro.errors import UserError, at_least
 from repro.experiments.base import MODEL, SIMULATED, WIRE, Context, Experiment, Outcome
-from repro.experiments.computed import Answers, Computing, measured_profile
+from repro.experiments.computed import TOKENS_PER_S, Answers, Computing, measured_profile
 from repro.experiments.deployment import profile_files
 from repro.experiments.live import Played, Wire, deployed
 from repro.experiments.split_model import check_one, engine_of, vocabulary_of
 from repro.experiments.study import run_once
 from repro.experiments.table3 import one_model
 from repro.models.build import build
+from repro.models.spec import ModelSpec
 from repro.profiles.base import PhaseProfile
 from repro.profiles.presets import load_profile
 from repro.record.directory import Record
-from repro.record.metrics import Metric
+from repro.record.metrics import Metric, value
 from repro.record.request_metrics import UNITS, summarise
 from repro.report import style
 from repro.scheduling.latency import prefill_latency
 from repro.scheduling.search import search
 from repro.scheduling.throughput import Deployment
+from repro.serving.cluster_caches import PD, PRFAAS
 from repro.serving.ray_launcher import RayLauncher, check_placement
 from repro.serving.scale import Scale
 from repro.serving.torch_instance import TorchInstanceConfig
@@ -54,10 +57,14 @@ _SOURCES = {"model": "computed", "simulate": "simulated", "emulate": "emulated",
 
 @dataclass(frozen=True)
 class Options:
-    """`requests` at `load` of the model's Λ_max; tokens of the first `compared` are held against the model's. The rest is how."""
+    """`requests` at `load` of the model's Λ_max; tokens of the first `compared` are held against the model's. The rest is how.
+
+    An instance is `slowdown` times slower than this machine. With a profile that is given it must be 1: that one is of full speed.
+    """
 
     requests: int = 60
     load: float = 0.5
+    slowdown: float = 4.0
     compared: int = 12
     chunk_tokens: int = 128
     threads: int = 1
@@ -67,14 +74,22 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 < self.load < 1:
             raise UserError(f"options.load: {self.load}; accepted: between 0 and 1")
+        if not self.slowdown >= 1:
+            raise UserError(f"options.slowdown: {self.slowdown}; accepted: 1 (as fast as this machine) or more")
         at_least(self, "options", requests=20, compared=1, chunk_tokens=1, threads=1, repeats=3, pieces=1)
+
+    def computing(self, model: ModelSpec) -> Computing:
+        """Makes the instances."""
+        engine = engine_of(model, self.chunk_tokens, self.threads)
+        slowdowns = {PRFAAS: self.slowdown, PD: self.slowdown}
+        return Computing(engine, vocabulary_of(model), self.requests, slowdowns=slowdowns)
 
 
 def run(context: Context) -> Outcome:
     """Measure the profile, find the operating point, and ask every tier."""
     options, settings = context.options, context.settings
     model = one_model(settings)
-    profile = own_profile(context)
+    profile = own_profile(context, options.slowdown, settings.workload.slo.tokens_per_s)
     base = Deployment(
         profile, settings.cluster.prfaas.instances, profile, settings.cluster.pd.instances, settings.link.rate_bps or float("inf"),
         settings.workload.length_law(), settings.workload.mean_output_tokens(),
@@ -94,8 +109,7 @@ def run(context: Context) -> Outcome:
     }  # fmt: skip
     slo = settings.workload.slo
     values["simulate"] = summarise(run_once(spec, batches)[0], window, slo).values()
-    engine = engine_of(model, options.chunk_tokens, options.threads)
-    computing = Computing(engine, vocabulary_of(model), options.requests)
+    computing = options.computing(model)
     wire = Wire(settings.link, settings.transport, options.pieces, Scale())
     logs = context.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -123,12 +137,13 @@ def run(context: Context) -> Outcome:
     return Outcome(rows, {"tiers": table}, requests=kept, provenance={"link": links, "workers": workers})
 
 
-def own_profile(context: Context) -> PhaseProfile:
-    """The profile that was asked for, else the model's own, measured now in as many threads as an instance will have."""
-    settings, options = context.settings, context.options
+def own_profile(context: Context, slowdown: float = 1.0, tokens_per_s: float = TOKENS_PER_S) -> PhaseProfile:
+    """The profile that was asked for, else the model's own, measured now in as many threads as an instance will have, and as slow."""
+    settings = context.settings
     if settings.profile is not None:
         return load_profile(settings.profile, Path(settings.results) / "profiles")
-    return measured_profile(context, one_model(settings), settings.workload.length_law(), options.repeats)
+    law, model = settings.workload.length_law(), one_model(settings)
+    return measured_profile(context, model, law, context.options.repeats, slowdown, tokens_per_s)
 
 
 def _rows(context: Context, values: Mapping[str, Mapping[str, float]]) -> list[Metric]:
@@ -150,18 +165,38 @@ def _rows(context: Context, values: Mapping[str, Mapping[str, float]]) -> list[M
 def _proofs(
     context: Context, played: Played, profile: PhaseProfile, computing: Computing, settings: Settings
 ) -> list[Metric]:
-    """That the computing tier did the work: tokens as the model gives them unsplit, bytes as the layout says, all requests answered."""
+    """That the computing tier did the work, tokens and bytes, and what its prefills took by the profile that all tiers had."""
     config = computing.config("reference", settings.transport, None, 1, settings.seed)
     assert isinstance(config, TorchInstanceConfig)
     answers = Answers(build(one_model(settings), "cpu"), config, context.options.threads)
     same, compared = answers.right(played, context.options.compared)
     remote = played.requests[played.requests["route"] == "prfaas"]
     sent, layout_bytes = float(remote["payload_bytes"].sum()), float(profile.kv_bytes(remote["input_tokens"] - 1).sum())
+    tokens, prefill_s = (played.requests[column].to_numpy(float) for column in ("input_tokens", "prefill_s"))
+    took = float(np.median(prefill_s / np.asarray(profile.prefill_s(tokens))))
     return [
         context.metric("execute", "tokens_match", same / compared if compared else float("nan"), "", "measured", n=compared),
         context.metric("execute", "kv_bytes_over_layout", sent / layout_bytes if layout_bytes else float("nan"), "", "measured"),
         context.metric("execute", "wire_overhead", played.wire_overhead, "", "measured"),
+        context.metric("execute", "prefill_over_profile", took, "", "measured", n=len(tokens)),
     ]  # fmt: skip
+
+
+def finding(record: Record) -> str:
+    """TTFT and egress of every tier, and what of it is queue and how far the profile holds, which is where they differ."""
+    table = record.metrics
+    ttft, queue_s = (
+        {tier: value(table, metric, tier) for tier in TIERS if tier != "model"}
+        for metric in ("ttft_mean_s", "queue_mean_s")
+    )
+    replayed, computed = (value(table, "egress_bps_over_simulated", tier) for tier in ("emulate", "execute"))
+    return (
+        f"The same requests have a mean TTFT of {value(table, 'ttft_mean_s', 'model'):.2f} s by the equations, which know no queue; "
+        f"{ttft['simulate']:.2f} s simulated, of it queue {queue_s['simulate']:.2f} s; {ttft['emulate']:.2f} s replayed live, queue "
+        f"{queue_s['emulate']:.2f} s; and {ttft['execute']:.2f} s computed live, queue {queue_s['execute']:.2f} s, where prefills take "
+        f"{value(table, 'prefill_over_profile', 'execute'):.2f} times what their profile says. Egress is {replayed:.3f} (replayed) and "
+        f"{computed:.3f} (computed) of the simulated."
+    )
 
 
 def draw(record: Record) -> Figure:
@@ -194,6 +229,16 @@ def draw(record: Record) -> Figure:
     left.legend(fontsize=8)
     right.set(ylabel="egress (Mbit/s)", title="What crosses the link")
     return figure
+
+
+def _check(settings: Settings, options: Options) -> None:
+    """As `check`, and a speed that the profile is of. Raises UserError naming the key."""
+    check(settings, options)
+    if settings.profile is not None and options.slowdown != 1:
+        raise UserError(
+            f"options.slowdown: {options.slowdown:g}; accepted with a profile that is given (profile={settings.profile}): 1, since it is "
+            "of instances at full speed"
+        )
 
 
 def check(settings: Settings, options: Any) -> None:
@@ -229,6 +274,7 @@ EXPERIMENT = Experiment(
     run=run,
     figures={"tiers": draw},
     options=Options,
-    check=check,
+    check=_check,
     inputs=profile_files,
+    finding=finding,
 )  # fmt: skip

@@ -387,6 +387,10 @@ REFUSED = [
         "cost.usd_per_gpu_hour.H200: no cluster here has that accelerator; accepted: H20",
     ),
     (["experiment=egress", "workload.slo.ttft_s=1"], "workload.slo.ttft_s: not read by experiment=egress"),
+    (
+        ["experiment=tiers", "profile=paper_1t_h200"],
+        "options.slowdown: 4; accepted with a profile that is given (profile=paper_1t_h200): 1",
+    ),
     (["experiment=case_study", "policy.short_term.period_s=2"], "policy.short_term.period_s: not read by experiment=case_study"),
 ]  # fmt: skip
 

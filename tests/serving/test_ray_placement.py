@@ -245,7 +245,8 @@ def test_nothing_of_the_kits_is_left_when_rays_own_head_is_killed(tmp_path: Path
 
 TIERS = [
     "experiment=tiers", "options.requests=20", "options.compared=20", "workload.lengths.mu=4.2", "workload.lengths.minimum_tokens=32",
-    "workload.lengths.maximum_tokens=128", "workload.output_tokens=3", "options.load=0.1", "policy.threshold_tokens=64",
+    "workload.lengths.maximum_tokens=128", "workload.output_tokens=3", "options.load=0.1", "options.slowdown=1",
+    "policy.threshold_tokens=64",
 ]  # fmt: skip
 
 
