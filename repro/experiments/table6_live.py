@@ -218,8 +218,8 @@ def draw(record: Record) -> Figure:
         left.legend(loc="upper right")
     shares = " and ".join(f"{100 * load:.0f}" for load in at_loads)
     right.set(ylabel="TTFT (s)", title=f"Latency at {shares} % of Λ_max")
-    right.set_ylim(bottom=0)
-    right.legend(fontsize=8)
+    right.set_ylim(0, 1.3 * right.get_ylim()[1])
+    right.legend(fontsize=8, loc="upper right")
     return figure
 
 

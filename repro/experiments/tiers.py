@@ -226,7 +226,8 @@ def draw(record: Record) -> Figure:
         axis.set_xticks(range(len(tiers)), [names[tier] for tier in tiers])
         axis.grid(axis="x", visible=False)
     left.set(ylabel="TTFT (s)", title="The same requests on four tiers")
-    left.legend(fontsize=8)
+    left.set_ylim(top=1.4 * left.get_ylim()[1])
+    left.legend(fontsize=8, loc="upper left")
     right.set(ylabel="egress (Mbit/s)", title="What crosses the link")
     return figure
 
