@@ -38,7 +38,7 @@ def test_an_instance_rests_as_long_as_it_did_while_its_profile_was_measured(
         tiers.run(Context(settings, options, tmp_path, lambda _: None))
     assert measured == [slowdown, 7.0]
     computing = options.computing(one_model(settings))
-    for name in ("prfaas.0", "pd.0"):
+    for name in ("prfaas0.0", "pd0.0", "pd0.1"):
         config = computing.config(name, settings.transport, None, 1, settings.seed)
         assert isinstance(config, TorchInstanceConfig)
         assert config.engine.slowdown == slowdown
