@@ -129,6 +129,12 @@ def drawn_lengths(law: LengthDistribution) -> list[int]:
     return sorted({round(float(tokens)) for tokens in (law.minimum_tokens, *inner, law.maximum_tokens)})
 
 
+def prefill_over_profile(served: pd.DataFrame, profile: PhaseProfile) -> float:
+    """The median over requests of the time that their prefill took while instances served ÷ the profile's at that length."""
+    predicted_s = np.asarray(profile.prefill_s(served["input_tokens"].to_numpy(float)))
+    return float(np.median(served["prefill_s"].to_numpy(float) / predicted_s))
+
+
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     """Compute in so many threads: two that wait for each other in every operation are slow where a core is not theirs."""

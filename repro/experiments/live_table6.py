@@ -13,13 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from repro.errors import UserError, at_least
 from repro.experiments import tiers, two_speeds
 from repro.experiments.base import HOMOGENEOUS, MODEL, WIRE, Context, Experiment, Outcome
-from repro.experiments.computed import Answers
+from repro.experiments.computed import Answers, prefill_over_profile
 from repro.experiments.deployment import CASES, operating_points
 from repro.experiments.live import Played, Wire, deployed
 from repro.experiments.table3 import one_model
@@ -108,15 +107,10 @@ def _proofs(context: Context, name: str, played: Played, base: Deployment, answe
         own = played.requests[played.requests["route"] == route]
         if not len(own):
             continue
-        tokens = own["input_tokens"].to_numpy(float)
-        took = own["prefill_s"].to_numpy(float) / np.asarray(profile.prefill_s(tokens))
-        rows.append(
-            context.metric(
-                f"{name}.{route}", "prefill_over_profile", float(np.median(took)), "", "measured", n=len(own)
-            )
-        )
+        took = prefill_over_profile(own, profile)
+        rows.append(context.metric(f"{name}.{route}", "prefill_over_profile", took, "", "measured", n=len(own)))
         if route == "prfaas":
-            over = float(own["payload_bytes"].sum()) / float(np.sum(profile.kv_bytes(tokens - 1)))
+            over = float(own["payload_bytes"].sum()) / float(profile.kv_bytes(own["input_tokens"] - 1).sum())
             rows.append(context.metric(name, "kv_bytes_over_layout", over, "", "measured"))
     return rows
 

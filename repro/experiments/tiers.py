@@ -16,13 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from repro.errors import UserError, at_least
 from repro.experiments.base import MODEL, SIMULATED, WIRE, Context, Experiment, Outcome
-from repro.experiments.computed import TOKENS_PER_S, Answers, Computing, measured_profile
+from repro.experiments.computed import TOKENS_PER_S, Answers, Computing, measured_profile, prefill_over_profile
 from repro.experiments.deployment import profile_files
 from repro.experiments.live import Played, Wire, deployed
 from repro.experiments.split_model import check_one, engine_of, vocabulary_of
@@ -172,13 +171,12 @@ def _proofs(
     same, compared = answers.right(played, context.options.compared)
     remote = played.requests[played.requests["route"] == "prfaas"]
     sent, layout_bytes = float(remote["payload_bytes"].sum()), float(profile.kv_bytes(remote["input_tokens"] - 1).sum())
-    tokens, prefill_s = (played.requests[column].to_numpy(float) for column in ("input_tokens", "prefill_s"))
-    took = float(np.median(prefill_s / np.asarray(profile.prefill_s(tokens))))
+    took = prefill_over_profile(played.requests, profile)
     return [
         context.metric("execute", "tokens_match", same / compared if compared else float("nan"), "", "measured", n=compared),
         context.metric("execute", "kv_bytes_over_layout", sent / layout_bytes if layout_bytes else float("nan"), "", "measured"),
         context.metric("execute", "wire_overhead", played.wire_overhead, "", "measured"),
-        context.metric("execute", "prefill_over_profile", took, "", "measured", n=len(tokens)),
+        context.metric("execute", "prefill_over_profile", took, "", "measured", n=len(played.requests)),
     ]  # fmt: skip
 
 
@@ -189,13 +187,15 @@ def finding(record: Record) -> str:
         {tier: value(table, metric, tier) for tier in TIERS if tier != "model"}
         for metric in ("ttft_mean_s", "queue_mean_s")
     )
-    replayed, computed = (value(table, "egress_bps_over_simulated", tier) for tier in ("emulate", "execute"))
+    crossed = "Nothing crosses the link."
+    if (table["metric"] == "egress_bps_over_simulated").any():
+        replayed, computed = (value(table, "egress_bps_over_simulated", tier) for tier in ("emulate", "execute"))
+        crossed = f"Egress is {replayed:.3f} (replayed) and {computed:.3f} (computed) of the simulated."
     return (
         f"The same requests have a mean TTFT of {value(table, 'ttft_mean_s', 'model'):.2f} s by the equations, which know no queue; "
         f"{ttft['simulate']:.2f} s simulated, of it queue {queue_s['simulate']:.2f} s; {ttft['emulate']:.2f} s replayed live, queue "
         f"{queue_s['emulate']:.2f} s; and {ttft['execute']:.2f} s computed live, queue {queue_s['execute']:.2f} s, where prefills take "
-        f"{value(table, 'prefill_over_profile', 'execute'):.2f} times what their profile says. Egress is {replayed:.3f} (replayed) and "
-        f"{computed:.3f} (computed) of the simulated."
+        f"{value(table, 'prefill_over_profile', 'execute'):.2f} times what their profile says. {crossed}"
     )
 
 
